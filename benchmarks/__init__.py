@@ -1,0 +1,1 @@
+"""Measurements: loader and step throughput, scaling, parity."""

@@ -1,0 +1,1 @@
+"""Executors of a view plan, one file each."""

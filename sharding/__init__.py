@@ -1,0 +1,1 @@
+"""Offline: Hugging Face images into verified, per-rank WebDataset shards."""
