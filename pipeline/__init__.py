@@ -1,1 +1,1 @@
-"""Online: shards into batches of augmented views; a batch is a pure function of (shards, config, seed, step)."""
+"""Online: from shards to batches of augmented views."""

@@ -1,1 +1,81 @@
-"""Executors of a view plan, one file each."""
+"""Executors of a batch plan, one file each: read bytes, decode once, cut and resize the views, photometric operations.
+
+A backend turns a `BatchPlan` into uint8 views and draws no random numbers. Normalising, casting and copying to the
+device are the same for all of them (`pipeline.transfer`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol
+
+import torch
+
+from pipeline.plan import BatchPlan
+from pipeline.reader import Reader
+from pipeline.views import ViewSpec
+
+# V tensors (n, size, size, 3) uint8, RGB, contiguous, in the order of `plan.views`
+Views = list[torch.Tensor]
+
+
+class UndecodableError(RuntimeError):
+    """Samples of a batch cannot be decoded; ``reasons`` maps their ids to what the decoder said."""
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        super().__init__("; ".join(f"sample {i}: {reason}" for i, reason in reasons.items()))
+        self.reasons = reasons
+
+
+class Pending(Protocol):
+    """A batch in the making."""
+
+    def result(self) -> Views:
+        """Wait for the views. Raises `UndecodableError`, naming all such samples of the batch."""
+        ...
+
+
+class Backend(Protocol):
+    """Makes batches from plans. Pending batches are collected in the order in which they were submitted."""
+
+    def submit(self, plan: BatchPlan) -> Pending:
+        """Start on a batch and return at once. The loader keeps a few batches pending."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Seconds spent so far, summed over threads, by stage: ``decode_seconds``, ``views_seconds``, ..."""
+        ...
+
+    def close(self) -> None:
+        """Stop; leaves no thread or process behind. A closed backend takes no more plans."""
+        ...
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """What every backend is built from."""
+
+    reader: Reader
+    specs: tuple[ViewSpec, ...]  # one per view
+    batch_size: int  # of this rank
+    num_threads: int
+    prefetch: int  # batches pending at most
+    device: torch.device
+
+
+# name -> "module:builder", imported when chosen; a builder takes BackendOptions and returns a Backend
+BACKENDS = {
+    "cpu": "pipeline.backends.cpu:build",
+    "dali": "pipeline.backends.dali:build",
+    "torchvision": "pipeline.backends.torchvision:build",
+    "synthetic": "pipeline.backends.synthetic:build",
+}
+
+
+def build_backend(name: str, options: BackendOptions) -> Backend:
+    """Raises ValueError for an unknown name, and ImportError naming the extra of an optional one not installed."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {name!r}")
+    module, builder = BACKENDS[name].split(":")
+    build: Callable[[BackendOptions], Backend] = getattr(import_module(module), builder)
+    return build(options)

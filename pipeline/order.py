@@ -1,0 +1,116 @@
+"""Which samples make up a global batch: arithmetic on (counts, seed, step), without state or stored permutations.
+
+The data lies in equal lanes (see `sharding.manifest`); lane ``l`` owns the ids ``[l * n, (l + 1) * n)``. The global
+batch is the concatenation of ``B / L`` samples from each lane, so that a rank whose slice covers whole lanes reads
+only their shards. Each lane is an infinite stream: pass 0 in one pseudo-random order, pass 1 in another, and so
+on; every sample occurs exactly once in a pass.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.random import key_from_seed, philox
+
+Ids = NDArray[np.int64]
+
+# The third counter word of every draw made for the order; views use small numbers there.
+_ORDER_STREAM = 1 << 31
+_FEISTEL_ROUNDS = 8
+
+
+def permute(positions: Ids, size: int, key: tuple[int, int], stream: int, epoch: int) -> Ids:
+    """Images of ``positions`` under a pseudo-random permutation of ``range(size)`` chosen by (key, stream, epoch).
+
+    A Feistel network over the next even power of two with Philox as its round function, walked until the value
+    falls inside the range (Black & Rogaway, "Ciphers with arbitrary finite domains", 2002): constant memory, any
+    position at any time.
+    """
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half_bits) - 1
+    values = np.array(positions, dtype=np.int64)
+    outside = np.ones(values.shape, dtype=bool)
+    while outside.any():
+        left, right = values[outside] >> half_bits, values[outside] & mask
+        for i in range(_FEISTEL_ROUNDS):
+            word = philox(key, epoch, right, _ORDER_STREAM + stream, i)[..., 0].astype(np.int64)
+            left, right = right, left ^ (word & mask)
+        values[outside] = left << half_bits | right
+        outside = values >= size
+    return values
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a data set of ``L = len(shard_sizes)`` lanes.
+
+    ``shard_sizes[l]`` holds the number of samples of each shard of lane ``l``. ``window`` bounds the shuffle to that
+    many shards at a time, so that slow storage is read nearly sequentially; ``None`` is the full permutation.
+    """
+
+    shard_sizes: tuple[tuple[int, ...], ...]
+    seed: int
+    global_batch_size: int
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        lanes = len(self.shard_sizes)
+        if self.global_batch_size < 1 or self.global_batch_size % lanes:
+            raise ValueError(
+                f"global_batch_size: expected a positive multiple of the {lanes} lanes of the shards, "
+                f"found {self.global_batch_size}; change it, or build the shards with other --lanes"
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window: expected at least one shard, found {self.window}")
+        if len({sum(sizes) for sizes in self.shard_sizes}) != 1 or not self.samples_per_lane:
+            raise ValueError("lanes: expected equally many samples (at least one) in every lane")
+
+    @property
+    def samples_per_lane(self) -> int:
+        return sum(self.shard_sizes[0])
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.shard_sizes) * self.samples_per_lane
+
+    def ids(self, step: int) -> tuple[Ids, Ids]:
+        """Sample ids ``(B,)`` of the global batch of ``step`` and the pass ``(B,)`` over the data each belongs to."""
+        lanes = len(self.shard_sizes)
+        per_lane = self.global_batch_size // lanes
+        positions = step * per_lane + np.arange(per_lane, dtype=np.int64)
+        epochs, offsets = np.divmod(positions, self.samples_per_lane)
+        ids = [lane * self.samples_per_lane + self._shuffled(lane, epochs, offsets) for lane in range(lanes)]
+        return np.concatenate(ids), np.tile(epochs, lanes)
+
+    def _shuffled(self, lane: int, epochs: Ids, offsets: Ids) -> Ids:
+        shuffled = np.empty_like(offsets)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            shuffled[chosen] = self._shuffled_in_epoch(lane, int(epoch), offsets[chosen])
+        return shuffled
+
+    def _shuffled_in_epoch(self, lane: int, epoch: int, offsets: Ids) -> Ids:
+        key = key_from_seed(self.seed)
+        if self.window is None:
+            return permute(offsets, self.samples_per_lane, key, lane, epoch)
+        sizes = self.shard_sizes[lane]
+        shards = permute(np.arange(len(sizes)), len(sizes), key, lane, epoch)
+        windows = [shards[i : i + self.window] for i in range(0, len(shards), self.window)]
+        ends = np.cumsum([sum(sizes[s] for s in window) for window in windows])
+        shuffled = np.empty_like(offsets)
+        chosen = np.searchsorted(ends, offsets, side="right")
+        for w in np.unique(chosen):
+            members = _members(sizes, windows[w])
+            inside = chosen == w
+            positions = offsets[inside] - (ends[w] - len(members))
+            # The lanes' own permutations use streams 0 to L - 1, their windows those above.
+            stream = len(self.shard_sizes) * (int(w) + 1) + lane
+            shuffled[inside] = members[permute(positions, len(members), key, stream, epoch)]
+        return shuffled
+
+
+def _members(sizes: tuple[int, ...], shards: Ids) -> Ids:
+    """The offsets within the lane of all samples of the given shards."""
+    starts = np.cumsum((0, *sizes))
+    return np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards])

@@ -1,0 +1,114 @@
+"""What a view is: the distribution that its crop and its photometric operations are drawn from."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Interval = tuple[float, float]
+PerChannel = tuple[float, float, float]
+
+
+class ViewSpec(BaseModel):
+    """One group of views. The operations follow torchvision's definitions and SimCLR's sequence: crop and antialiased
+    bilinear resize, flip, colour jitter (its four operations in random order), grey, blur, solarize, normalise.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: int = Field(1, ge=1, description="views of this kind per image")
+    size: int = Field(224, ge=1, description="side of the square view, pixels")
+    crop: Literal["random", "center"] = Field("random", description="random resized crop, or resize and centre crop")
+    scale: Interval = Field((0.08, 1.0), description="random crop: area, as a fraction of the image's")
+    ratio: Interval = Field((3 / 4, 4 / 3), description="random crop: width / height, log-uniform")
+    resize: int = Field(256, ge=1, description="centre crop: short side of the resized image, pixels")
+    flip: Probability = Field(0.5, description="probability of a horizontal flip")
+    jitter: Probability = Field(0.8, description="probability of colour jitter")
+    brightness: float = Field(0.8, ge=0, description="factor in [max(0, 1 - x), 1 + x]")
+    contrast: float = Field(0.8, ge=0, description="factor in [max(0, 1 - x), 1 + x]")
+    saturation: float = Field(0.8, ge=0, description="factor in [max(0, 1 - x), 1 + x]")
+    hue: float = Field(0.2, ge=0, le=0.5, description="shift in [-x, x] turns")
+    grey: Probability = Field(0.2, description="probability of greyscale")
+    blur: Probability = Field(0.5, description="probability of Gaussian blur")
+    sigma: Interval = Field((0.1, 2.0), description="blur: standard deviation, pixels")
+    kernel: int = Field(23, ge=1, description="blur: odd window, pixels")
+    solarize: Probability = Field(0.0, description="probability of inverting values of 128 and above")
+    mean: PerChannel = Field(IMAGENET_MEAN, description="subtracted, of values in [0, 1]")
+    std: PerChannel = Field(IMAGENET_STD, description="divided by, of values in [0, 1]")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ViewSpec":
+        for name in ("scale", "ratio", "sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name}: expected 0 < low <= high, found {low}, {high}")
+        if self.scale[1] > 1:
+            raise ValueError(f"scale: expected a fraction of the image's area, at most 1, found {self.scale[1]}")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel: expected an odd number of pixels, found {self.kernel}")
+        if self.blur and self.kernel // 2 >= self.size:
+            raise ValueError(f"kernel: half of {self.kernel} must be smaller than the view's size {self.size}")
+        if self.crop == "center" and self.resize < self.size:
+            raise ValueError(f"resize: expected at least the size {self.size}, found {self.resize}")
+        return self
+
+
+def _simclr_cifar() -> list[dict[str, Any]]:
+    jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+    return [{"count": 2, "size": 32, "blur": 0.0, **jitter, "mean": CIFAR10_MEAN, "std": CIFAR10_STD}]
+
+
+def _byol() -> list[dict[str, Any]]:
+    """Table 6 of Grill et al., 2020."""
+    common = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+    return [{**common, "blur": 1.0}, {**common, "blur": 0.1, "solarize": 0.2}]
+
+
+def _multicrop(count: int, size: int, small_count: int) -> list[dict[str, Any]]:
+    """SwAV's groups (Caron et al., 2020): full crops of [0.14, 1] of the area and 96 px crops of [0.05, 0.14]."""
+    return [
+        {"count": count, "size": size, "scale": (0.14, 1.0)},
+        {"count": small_count, "size": 96, "scale": (0.05, 0.14)},
+    ]
+
+
+def _dino() -> list[dict[str, Any]]:
+    """Caron et al., 2021: two global views of their own, six local ones."""
+    common = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+    return [
+        {**common, "scale": (0.4, 1.0), "blur": 1.0},
+        {**common, "scale": (0.4, 1.0), "blur": 0.1, "solarize": 0.2},
+        {**common, "count": 6, "size": 96, "scale": (0.05, 0.4)},
+    ]
+
+
+_NO_AUGMENTATION = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0}
+
+# name -> groups of views, as a configuration file would write them
+PRESETS: dict[str, list[dict[str, Any]]] = {
+    "simclr": [{"count": 2}],
+    "simclr-cifar": _simclr_cifar(),
+    "byol": _byol(),
+    "multicrop-2x160+4x96": _multicrop(2, 160, 4),
+    "multicrop-2x224+6x96": _multicrop(2, 224, 6),
+    "dino": _dino(),
+    "eval": [{"crop": "center", **_NO_AUGMENTATION}],
+}
+
+
+def preset(name: str, **overrides: Any) -> tuple[ViewSpec, ...]:
+    """The groups of a preset, ``overrides`` applied to each of them."""
+    if name not in PRESETS:
+        raise ValueError(f"views: expected one of {', '.join(PRESETS)}, found {name!r}")
+    return tuple(ViewSpec(**{**group, **overrides}) for group in PRESETS[name])
+
+
+def flatten(specs: Sequence[ViewSpec]) -> tuple[ViewSpec, ...]:
+    """One spec per view, in the order in which views are numbered and batches hold them."""
+    return tuple(spec for spec in specs for _ in range(spec.count))
