@@ -79,7 +79,7 @@ class BatchPlan:
 def plan_batch(
     specs: Sequence[ViewSpec], seed: int, step: int, ids: Ints, epochs: Ints, heights: Ints, widths: Ints
 ) -> BatchPlan:
-    """The plan of images ``ids`` (n,), seen in passes ``epochs`` (n,), of decoded sizes ``heights``, ``widths`` (n,)."""
+    """The plan of images ``ids`` (n,), seen in passes ``epochs`` (n,), of decoded ``heights``, ``widths`` (n,)."""
     views = tuple(
         plan_view(spec, seed, number, ids, epochs, heights, widths) for number, spec in enumerate(flatten(specs))
     )

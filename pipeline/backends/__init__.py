@@ -36,7 +36,11 @@ class Pending(Protocol):
 
 
 class Backend(Protocol):
-    """Makes batches from plans. Pending batches are collected in the order in which they were submitted."""
+    """Makes batches from plans.
+
+    Pending batches are collected in the order in which they were submitted. After an `UndecodableError` those still
+    pending are void: the loader submits them again, with other samples where needed.
+    """
 
     def submit(self, plan: BatchPlan) -> Pending:
         """Start on a batch and return at once. The loader keeps a few batches pending."""
