@@ -93,10 +93,7 @@ class Loader:
     def plan(self, step: int) -> BatchPlan:
         """This rank's plan of a step, undecodable samples that are known by now replaced."""
         ids, epochs = (values[self._rows] for values in self._order.ids(step))
-        ids = self._replace(ids, epochs)
-        index = self._shards.index
-        sizes = index.height[ids].astype(np.int64), index.width[ids].astype(np.int64)
-        return plan_batch(self._specs, self._seed, step, ids, epochs, *sizes)
+        return plan_samples(self._shards, self._specs, self._seed, step, self._replace(ids, epochs), epochs)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -194,6 +191,12 @@ class Loader:
         words = philox(key_from_seed(self._seed), epoch, sample, _REPLACEMENT_STREAM, attempt)
         per_lane = self._order.samples_per_lane
         return sample // per_lane * per_lane + int(to_integer(words[..., 0], per_lane))
+
+
+def plan_samples(shards: ShardSet, specs: Sequence[ViewSpec], seed: int, step: int, ids: Ids, epochs: Ids) -> BatchPlan:
+    """`plan_batch` with the images' sizes looked up in the shards' index."""
+    heights, widths = (sizes[ids].astype(np.int64) for sizes in (shards.index.height, shards.index.width))
+    return plan_batch(specs, seed, step, ids, epochs, heights, widths)
 
 
 def lane_shard_sizes(shards: ShardSet) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,1 @@
+"""Evaluation of frozen encoders: ``python -m train.evaluate``."""

@@ -1,0 +1,81 @@
+"""Representations of a data set under a frozen encoder, in sample order."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import nn
+
+from pipeline.backends import Backend, BackendOptions, build_backend
+from pipeline.loader import plan_samples
+from pipeline.plan import BatchPlan, Ints
+from pipeline.reader import Reader
+from pipeline.transfer import to_batch
+from pipeline.views import ViewSpec
+from sharding.manifest import ShardSet
+
+
+@dataclass(frozen=True)
+class Features:
+    """``h`` (n, D) float32 representations and ``labels`` (n,) int64, on one device."""
+
+    h: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def extract(
+    encoder: nn.Module,
+    shards: ShardSet,
+    spec: ViewSpec,
+    *,
+    device: torch.device,
+    ids: Ints | None = None,
+    batch_size: int = 256,
+    backend: str = "cpu",
+    num_threads: int = 2,
+    description: str = "features",
+) -> Features:
+    """Representations of one view per sample (all, or ``ids``), the encoder in evaluation mode.
+
+    Raises `pipeline.backends.UndecodableError`, naming the samples, where some cannot be decoded.
+    """
+    ids = np.arange(shards.manifest.num_samples, dtype=np.int64) if ids is None else ids
+    options = BackendOptions(Reader(shards), (spec,), batch_size, num_threads, 2, device)
+    built = build_backend(backend, options)
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        batches = _batches(built, shards, spec, ids, batch_size, device)
+        num_batches = -(-len(ids) // batch_size)
+        with torch.inference_mode():
+            h = [encoder(images).float() for images in track(batches, description, total=num_batches, transient=True)]
+    finally:
+        built.close()
+        encoder.train(was_training)
+    labels = torch.from_numpy(shards.index.label[ids].astype(np.int64)).to(device)
+    return Features(torch.cat(h), labels)
+
+
+def _batches(
+    backend: Backend, shards: ShardSet, spec: ViewSpec, ids: Ints, batch_size: int, device: torch.device
+) -> Iterator[torch.Tensor]:
+    starts = range(0, len(ids), batch_size)
+    plans = [_plan(shards, spec, ids[start : start + batch_size]) for start in starts]
+    pending = deque((plan, backend.submit(plan)) for plan in plans[:2])
+    for following in [*plans[2:], None, None]:
+        if not pending:
+            return
+        plan, views = pending.popleft()
+        yield to_batch(views.result(), plan, device, torch.float32)[0]
+        if following:
+            pending.append((following, backend.submit(following)))
+
+
+def _plan(shards: ShardSet, spec: ViewSpec, ids: Ints) -> BatchPlan:
+    return plan_samples(shards, (spec,), seed=0, step=0, ids=ids, epochs=np.zeros_like(ids))

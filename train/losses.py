@@ -1,0 +1,26 @@
+"""Losses as pure functions of embeddings. They know nothing of devices or ranks."""
+
+import torch
+import torch.nn.functional as F
+
+
+def nt_xent(z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float) -> torch.Tensor:
+    """The normalised temperature-scaled cross entropy of SimCLR (Chen et al., 2020, equation 1).
+
+    z       (V, b, D) embeddings of V views of the b anchor images
+    keys    (V, B, D) embeddings of the whole batch, in which the anchors are rows ``offset`` to ``offset + b``
+
+    For each anchor and each of its V - 1 positives, the cross entropy of the positive against all other embeddings
+    but the anchor itself; the mean over anchors and positives, a scalar. For V = 2 this is the paper's loss.
+    """
+    num_views, num_anchors, _ = z.shape
+    anchors = F.normalize(z.float(), dim=-1).flatten(0, 1)
+    others = F.normalize(keys.float(), dim=-1).flatten(0, 1)
+    logits = anchors @ others.T / temperature  # (V * b, V * B)
+    rows = torch.arange(num_views * num_anchors, device=z.device)
+    images = offset + rows % num_anchors
+    columns = images[:, None] + keys.shape[1] * torch.arange(num_views, device=z.device)  # (V * b, V)
+    own = F.one_hot(rows // num_anchors, num_views).bool()
+    positives = logits.gather(1, columns)
+    logits = logits.scatter(1, columns[own][:, None], float("-inf"))
+    return (logits.logsumexp(1) - positives[~own].view(len(rows), -1).mean(1)).mean()

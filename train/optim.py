@@ -1,0 +1,89 @@
+"""Optimizers: torch's SGD and AdamW, and LARS as SimCLR uses it.
+
+All of them take ``found_inf``, a device tensor set by the train step: where it is not zero, the update leaves
+parameters and state as they are, without the host being asked.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+
+class OptimConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["lars", "sgd", "adamw"] = "lars"
+    learning_rate: float = Field(0.3, gt=0, description="peak is this x B/256 (linear) or x sqrt(B) (sqrt)")
+    scaling: Literal["linear", "sqrt"] = "linear"
+    weight_decay: float = Field(1e-6, ge=0, description="not on biases and BatchNorm")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of LARS and SGD; beta_1 of AdamW")
+    eta: float = Field(0.001, gt=0, description="LARS: trust coefficient; 0.02 on small data sets")
+    epochs: float = Field(100, gt=0, description="passes over the data; the run ends at the next whole step")
+    steps: int | None = Field(None, ge=1, description="updates of the run, instead of epochs")
+    warmup_epochs: float = Field(10, ge=0, description="linear warm-up; cut to a tenth of a run given in steps")
+
+
+def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of all trainable parameters; one-dimensional ones (biases, BatchNorm) are neither decayed nor
+    adapted. Its learning rate is set by the train step."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay, "adapt": True},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
+    ]
+    if config.name == "lars":
+        return LARS(groups, momentum=config.momentum, eta=config.eta)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(config.momentum, 0.999), fused=True)
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg, 2017) as in google-research/simclr.
+
+    ``v <- m v + lr * trust * (g + wd w)``, ``w <- w - v``, with ``trust = eta |w| / |g + wd w|`` where ``adapt`` is set
+    and both norms are positive, else 1. The learning rate is inside the momentum buffer, which matters while it moves.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Any, *, lr: float = 0.0, momentum: float = 0.9, eta: float = 0.001) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "eta": eta, "weight_decay": 0.0, "adapt": True})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            raise ValueError("LARS.step takes no closure")
+        for group in self.param_groups:
+            params: list[torch.Tensor] = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(group, params)
+
+    def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
+        raw = [p.grad for p in params if p.grad is not None]
+        gradients = torch._foreach_add(raw, params, alpha=group["weight_decay"])
+        if group["adapt"]:
+            gradients = torch._foreach_mul(gradients, self._trust(params, gradients, group["eta"]))  # type: ignore[arg-type]
+        torch._foreach_mul_(gradients, group["lr"])
+        found_inf = getattr(self, "found_inf", None)
+        stopped = torch.zeros((), device=params[0].device) if found_inf is None else found_inf
+        for p, gradient in zip(params, gradients, strict=True):
+            buffer = self._buffer(p)
+            updated = torch.add(gradient, buffer, alpha=group["momentum"])
+            buffer.copy_(torch.where(stopped > 0, buffer, updated))
+            p.sub_(torch.where(stopped > 0, 0.0, updated))
+
+    @staticmethod
+    def _trust(params: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], eta: float) -> list[torch.Tensor]:
+        norms = zip(torch._foreach_norm(list(params)), torch._foreach_norm(list(gradients)), strict=True)
+        return [torch.where((w > 0) & (g > 0), eta * w / g, 1.0) for w, g in norms]
+
+    def _buffer(self, parameter: torch.Tensor) -> torch.Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer: torch.Tensor = state["momentum_buffer"]
+        return buffer

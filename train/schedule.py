@@ -1,0 +1,19 @@
+"""Learning rates as a pure function of the step."""
+
+import math
+
+
+def warmup_cosine(step: int, *, total_steps: int, warmup_steps: int, peak: float, final: float = 0.0) -> float:
+    """Linear from ``peak / warmup_steps`` to ``peak`` over the warm-up, then a half cosine down to ``final``.
+
+    SGDR's shape (Loshchilov & Hutter, 2017) as SimCLR uses it; ``step`` counts updates from 0.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def scaled_peak(base: float, global_batch_size: int, scaling: str) -> float:
+    """The peak learning rate: ``base * B / 256`` (linear) or ``base * sqrt(B)`` (SimCLR, appendix B.1)."""
+    return base * global_batch_size / 256 if scaling == "linear" else base * math.sqrt(global_batch_size)
