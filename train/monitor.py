@@ -13,7 +13,6 @@ from types import TracebackType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-
 _TEXT = (
     "{images_per_second:7.1f} images/s  loss {loss:.4f}  lr {learning_rate:.4g}  data wait {data_wait_percent:.1f} %"
 )

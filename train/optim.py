@@ -66,7 +66,7 @@ class LARS(torch.optim.Optimizer):
         raw = [p.grad for p in params if p.grad is not None]
         gradients = torch._foreach_add(raw, params, alpha=group["weight_decay"])
         if group["adapt"]:
-            gradients = torch._foreach_mul(gradients, self._trust(params, gradients, group["eta"]))  # type: ignore[arg-type]
+            gradients = torch._foreach_mul(gradients, self._trust(params, gradients, group["eta"]))
         torch._foreach_mul_(gradients, group["lr"])
         found_inf = getattr(self, "found_inf", None)
         stopped = torch.zeros((), device=params[0].device) if found_inf is None else found_inf

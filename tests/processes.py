@@ -1,0 +1,33 @@
+"""Real processes over gloo, for tests of what several ranks do together."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from train.distributed import session
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+    """``function(world, *arguments)`` in ``world_size`` processes; what each rank returned (tensors, plain values).
+
+    ``function`` must be importable (defined at the top of a test module).
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        port = 20000 + os.getpid() % 20000 + world_size
+        mp.spawn(_rank, (world_size, port, directory, function, arguments), nprocs=world_size)
+        return [torch.load(Path(directory) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def _rank(
+    rank: int, world_size: int, port: int, directory: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with session() as world:
+        torch.save(function(world, *arguments), Path(directory) / f"{rank}.pt")
