@@ -1,0 +1,163 @@
+"""Images per second of the loader backends, and of the train step with and without them.
+
+    python -m benchmarks.throughput                                        # generated images
+    python -m benchmarks.throughput --shards /data/shards --threads 1 2 --step resnet18
+
+All contestants make the same views of the same samples. An image counts once, however many views it has. The
+``synthetic`` loader shows what the rest of the program could use at most; a train step that is as fast with a real
+loader as with it is bound by the network.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import interleave, rate_of
+from benchmarks.report import save, show
+from pipeline.backends import BACKENDS
+from pipeline.loader import Loader
+from pipeline.views import PRESETS, ViewSpec, preset
+from sharding.manifest import ShardSet, open_shards
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        with ExitStack() as stack:
+            shards = open_shards(options.shards or _generated_shards(stack))
+            results = {"loader": _measure_loaders(options, shards)}
+            if options.step:
+                results["train_step"] = _measure_steps(options, shards)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"benchmarks.throughput: {error}", file=sys.stderr)
+        return 2
+    if options.out:
+        save(options.out, "python -m benchmarks.throughput " + " ".join(arguments or sys.argv[1:]), results)
+    return 0
+
+
+def _measure_loaders(options: argparse.Namespace, shards: ShardSet) -> dict[str, Any]:
+    with ExitStack() as stack:
+        contestants: dict[str, Callable[[], float]] = {}
+        for backend in options.backends:
+            for threads in options.threads:
+                loader = stack.enter_context(_loader(options, shards, backend, threads))
+                contestants[f"{backend}, {threads} threads"] = lambda loader=loader: _loader_rate(loader, options)
+        rates = interleave(contestants, options.rounds)
+    title = f"loader: {options.views}, {options.batch_size} images a batch, {shards.manifest.num_samples} samples"
+    show(title, "images/s", rates, _baseline(rates, "torchvision"))
+    return {name: rate.rounds for name, rate in rates.items()}
+
+
+def _measure_steps(options: argparse.Namespace, shards: ShardSet) -> dict[str, Any]:
+    """Rates of the whole train step, fed by each backend and by the synthetic one."""
+    threads = max(options.threads)
+    step = _build_step(options)
+    with ExitStack() as stack:
+        contestants: dict[str, Callable[[], float]] = {}
+        for backend in dict.fromkeys([*options.backends, "synthetic"]):
+            loader = stack.enter_context(_loader(options, shards, backend, threads))
+            contestants[backend] = lambda loader=loader: rate_of(lambda: step(loader), options.seconds, warmup=1)
+        rates = interleave(contestants, options.rounds)
+    show(f"train step: SimCLR, {options.step}, fed by", "images/s", rates, "synthetic")
+    return {name: rate.rounds for name, rate in rates.items()}
+
+
+def _loader_rate(loader: Loader, options: argparse.Namespace) -> float:
+    def work() -> int:
+        return len(_finished(next(loader).labels))
+
+    # What was prefetched while other contestants ran is not this round's work.
+    return rate_of(work, options.seconds, warmup=options.prefetch + 1)
+
+
+def _build_step(options: argparse.Namespace) -> Callable[[Loader], int]:
+    from train.distributed import World
+    from train.encoder import EncoderConfig
+    from train.methods import build_method
+    from train.methods.simclr import SimCLRConfig
+    from train.optim import OptimConfig, build_optimizer
+    from train.step import TrainStep
+
+    world = World(device=_device())
+    method: Any = build_method(SimCLRConfig(), EncoderConfig(name=options.step), world.gather, 0)
+    method.to(world.device, memory_format=torch.channels_last)
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    train_step = TrainStep(method, method, build_optimizer(OptimConfig(), method), dtype)
+
+    def step(loader: Loader) -> int:
+        batch = next(loader)
+        loss, _ = train_step(batch.views, 0.01, 0.5)
+        _finished(loss)
+        return len(batch.labels)
+
+    return step
+
+
+def _finished(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, once the device has made it."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+    return tensor
+
+
+def _loader(options: argparse.Namespace, shards: ShardSet, backend: str, threads: int) -> Loader:
+    overrides: dict[str, Any] = {} if options.size is None else {"size": options.size}
+    specs: tuple[ViewSpec, ...] = preset(options.views, **overrides)
+    return Loader(
+        shards,
+        specs,
+        seed=0,
+        global_batch_size=options.batch_size,
+        backend=backend,
+        num_threads=threads,
+        prefetch=options.prefetch,
+        device=_device(),
+    )
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _generated_shards(stack: ExitStack) -> Path:
+    """Shards of generated images in a temporary directory, for a first look without data."""
+    from sharding.build import main as build
+
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "shards"
+    print("no --shards: measuring on generated 96 px images; for figures that mean something pass real shards")
+    if code := build(["--dataset", "demo", "--out", str(directory)]):
+        raise ValueError(f"the demo data set could not be built (exit code {code})")
+    return directory
+
+
+def _baseline(rates: dict[str, Any], wanted: str) -> str:
+    return next((name for name in rates if name.startswith(wanted)), next(iter(rates)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.throughput", description="Compare the loader backends, interleaved, on equal work."
+    )
+    parser.add_argument("--shards", type=Path, help="directory made by sharding.build (default: generated images)")
+    parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=["cpu", "dali", "torchvision"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[2], help="loader threads to try (default: 2)")
+    parser.add_argument("--views", choices=list(PRESETS), default="simclr", help="views to make (default: simclr)")
+    parser.add_argument("--size", type=int, help="side of all views, pixels (default: the preset's)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images a batch (default: 64)")
+    parser.add_argument("--prefetch", type=int, default=2, help="batches in the making (default: 2)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="timed seconds a round (default: 4)")
+    parser.add_argument("--step", metavar="ENCODER", help="also time the SimCLR train step of resnet18, resnet50, ...")
+    parser.add_argument("--out", type=Path, help="JSON file for the results, machine and versions")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
