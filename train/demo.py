@@ -1,0 +1,67 @@
+"""The whole path in one command, on generated images: shard, pretrain, evaluate, look. ``make demo`` runs it."""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+CONFIG = Path("configs/demo.yaml")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    data, run = options.data, options.run
+    commands = [
+        *(f"sharding.build --dataset demo --split {split} --out {data}/{split}" for split in ("train", "test")),
+        f"torch.distributed.run --standalone --nproc_per_node={num_processes()} -m train.pretrain --config {CONFIG} "
+        f"data.shards={data}/train run.dir={run} run.seed={options.seed}",
+        f"train.evaluate --checkpoint {run} --test {data}/test --protocol knn linear --untrained",
+        f"pipeline.preview --shards {data}/train --views {run}/config.yaml --out {run}/views.png",
+    ]
+    for command in commands:
+        print(f"\n$ python -m {command}", flush=True)
+        if code := subprocess.run([sys.executable, "-m", *shlex.split(command)], env=_environment()).returncode:
+            print(f"train.demo: this command failed with exit code {code}", file=sys.stderr)
+            return code
+    _summarise(run)
+    return 0
+
+
+def num_processes() -> int:
+    """Two, or one for each GPU where there are fewer GPUs than that."""
+    import torch
+
+    return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+
+
+def _environment() -> dict[str, str]:
+    """Two processes on a laptop's cores get one thread each unless the user decided otherwise."""
+    return {"OMP_NUM_THREADS": "1", **os.environ}
+
+
+def _summarise(run: Path) -> None:
+    newest = max(run.glob("evaluation-*.json"), key=lambda path: path.stat().st_mtime)
+    accuracy = json.loads(newest.read_text())["accuracy_percent"]
+    print("\nAccuracy on the test images, percent (chance: 10):")
+    for protocol, pretrained in accuracy["pretrained"].items():
+        print(f"  {protocol:<8} pretrained {pretrained:5.1f}   untrained {accuracy['untrained'][protocol]:5.1f}")
+    print(f"\nLook at {run}/views.png (the views) and {run}/curves.png (the curves).")
+    print(f"TensorBoard: tensorboard --logdir {run}/tensorboard")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.demo", description="Shard, pretrain, evaluate: everything, on generated images."
+    )
+    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="shards go here (default: data/demo)")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="the run goes here (default: runs/demo)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
