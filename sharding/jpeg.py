@@ -1,0 +1,133 @@
+"""What a JPEG file says about itself before any pixel is decoded: frame type, size, EXIF orientation.
+
+Marker codes are those of ITU-T T.81, table B.1; EXIF is a TIFF directory in an APP1 segment (JEITA CP-3451).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+SOI = b"\xff\xd8"
+BASELINE, PROGRESSIVE = 0xC0, 0xC2
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn: not DHT, JPG, DAC
+_STANDALONE = frozenset(range(0xD0, 0xD8)) | {0x01, 0xD8}  # markers without a length
+_APP1, _SOS, _EOI = 0xE1, 0xDA, 0xD9
+_EXIF = b"Exif\x00\x00"
+_ORIENTATION_TAG = 0x0112
+_INTEGER_FORMATS = {1: "B", 3: "H", 4: "I"}  # TIFF types BYTE, SHORT, LONG
+_XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)\s*([0-9])")
+
+
+class JpegError(ValueError):
+    """The file's structure is not that of a JPEG."""
+
+
+@dataclass(frozen=True)
+class JpegHeader:
+    """Pixels are as stored: orientation is not applied to `height` and `width`."""
+
+    frame: int  # SOFn marker code
+    precision: int  # bits a sample
+    height: int
+    width: int
+    num_components: int
+    orientation: int  # 1 to 8; 1 when nothing (readable) is said
+    bad_exif: tuple[tuple[int, int], ...]  # [start, end) of EXIF segments that readers may disagree about
+
+
+def read_header(data: bytes) -> JpegHeader:
+    """Walk the segments before the first scan.
+
+    Raises:
+        JpegError: no JPEG, or it ends (or breaks) before its frame header.
+    """
+    frame: tuple[int, int, int, int, int] | None = None
+    exif: list[tuple[int, int]] = []
+    xmp = 1
+    for marker, start, end in _segments(data):
+        if marker in _FRAMES:
+            frame = (marker, *_frame_fields(data[start + 4 : end]))
+        elif marker == _APP1 and data.startswith(_EXIF, start + 4):
+            exif.append((start, end))
+        elif marker == _APP1 and (found := _XMP_ORIENTATION.search(data, start, end)):
+            xmp = int(found[1])
+    if frame is None:
+        raise JpegError("the JPEG has no frame header before its first scan")
+    orientation, bad_exif = _resolve_orientation(data, exif, xmp)
+    return JpegHeader(*frame, orientation, bad_exif)
+
+
+def strip(data: bytes, ranges: tuple[tuple[int, int], ...]) -> bytes:
+    """Cut byte ranges out. Removing a whole APPn segment leaves every pixel as it was."""
+    kept, position = [], 0
+    for start, end in ranges:
+        kept.append(data[position:start])
+        position = end
+    return b"".join([*kept, data[position:]])
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, start of its 0xFF, end of the segment) up to the first scan."""
+    if not data.startswith(SOI):
+        raise JpegError("the file does not begin as a JPEG does")
+    position = 2
+    while position + 4 <= len(data):
+        if data[position] != 0xFF:
+            raise JpegError(f"no JPEG marker at byte {position}")
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+            continue
+        if marker in (_SOS, _EOI):
+            return
+        if marker in _STANDALONE:
+            position += 2
+            continue
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        if end < position + 4 or end > len(data):
+            raise JpegError(f"the JPEG segment at byte {position} ends past the file")
+        yield marker, position, end
+        position = end
+    raise JpegError("the JPEG ends before its first scan")
+
+
+def _frame_fields(body: bytes) -> tuple[int, int, int, int]:
+    if len(body) < 6:
+        raise JpegError("the JPEG's frame header is cut short")
+    return struct.unpack(">BHHB", body[:6])
+
+
+def _resolve_orientation(data: bytes, exif: list[tuple[int, int]], xmp: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """The first readable EXIF orientation, else XMP's; and segments broken, doubled or out of range."""
+    found: list[int] = []
+    bad: list[tuple[int, int]] = []
+    for start, end in exif:
+        orientation = _tiff_orientation(data[start + 4 + len(_EXIF) : end])
+        if orientation is None or not 0 < orientation < 9 or found:
+            bad.append((start, end))
+        else:
+            found.append(orientation)
+    said = [*found, xmp if 0 < xmp < 9 else 1]
+    return said[0], tuple(bad)
+
+
+def _tiff_orientation(tiff: bytes) -> int | None:
+    """Orientation in a TIFF block's first directory: 1 when absent, None when the block is broken."""
+    order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(tiff[:4])
+    if order is None or len(tiff) < 10:
+        return None
+    first = struct.unpack_from(f"{order}I", tiff, 4)[0]
+    if first + 2 > len(tiff):
+        return None
+    count = struct.unpack_from(f"{order}H", tiff, first)[0]
+    if first + 2 + 12 * count > len(tiff):
+        return None
+    for entry in range(first + 2, first + 2 + 12 * count, 12):
+        tag, kind, length = struct.unpack_from(f"{order}HHI", tiff, entry)
+        if tag == _ORIENTATION_TAG:
+            integer = _INTEGER_FORMATS.get(kind)
+            return None if integer is None or length != 1 else struct.unpack_from(order + integer, tiff, entry + 8)[0]
+    return 1

@@ -1,0 +1,235 @@
+"""What a finished shard directory holds: `manifest.json`, and `index.arrow` with one row a sample.
+
+The manifest is written last, so a directory that has one is complete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from sharding.storage import STATE, Directory
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+INDEX_FILE = "index.arrow"
+QUARANTINE_FILE = "quarantine.jsonl"
+SAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("offset", pa.int64(), nullable=False),  # of the JPEG's data in its archive, bytes
+        pa.field("size", pa.int32(), nullable=False),  # of the JPEG, bytes
+        pa.field("height", pa.int32(), nullable=False),  # as every backend decodes it
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),  # -1: none
+        pa.field("source_row", pa.int64(), nullable=False),
+    ]
+)
+INDEX_SCHEMA = SAMPLE_SCHEMA.insert(0, pa.field("shard", pa.int32(), nullable=False))
+
+
+class ShardError(ValueError):
+    """Something is wrong with a shard directory; the message says where, what and what to do."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    path: str  # relative, "lane-00/train-000000.tar"; its DALI index has the suffix .idx
+    lane: int
+    num_samples: int
+    num_bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class IndexFile:
+    num_bytes: int
+    xxh3_128: str
+    path: str = INDEX_FILE
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`num_read == num_samples + num_quarantined + num_surplus`; lanes are exactly equal."""
+
+    version: int
+    fingerprint: str  # of everything that decides order and content; not of paths, dates or library versions
+    source: dict[str, Any]
+    policy: dict[str, Any]
+    layout: dict[str, Any]  # lanes, shard size and seed, as asked for
+    seed: int
+    num_lanes: int
+    num_read: int
+    num_samples: int
+    num_quarantined: int
+    num_surplus: int
+    surplus_rows: tuple[int, ...]  # sound images left out so that lanes are equal; fewer than one a lane
+    changes: dict[str, int]  # images whose bytes are not the source's own, by what was done
+    class_names: tuple[str, ...]  # by label; empty for unlabelled data
+    shards: tuple[Shard, ...]  # by lane, then by number
+    index: IndexFile
+    libraries: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_samples_per_lane(self) -> int:
+        return self.num_samples // self.num_lanes
+
+    @classmethod
+    def load(cls, root: str | Path | Directory) -> Self:
+        """
+        Raises:
+            ShardError: no manifest, an unfinished build, another version, or other fields.
+        """
+        out = Directory.at(root)
+        if not out.exists(MANIFEST_FILE):
+            raise ShardError(_why_no_manifest(out))
+        try:
+            raw = json.loads(out.read(MANIFEST_FILE))
+        except ValueError as error:
+            raise ShardError(f"{out}/{MANIFEST_FILE}: is not JSON ({error}); rebuild the shards") from None
+        return cls._from_json(raw, f"{out}/{MANIFEST_FILE}")
+
+    def save(self, root: str | Path | Directory) -> None:
+        Directory.at(root).write(MANIFEST_FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+    @classmethod
+    def _from_json(cls, raw: Any, where: str) -> Self:
+        version = raw.get("version") if isinstance(raw, dict) else None
+        if version != FORMAT_VERSION:
+            raise ShardError(
+                f"{where}: format version {version!r}, this program reads version {FORMAT_VERSION}; "
+                "build the shards again with this program, or read them with the one that made them"
+            )
+        if difference := {f.name for f in fields(cls)} ^ set(raw):
+            raise ShardError(f"{where}: fields missing or unknown: {', '.join(sorted(difference))}")
+        shards = tuple(Shard(**shard) for shard in raw["shards"])
+        tuples = {name: tuple(raw[name]) for name in ("surplus_rows", "class_names")}
+        return cls(**{**raw, **tuples, "shards": shards, "index": IndexFile(**raw["index"])})
+
+
+@dataclass(frozen=True)
+class Index:
+    """Columns of `index.arrow`, memory-mapped; a sample's id is its row number.
+
+    Rows are ordered by lane, shard, and position in the shard, so lane `l` owns ids `[l * n, (l + 1) * n)`.
+    """
+
+    shard: NDArray[np.int32]  # row of `Manifest.shards`
+    offset: NDArray[np.int64]  # of the JPEG's data in its archive, bytes
+    size: NDArray[np.int32]  # of the JPEG, bytes
+    height: NDArray[np.int32]
+    width: NDArray[np.int32]
+    label: NDArray[np.int32]
+    source_row: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    @classmethod
+    def load(cls, root: str | Path | Directory) -> Self:
+        """Instant for a local directory at any size: nothing is read before it is used."""
+        out = Directory.at(root)
+        where = f"{out}/{INDEX_FILE}"
+        try:
+            if out.is_local:
+                file: Any = pa.memory_map(str(out.local_path(INDEX_FILE)))
+            else:
+                file = pa.BufferReader(out.read(INDEX_FILE))
+            batch = pa.ipc.open_file(file).get_batch(0)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ShardError(f"{where}: cannot be read ({error}); rebuild or repair the shards") from None
+        if not batch.schema.equals(INDEX_SCHEMA):
+            raise ShardError(f"{where}: expected columns {INDEX_SCHEMA.names}, found {batch.schema.names}")
+        return cls(*(batch.column(name).to_numpy(zero_copy_only=True) for name in INDEX_SCHEMA.names))
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A finished shard directory, checked by `open_shards`."""
+
+    directory: Directory
+    manifest: Manifest
+    index: Index
+
+    @property
+    def root(self) -> Path:
+        """The directory on this machine. Raises ValueError for shards behind a URL."""
+        return self.directory.local_path()
+
+
+def open_shards(root: str | Path | Directory) -> ShardSet:
+    """Open a shard directory after checking, by size and arithmetic alone, that its files fit together.
+
+    A truncated archive or a wrong index would otherwise end a memory-mapped read in SIGBUS or SIGSEGV.
+
+    Raises:
+        ShardError: names the first file that is missing or does not fit.
+    """
+    out = Directory.at(root)
+    manifest = Manifest.load(out)
+    check_sizes(out, manifest)
+    index = Index.load(out)
+    check_index(out, manifest, index)
+    return ShardSet(out, manifest, index)
+
+
+def check_sizes(out: Directory, manifest: Manifest) -> None:
+    sizes = out.sizes()
+    expected = {shard.path: shard.num_bytes for shard in manifest.shards}
+    expected[manifest.index.path] = manifest.index.num_bytes
+    for path, num_bytes in expected.items():
+        if sizes.get(path) != num_bytes:
+            found = f"found {sizes[path]}" if path in sizes else "it is missing"
+            raise ShardError(
+                f"{out}/{path}: expected {num_bytes} bytes, {found}; "
+                f"`python -m sharding.verify {out} --repair` restores it"
+            )
+
+
+def check_index(out: Directory, manifest: Manifest, index: Index) -> None:
+    """That the index has the manifest's samples in the manifest's order, inside their archives."""
+    where = f"{out}/{INDEX_FILE}"
+    counts = np.array([shard.num_samples for shard in manifest.shards])
+    if len(index) != manifest.num_samples or counts.sum() != manifest.num_samples:
+        raise ShardError(
+            f"{where}: expected {manifest.num_samples} samples, "
+            f"found {len(index)} rows, and shards of {counts.sum()}; build the shards again"
+        )
+    if not np.array_equal(index.shard, np.repeat(np.arange(len(counts)), counts)):
+        raise ShardError(f"{where}: its rows are not in the manifest's order; build the shards again")
+    ends = index.offset + index.size
+    limits = np.array([shard.num_bytes for shard in manifest.shards])[index.shard]
+    wrong = np.flatnonzero((index.offset < 512) | (index.size < 1) | (ends > limits))
+    if len(wrong):
+        row = int(wrong[0])
+        path = manifest.shards[index.shard[row]].path
+        raise ShardError(
+            f"{where}: sample {row} claims bytes {index.offset[row]} to {ends[row]} of {path}, "
+            f"which has {limits[row]}; build the shards again"
+        )
+
+
+def fingerprint(shards: Sequence[Shard], num_lanes: int, policy: dict[str, Any]) -> str:
+    """xxh3_128 over everything that decides the samples, their bytes and their order."""
+    content = {
+        "version": FORMAT_VERSION,
+        "num_lanes": num_lanes,
+        "policy": policy,
+        "shards": [(shard.lane, shard.num_samples, shard.xxh3_128) for shard in shards],
+    }
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def _why_no_manifest(out: Directory) -> str:
+    if not out.exists(""):
+        return f"{out}: no such directory; `python -m sharding.build --out {out}` makes it"
+    if out.exists(STATE):
+        return f"{out}: the build is unfinished; run the same `python -m sharding.build` command again"
+    return f"{out}: has no {MANIFEST_FILE}: not a shard directory; `python -m sharding.build` makes one"

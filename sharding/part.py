@@ -1,0 +1,109 @@
+"""The unit of work: one planned part of the source into one finished shard, as a pure function.
+
+A part's files depend on the source, the policy and the part alone, so any worker, in any order, now or after
+a crash, makes the same bytes. Its *record*, written last, says that it is done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import pyarrow as pa
+
+from sharding.encode import BadImageError, Policy, encode
+from sharding.manifest import SAMPLE_SCHEMA, Shard
+from sharding.plan import SPARE_LANE, Part
+from sharding.source import Source
+from sharding.storage import STATE, Directory
+from sharding.writer import ShardWriter
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all parts of a build share."""
+
+    source: Source
+    policy: Policy
+    out: Directory
+    prefix: str  # of shard names: the split
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one part. `samples` has the columns of `SAMPLE_SCHEMA`, in the order of the archive."""
+
+    shard: Shard
+    samples: pa.Table
+    quarantined: list[dict[str, Any]]
+    changes: dict[str, int]
+    source_bytes: int
+
+    def to_bytes(self) -> bytes:
+        about = {
+            "shard": asdict(self.shard),
+            "quarantined": self.quarantined,
+            "changes": self.changes,
+            "source_bytes": self.source_bytes,
+        }
+        sink = pa.BufferOutputStream()
+        table = self.samples.replace_schema_metadata({"record": json.dumps(about)})
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        return sink.getvalue().to_pybytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        table = pa.ipc.open_stream(data).read_all()
+        about = json.loads(table.schema.metadata[b"record"])
+        about["shard"] = Shard(**about["shard"])
+        return cls(samples=table.replace_schema_metadata(None), **about)
+
+
+def shard_name(prefix: str, lane: int, number: int) -> str:
+    return f"{STATE}/spare.tar" if lane == SPARE_LANE else f"lane-{lane:02d}/{prefix}-{number:06d}.tar"
+
+
+def record_name(part: Part) -> str:
+    return f"{STATE}/parts/{part.lane}-{part.number}.arrow"
+
+
+def index_name(shard_path: str) -> str:
+    """Name of a shard's DALI index."""
+    return shard_path.removesuffix(".tar") + ".idx"
+
+
+def write_part(job: Job, part: Part) -> Record:
+    """Read, check and write the rows of one part, then its DALI index and its record."""
+    name = shard_name(job.prefix, part.lane, part.number)
+    rows: list[tuple[int, ...]] = []
+    quarantined: list[dict[str, Any]] = []
+    changes: Counter[str] = Counter()
+    source_bytes = 0
+    with job.out.publish(name) as path, ShardWriter(path) as writer:
+        for row in part.rows.tolist():
+            data, label = job.source.read(row)
+            source_bytes += len(data)
+            try:
+                image = encode(data, job.policy)
+            except BadImageError as error:
+                quarantined.append({"source_row": row, "key": f"{row:08d}", "label": label, "reason": str(error)})
+                continue
+            if image.change:
+                changes[image.change] += 1
+            offset = writer.add(row, image.data, label)
+            rows.append((offset, len(image.data), image.height, image.width, label, row))
+    job.out.write(index_name(name), writer.index)
+    shard = Shard(name, part.lane, len(rows), writer.num_bytes, writer.digest)
+    record = Record(shard, _samples(rows), quarantined, dict(changes), source_bytes)
+    job.out.write(record_name(part), record.to_bytes())
+    return record
+
+
+def _samples(rows: list[tuple[int, ...]]) -> pa.Table:
+    columns = zip(*rows, strict=True) if rows else [()] * len(SAMPLE_SCHEMA)
+    return pa.Table.from_arrays(
+        [pa.array(list(c), f.type) for c, f in zip(columns, SAMPLE_SCHEMA, strict=True)], schema=SAMPLE_SCHEMA
+    )

@@ -1,0 +1,126 @@
+"""A directory on a local disk or behind any fsspec URL, in which files appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+STATE = ".build"  # everything unfinished lives below this name; it is gone from a finished directory
+
+
+@dataclass(frozen=True)
+class Directory:
+    """`url` is a local path or an fsspec URL (`s3://bucket/shards`); names are relative, with `/`."""
+
+    url: str
+
+    @staticmethod
+    def at(location: str | Path | Directory) -> Directory:
+        return location if isinstance(location, Directory) else Directory(str(location).rstrip("/") or "/")
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        return self._resolved()[0]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        """Path of `name` as the file system wants it (for a local directory: absolute)."""
+        root = self._resolved()[1]
+        return f"{root}/{name}" if name else root
+
+    def local_path(self, name: str = "") -> Path:
+        if not self.is_local:
+            raise ValueError(f"{self.url}: is not a local directory")
+        return Path(self.path(name))
+
+    def exists(self, name: str) -> bool:
+        return bool(self.fs.exists(self.path(name)))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file below this directory, by relative name. One listing, no file is opened."""
+        if not self.exists(""):
+            return {}
+        root = self.path("")
+        found = self.fs.find(root, detail=True)
+        return {name[len(root) :].lstrip("/"): int(info["size"]) for name, info in found.items()}
+
+    def open(self, name: str) -> BinaryIO:
+        return cast(BinaryIO, self.fs.open(self.path(name), "rb"))
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        return cast(bytes, self.fs.cat_file(self.path(name), start=start, end=end))
+
+    def write(self, name: str, data: bytes) -> None:
+        with self.publish(name) as path:
+            path.write_bytes(data)
+
+    @contextlib.contextmanager
+    def publish(self, name: str) -> Iterator[Path]:
+        """Yield a local path to write. When the block ends without an error the file appears as `name`:
+        renamed after an fsync on a local disk, in one upload elsewhere (object stores show whole objects).
+        """
+        with tempfile.TemporaryDirectory(prefix="tmp-", dir=self._staging()) as staging:
+            path = Path(staging) / Path(name).name
+            yield path
+            if self.is_local:
+                _rename_durably(path, self.local_path(name))
+            else:
+                self.fs.put_file(str(path), self.path(name))
+
+    def rename(self, old: str, new: str) -> None:
+        if self.is_local:
+            _rename_durably(self.local_path(old), self.local_path(new))
+        else:
+            self.fs.mv(self.path(old), self.path(new))
+
+    def remove(self, name: str) -> None:
+        self.fs.rm(self.path(name))
+
+    def remove_state(self) -> None:
+        """Delete everything unfinished."""
+        if self.is_local:
+            shutil.rmtree(self.local_path(STATE), ignore_errors=True)
+        elif self.exists(STATE):
+            self.fs.rm(self.path(STATE), recursive=True)
+
+    def _staging(self) -> Path | None:
+        """Where to write before publishing: the same file system when local, else the machine's own."""
+        if not self.is_local:
+            return None
+        staging = self.local_path(STATE)
+        staging.mkdir(parents=True, exist_ok=True)
+        return staging
+
+    def _resolved(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        fs, root = fsspec.core.url_to_fs(self.url)
+        return fs, root.rstrip("/")
+
+
+def _rename_durably(old: Path, new: Path) -> None:
+    _fsync(old)
+    new.parent.mkdir(parents=True, exist_ok=True)
+    old.replace(new)
+    _fsync(new.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

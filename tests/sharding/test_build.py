@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sharding.build import BuildError, main
+from sharding.engine import processes
+from sharding.manifest import open_shards
+from tests.sharding.conftest import build_shards, files, jpeg, write_parquet
+
+
+def test_bytes_do_not_depend_on_the_workers(parquet: Path, shards: Path, tmp_path: Path) -> None:
+    build_shards(parquet, tmp_path / "two", engine=processes(2))
+    assert files(tmp_path / "two") == files(shards)
+
+
+def test_refused_images_are_listed_and_lanes_stay_equal(tmp_path: Path) -> None:
+    images = [jpeg(i) for i in range(50)]
+    for row in (4, 11, 12, 13, 40):
+        images[row] = images[row][:-40]
+    images[20] = b""
+    source = write_parquet(tmp_path / "source", images, [0] * 50)
+    manifest = build_shards(source, tmp_path / "out", max_quarantine=0.2)
+    assert (manifest.num_read, manifest.num_quarantined, manifest.num_samples) == (50, 6, 44)
+    lines = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
+    assert [line["source_row"] for line in lines] == [4, 11, 12, 13, 20, 40]
+    assert [line["key"] for line in lines][:2] == ["00000004", "00000011"]
+    assert {line["reason"] for line in lines} == {"Premature end of JPEG file", "empty: 0 bytes"}
+    index = open_shards(tmp_path / "out").index
+    assert sorted(index.source_row.tolist()) == sorted(set(range(50)) - {4, 11, 12, 13, 20, 40})
+
+
+def test_too_many_refused_images_stop_the_build(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "source", [jpeg(i) for i in range(20)] + [b"", b"x"], [0] * 22)
+    with pytest.raises(BuildError, match=r"cannot be used, more than the 0 .*--max-quarantine"):
+        build_shards(source, tmp_path / "out")
+    assert len((tmp_path / "out/quarantine.jsonl").read_text().splitlines()) >= 1
+    manifest = build_shards(source, tmp_path / "out", max_quarantine=0.5)
+    assert manifest.num_quarantined == 2
+
+
+def test_the_same_command_again_changes_nothing(parquet: Path, tmp_path: Path) -> None:
+    build_shards(parquet, tmp_path / "out")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    build_shards(parquet, tmp_path / "out")
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+
+def test_a_changed_option_is_refused_by_name(parquet: Path, tmp_path: Path) -> None:
+    build_shards(parquet, tmp_path / "out")
+    with pytest.raises(BuildError, match=r"--lanes 4, now it is 2"):
+        build_shards(parquet, tmp_path / "out", lanes=2)
+
+
+def test_foreign_files_are_not_touched(parquet: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(BuildError, match=r"thesis\.txt"):
+        build_shards(parquet, tmp_path)
+    assert files(tmp_path) == {"thesis.txt": b"mine"}
+
+
+def test_command_reports_what_it_built(parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["--dataset", str(parquet), "--out", str(out), "--lanes", "2", "--workers", "1"]) == 0
+    assert "60 images in 2 shards" in capsys.readouterr().out
+    assert main(["--dataset", str(parquet), "--out", str(out), "--lanes", "3"]) == 2
+    assert "--lanes" in capsys.readouterr().err
+
+
+def test_without_access_one_message_says_what_is_needed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sharding.build", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for needed in ("ILSVRC/imagenet-1k", "hf auth login", "accept the terms", "--dataset"):
+        assert needed in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from sharding.manifest import Index, Manifest, ShardError, fingerprint, open_shards
+from sharding.source import SourceSpec, open_source
+
+
+def test_sample_ids_lead_to_the_source_images(shards: Path, parquet: Path, images: list[bytes]) -> None:
+    opened = open_shards(shards)
+    manifest, index = opened.manifest, opened.index
+    assert opened.root == shards
+    assert (manifest.num_samples, manifest.num_samples_per_lane, manifest.num_surplus) == (60, 15, 1)
+    lanes = np.array([shard.lane for shard in manifest.shards])[index.shard]
+    assert lanes.tolist() == np.repeat(np.arange(4), 15).tolist()
+    assert sorted([*index.source_row.tolist(), *manifest.surplus_rows]) == list(range(61))
+    for row in range(len(index)):
+        data = (shards / manifest.shards[index.shard[row]].path).read_bytes()
+        start, size = index.offset[row], index.size[row]
+        assert data[start : start + size] == images[index.source_row[row]]
+        assert index.label[row] == index.source_row[row] % 3
+    assert set(zip(index.height.tolist(), index.width.tolist(), strict=True)) == {(48, 64)}
+    assert manifest.class_names == open_source(SourceSpec(str(parquet))).class_names
+
+
+def test_manifest_survives_a_round_trip(shards: Path, tmp_path: Path) -> None:
+    manifest = Manifest.load(shards)
+    manifest.save(tmp_path)
+    assert Manifest.load(tmp_path) == manifest
+
+
+def test_index_is_mapped_not_read(shards: Path) -> None:
+    before = pa.total_allocated_bytes()
+    index = Index.load(shards)
+    assert pa.total_allocated_bytes() == before
+    assert not index.offset.flags.writeable
+
+
+def test_fingerprint_follows_order_and_content_alone(shards: Path) -> None:
+    manifest = Manifest.load(shards)
+    same = fingerprint(manifest.shards, manifest.num_lanes, manifest.policy)
+    assert same == manifest.fingerprint
+    assert fingerprint(manifest.shards[::-1], manifest.num_lanes, manifest.policy) != same
+    assert fingerprint(manifest.shards, manifest.num_lanes, {**manifest.policy, "quality": 1}) != same
+
+
+def _edit(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    def edit(root: Path) -> None:
+        raw = json.loads((root / "manifest.json").read_text())
+        change(raw)
+        (root / "manifest.json").write_text(json.dumps(raw))
+
+    return edit
+
+
+def _truncate(path: Path, cut: int) -> None:
+    path.write_bytes(path.read_bytes()[:-cut])
+
+
+def _unsorted_index(root: Path) -> None:
+    path = root / "index.arrow"
+    table = pa.ipc.open_file(path.read_bytes()).read_all()
+    offsets = table.column("offset").to_numpy().copy()
+    offsets[7] += 1 << 30
+    table = table.set_column(1, table.schema.field("offset"), pa.array(offsets))
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: (root / "manifest.json").unlink(), "has no manifest.json"),
+        (lambda root: (root / "manifest.json").write_text("{"), "is not JSON"),
+        (_edit(lambda raw: raw.update(version=99)), "format version 99"),
+        (_edit(lambda raw: raw.pop("seed")), "missing or unknown: seed"),
+        (
+            lambda root: (root / "lane-01/train-000001.tar").unlink(),
+            "train-000001.tar: .* it is missing",
+        ),
+        (
+            lambda root: _truncate(root / "lane-02/train-000000.tar", 512),
+            "train-000000.tar: expected",
+        ),
+        (lambda root: _truncate(root / "index.arrow", 8), "index.arrow: expected"),
+        (_unsorted_index, "sample 7 claims bytes"),
+        (shutil.rmtree, "no such directory"),
+    ],
+    ids=["none", "json", "version", "field", "missing", "truncated", "index", "offset", "nothing"],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    shards: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(shards, root)
+    damage(root)
+    with pytest.raises(ShardError, match=message):
+        open_shards(root)
