@@ -1,0 +1,347 @@
+"""The demo data set: generated pictures of ten kinds of objects, in the form that ImageNet has on the hub.
+
+    python -m sharding.demo --out sheet.png        # a contact sheet, a row per class
+
+A class is a silhouette with its own kind of marking (a fish has scales, a leaf has veins). Everything else varies:
+colours, size, position, turn and tilt, light, background, clutter, what is in front, exposure, sharpness, noise.
+Colour and raw pixels tell little about the class, so that an encoder has to learn something to do well.
+
+Distances and coordinates are in units of the object's radius; images are float32 (SIZE, SIZE, 3) in [0, 1].
+"""
+
+import argparse
+import io
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Array = NDArray[np.floating]
+Draws = np.random.Generator
+Shape = Callable[[Array, Array], Array]  # signed distance to the outline at (u, v), v upwards; negative inside
+Marking = Callable[[Array, Array], Array]  # 0 to 1 at (u, v): where the object has its second colour
+
+SIZE = 96  # pixels
+NUM_IMAGES = {"train": 4000, "test": 1000}
+_STREAMS = {"train": 0, "test": 1}
+_Y, _X = np.mgrid[1 : -1 : SIZE * 1j, -1 : 1 : SIZE * 1j].astype(np.float32)
+
+
+def load_demo(split: str = "train", seed: int = 0, num_images: int | None = None) -> "Dataset":
+    """The split as a `datasets.Dataset` of ``image`` (JPEG bytes) and ``label``; classes take turns.
+
+    Image i depends on (seed, split, i) only: a smaller ``num_images`` is a prefix, and splits share no randomness.
+    Raises ValueError for an unknown split or a size below 1.
+    """
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+    from rich.progress import track
+
+    if split not in NUM_IMAGES:
+        raise ValueError(f"demo: expected split {' or '.join(NUM_IMAGES)}, found {split!r}")
+    count = NUM_IMAGES[split] if num_images is None else num_images
+    if count < 1 or seed < 0:
+        raise ValueError(f"demo: expected num_images >= 1 and seed >= 0, found {count} and {seed}")
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=list(CLASSES))})
+    indices = track(range(count), f"demo images, {split}", transient=True)
+    images = [{"bytes": encode(draw(split, seed, i), _rng(split, seed, i, 1)), "path": None} for i in indices]
+    labels = [i % len(CLASSES) for i in range(count)]
+    return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def draw(split: str, seed: int, i: int) -> Array:
+    """Picture i, of class ``i % len(CLASSES)``."""
+    rng = _rng(split, seed, i, 0)
+    shape, marking = list(CLASSES.values())[i % len(CLASSES)]
+    light = _light(rng)
+    canvas = _background(rng)
+    for _ in range(rng.integers(0, 4)):
+        canvas = _place(canvas, _clutter, _halves, light, rng, radius=rng.uniform(0.08, 0.25), reach=0.9)
+    canvas = _place(canvas, shape, marking, light, rng, radius=rng.uniform(0.5, 0.8), reach=0.25)
+    if rng.random() < 0.3:
+        canvas = _place(canvas, _clutter, _halves, light, rng, radius=rng.uniform(0.08, 0.2), reach=0.9)
+    return _photograph(canvas, rng)
+
+
+def encode(image: Array, rng: Draws) -> bytes:
+    buffer = io.BytesIO()
+    pixels = Image.fromarray((image * 255 + 0.5).astype(np.uint8))
+    pixels.save(buffer, "JPEG", quality=int(rng.integers(75, 96)))
+    return buffer.getvalue()
+
+
+def _rng(split: str, seed: int, i: int, stage: int) -> Draws:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _STREAMS[split], i, stage])))
+
+
+# Shapes
+
+
+def _ball(u: Array, v: Array) -> Array:
+    return np.hypot(u, v) - 0.85
+
+
+def _donut(u: Array, v: Array) -> Array:
+    return np.abs(np.hypot(u, v) - 0.6) - 0.3
+
+
+def _star(u: Array, v: Array) -> Array:
+    return 0.6 * (np.hypot(u, v) - 0.6 - 0.33 * np.cos(5 * np.arctan2(u, v)))
+
+
+def _heart(u: Array, v: Array) -> Array:
+    side, v = np.abs(u), v + 0.12
+    square = (side + np.abs(v) - 0.75) / np.sqrt(2, dtype=np.float32)
+    return np.minimum(square, np.hypot(side - 0.375, v - 0.375) - 0.53)
+
+
+def _flower(u: Array, v: Array) -> Array:
+    return 0.7 * (np.hypot(u, v) - 0.45 - 0.5 * np.abs(np.cos(3 * np.arctan2(u, v))))
+
+
+def _gear(u: Array, v: Array) -> Array:
+    radius = np.hypot(u, v)
+    teeth = 0.6 * (radius - 0.78 - 0.13 * np.tanh(3 * np.cos(10 * np.arctan2(u, v))))
+    return np.maximum(teeth, 0.28 - radius)
+
+
+def _fish(u: Array, v: Array) -> Array:
+    body = 0.45 * (np.hypot((u - 0.22) / 0.75, v / 0.48) - 1)
+    tail = np.maximum((np.abs(v) - 0.9 * (-0.3 - u)) / 1.35, -0.95 - u)
+    return np.minimum(body, tail)
+
+
+def _mushroom(u: Array, v: Array) -> Array:
+    cap = np.maximum(np.hypot(u, v + 0.05) - 0.92, -0.05 - v)
+    stem = np.maximum(np.abs(u) - 0.28 + 0.1 * v, np.abs(v + 0.35) - 0.5)
+    return np.minimum(cap, stem)
+
+
+def _moon(u: Array, v: Array) -> Array:
+    return np.maximum(np.hypot(u, v) - 0.92, 0.75 - np.hypot(u - 0.5, v - 0.1))
+
+
+def _leaf(u: Array, v: Array) -> Array:
+    blade = np.hypot(u, np.abs(v) + 0.6) - 1.1
+    return np.minimum(blade, np.maximum(np.abs(v) - 0.05, np.abs(u + 0.9) - 0.25))
+
+
+def _clutter(u: Array, v: Array) -> Array:
+    return np.maximum(np.abs(u) - 0.9, np.abs(v) - 0.4)
+
+
+# Markings
+
+
+def _step(x: Array, softness: float = 0.15) -> Array:
+    """A soft 0 to 1 step at x = 0, ``softness`` wide."""
+    return np.clip(x / softness + 0.5, 0, 1)
+
+
+def _halves(u: Array, v: Array) -> Array:
+    return _step(u + v)
+
+
+def _segments(u: Array, v: Array) -> Array:
+    return _step(np.sin(4 * np.arctan2(v - 0.25, u + 0.1)), 0.4)
+
+
+def _spots(u: Array, v: Array, spacing: float, radius: float) -> Array:
+    """Dots on a staggered grid."""
+    row = v / spacing
+    column = u / spacing + 0.5 * (np.floor(row) % 2)
+    return _step(radius - np.hypot(column % 1 - 0.5, row % 1 - 0.5), 0.12)
+
+
+def _sprinkles(u: Array, v: Array) -> Array:
+    return np.maximum(_spots(u, 0.4 * v + 0.3 * u, 0.2, 0.25), _spots(0.4 * u - 0.3 * v, v, 0.2, 0.25))
+
+
+def _bands(u: Array, v: Array) -> Array:
+    return _step(np.cos(16 * np.hypot(u, v)), 0.5)
+
+
+def _checks(u: Array, v: Array) -> Array:
+    return _step(np.sin(9 * (u + v)) * np.sin(9 * (u - v)), 0.3)
+
+
+def _eye(u: Array, v: Array) -> Array:
+    return _step(0.3 - np.hypot(u, v), 0.06)
+
+
+def _grooves(u: Array, v: Array) -> Array:
+    return 0.5 + 0.5 * np.sin(40 * np.hypot(u, v))
+
+
+def _scales(u: Array, v: Array) -> Array:
+    column = u / 0.22
+    row = v / 0.22 + 0.5 * (np.floor(column) % 2)
+    return _step(np.hypot(column % 1, row % 1 - 0.5) - 0.55, 0.3)
+
+
+def _dots(u: Array, v: Array) -> Array:
+    return _spots(u, v, 0.42, 0.3) * _step(v + 0.05)
+
+
+def _craters(u: Array, v: Array) -> Array:
+    return np.maximum(_spots(u, v, 0.37, 0.25), _spots(v + 0.1, u, 0.23, 0.2))
+
+
+def _veins(u: Array, v: Array) -> Array:
+    return np.maximum(_step(0.05 - np.abs(v), 0.05), _step(np.sin(22 * (u - 0.8 * np.abs(v))) - 0.5, 0.5))
+
+
+CLASSES: dict[str, tuple[Shape, Marking]] = {
+    "ball": (_ball, _segments),
+    "donut": (_donut, _sprinkles),
+    "star": (_star, _bands),
+    "heart": (_heart, _checks),
+    "flower": (_flower, _eye),
+    "gear": (_gear, _grooves),
+    "fish": (_fish, _scales),
+    "mushroom": (_mushroom, _dots),
+    "moon": (_moon, _craters),
+    "leaf": (_leaf, _veins),
+}
+
+
+# Scenes
+
+
+def _light(rng: Draws) -> Array:
+    """The direction towards the light, a unit vector (x, y, z); z towards the viewer."""
+    angle, height = rng.uniform(0, 2 * np.pi), rng.uniform(0.45, 0.85)
+    flat = np.sqrt(1 - height**2)
+    return np.array([flat * np.cos(angle), flat * np.sin(angle), height], np.float32)
+
+
+def _colour(rng: Draws, value: tuple[float, float]) -> Array:
+    """A random hue and saturation with the given range of brightness, (3,)."""
+    hue, saturation, top = rng.random(), rng.uniform(0.1, 0.95), rng.uniform(*value)
+    ramp = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
+    return (top * (1 - saturation * (1 - ramp))).astype(np.float32)
+
+
+def _two_colours(rng: Draws) -> tuple[Array, Array]:
+    """A dark and a light one, in random order, so that a marking also shows in grey."""
+    dark, bright = _colour(rng, (0.1, 0.5)), _colour(rng, (0.7, 1.0))
+    return (dark, bright) if rng.random() < 0.5 else (bright, dark)
+
+
+def _mix(first: Array, second: Array, share: Array) -> Array:
+    """``share`` (SIZE, SIZE) of the second."""
+    return first + share[..., None] * (second - first)
+
+
+def _clouds(rng: Draws, cells: int, octaves: int) -> Array:
+    """Smooth noise in [0, 1], its coarsest grain SIZE / ``cells`` pixels."""
+    total = np.zeros((SIZE, SIZE), np.float32)
+    for octave in range(octaves):
+        grid = rng.random((cells * 2**octave, cells * 2**octave), dtype=np.float32)
+        total += np.asarray(Image.fromarray(grid).resize((SIZE, SIZE), Image.Resampling.BICUBIC)) * 0.5**octave
+    low, high = total.min(), total.max()
+    return (total - low) / (high - low)
+
+
+def _background(rng: Draws) -> Array:
+    """Two colours, mixed by a gradient, clouds, stripes, checks or dots, under a faint cloud layer."""
+    angle, period = rng.uniform(0, np.pi), rng.uniform(8, 30)
+    u, v = _X * np.cos(angle) + _Y * np.sin(angle), _Y * np.cos(angle) - _X * np.sin(angle)
+    kind = rng.integers(6)
+    if kind <= 1:
+        pattern = 0.5 + 0.4 * u
+    elif kind == 2:
+        pattern = _clouds(rng, int(rng.integers(2, 12)), 4)
+    elif kind == 3:
+        pattern = _step(np.sin(period * u), 0.5)
+    elif kind == 4:
+        pattern = _step(np.sin(period * u) * np.sin(period * v), 0.3)
+    else:
+        pattern = _spots(u, v, 6 / period, 0.3)
+    share = rng.uniform(0.3, 1.0) * pattern + 0.3 * _clouds(rng, 3, 3)
+    return _mix(_colour(rng, (0.1, 1.0)), _colour(rng, (0.1, 1.0)), np.clip(share, 0, 1).astype(np.float32))
+
+
+def _place(
+    canvas: Array, shape: Shape, marking: Marking, light: Array, rng: Draws, *, radius: float, reach: float
+) -> Array:
+    """The canvas with a shaded object of random pose and colours on it, and the object's shadow.
+
+    ``radius`` is relative to half the image; the centre is up to ``reach`` away from the image's.
+    """
+    u, v = _pose(rng, radius, reach)
+    distance = shape(u, v).astype(np.float32)
+    pixel = 2 / SIZE / radius
+    cover = np.clip(0.5 - distance / pixel, 0, 1)
+    pattern = marking(u, v).astype(np.float32)
+    colour = _mix(*_two_colours(rng), pattern)
+    lit = _shade(colour, distance, pattern, light, pixel, rng)
+    offset = rng.uniform(2, 7) * light
+    shadow = np.roll(np.clip(0.5 - distance / (6 * pixel), 0, 1), (round(offset[1]), round(-offset[0])), (0, 1))
+    return _mix(canvas * (1 - 0.6 * shadow[..., None]), lit, cover)
+
+
+def _pose(rng: Draws, radius: float, reach: float) -> tuple[Array, Array]:
+    """Object coordinates (u, v) of every pixel: shifted, turned, foreshortened along one axis, perhaps mirrored."""
+    x = (_X - rng.uniform(-reach, reach)) / radius
+    y = (_Y - rng.uniform(-reach, reach)) / radius
+    turn, axis, tilt = rng.uniform(-0.8, 0.8), rng.uniform(0, np.pi), rng.uniform(1, 1.5)
+    along, across = x * np.cos(axis) + y * np.sin(axis), (y * np.cos(axis) - x * np.sin(axis)) * tilt
+    back = turn - axis
+    u, v = along * np.cos(back) + across * np.sin(back), across * np.cos(back) - along * np.sin(back)
+    mirrored = rng.random() < 0.5
+    return (-u if mirrored else u).astype(np.float32), v.astype(np.float32)
+
+
+def _shade(colour: Array, distance: Array, pattern: Array, light: Array, pixel: float, rng: Draws) -> Array:
+    """Diffuse and specular light on a surface that is rounded towards its outline and embossed by its marking."""
+    rim = np.clip(1 + distance / rng.uniform(0.3, 0.6), 0, 1)
+    height = np.sqrt(1 - rim**2 + 1e-3) * 0.4 + rng.uniform(-0.03, 0.06) * pattern
+    down, right = np.gradient(height, pixel)
+    scale = 1 / np.sqrt(1 + down**2 + right**2)
+    facing = np.clip((light[2] - right * light[0] + down * light[1]) * scale, 0, 1)
+    gloss = rng.uniform(0, 0.7) * facing ** rng.uniform(8, 40)
+    return np.clip(colour * (0.25 + 0.85 * facing)[..., None] + gloss[..., None], 0, 1)
+
+
+def _photograph(canvas: Array, rng: Draws) -> Array:
+    """Uneven light, exposure, white balance and sensor noise."""
+    angle = rng.uniform(0, 2 * np.pi)
+    falloff = 1 + rng.uniform(0, 0.4) * (_X * np.cos(angle) + _Y * np.sin(angle))
+    tint = rng.uniform(0.85, 1.15, 3) * rng.uniform(0.65, 1.15)
+    noise = rng.normal(0, rng.uniform(0.005, 0.04), canvas.shape)
+    return np.clip(canvas * falloff[..., None] * tint + noise, 0, 1).astype(np.float32)
+
+
+def contact_sheet(columns: int = 12, seed: int = 0, split: str = "train") -> Image.Image:
+    """The first ``columns`` images of each class, a row per class."""
+    rows = [
+        np.hstack([draw(split, seed, label + column * len(CLASSES)) for column in range(columns)])
+        for label in range(len(CLASSES))
+    ]
+    return Image.fromarray((np.vstack(rows) * 255 + 0.5).astype(np.uint8))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sharding.demo", description="Draw a sheet of the demo's images.")
+    parser.add_argument("--out", type=Path, required=True, help="picture to write, e.g. sheet.png")
+    parser.add_argument("--seed", type=int, default=0, help="of the data set (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        contact_sheet(seed=options.seed).save(options.out)
+    except (ValueError, OSError) as error:
+        print(f"sharding.demo: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: a row per class: {', '.join(CLASSES)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
