@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def _measure_loaders(options: argparse.Namespace, shards: ShardSet) -> dict[str,
         for backend in options.backends:
             for threads in options.threads:
                 loader = stack.enter_context(_loader(options, shards, backend, threads))
-                contestants[f"{backend}, {threads} threads"] = lambda loader=loader: _loader_rate(loader, options)
+                contestants[f"{backend}, {threads} threads"] = partial(_loader_rate, loader, options)
         rates = interleave(contestants, options.rounds)
     title = f"loader: {options.views}, {options.batch_size} images a batch, {shards.manifest.num_samples} samples"
     show(title, "images/s", rates, _baseline(rates, "torchvision"))
@@ -63,7 +64,7 @@ def _measure_steps(options: argparse.Namespace, shards: ShardSet) -> dict[str, A
         contestants: dict[str, Callable[[], float]] = {}
         for backend in dict.fromkeys([*options.backends, "synthetic"]):
             loader = stack.enter_context(_loader(options, shards, backend, threads))
-            contestants[backend] = lambda loader=loader: rate_of(lambda: step(loader), options.seconds, warmup=1)
+            contestants[backend] = partial(rate_of, partial(step, loader), options.seconds, warmup=1)
         rates = interleave(contestants, options.rounds)
     show(f"train step: SimCLR, {options.step}, fed by", "images/s", rates, "synthetic")
     return {name: rate.rounds for name, rate in rates.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from train.distributed import session
 
@@ -19,7 +19,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
     """
     with tempfile.TemporaryDirectory() as directory:
         port = 20000 + os.getpid() % 20000 + world_size
-        mp.spawn(_rank, (world_size, port, directory, function, arguments), nprocs=world_size)
+        spawn(_rank, (world_size, port, directory, function, arguments), nprocs=world_size)
         return [torch.load(Path(directory) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

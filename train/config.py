@@ -60,14 +60,14 @@ class RunConfig(BaseModel):
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: DataConfig = DataConfig()  # type: ignore[call-arg]  # all fields have defaults
+    data: DataConfig = DataConfig()
     views: Annotated[tuple[ViewSpec, ...], BeforeValidator(_expand_preset), Field(min_length=1)] = tuple(
         ViewSpec(**group) for group in PRESETS["simclr"]
     )
-    encoder: EncoderConfig = EncoderConfig()  # type: ignore[call-arg]
-    method: MethodConfig = SimCLRConfig()  # type: ignore[call-arg]
-    optim: OptimConfig = OptimConfig()  # type: ignore[call-arg]
-    run: RunConfig = RunConfig()  # type: ignore[call-arg]
+    encoder: EncoderConfig = EncoderConfig()
+    method: MethodConfig = SimCLRConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

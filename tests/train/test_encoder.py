@@ -7,7 +7,7 @@ from train.encoder import Encoder, EncoderConfig
 
 @pytest.mark.parametrize(("name", "reference"), [("resnet18", resnet18), ("resnet50", resnet50)])
 def test_standard_width_is_torchvisions_network(name: str, reference: type) -> None:
-    encoder = Encoder(EncoderConfig(name=name))  # type: ignore[arg-type]
+    encoder = Encoder(EncoderConfig(name=name))
     expected = reference()
     expected.fc = torch.nn.Identity()
     encoder.backbone.load_state_dict(expected.state_dict())
@@ -17,7 +17,7 @@ def test_standard_width_is_torchvisions_network(name: str, reference: type) -> N
 
 @pytest.mark.parametrize(("name", "width", "features"), [("resnet18", 16, 128), ("resnet50", 64, 2048)])
 def test_num_features(name: str, width: int, features: int) -> None:
-    encoder = Encoder(EncoderConfig(name=name, width=width))  # type: ignore[arg-type]
+    encoder = Encoder(EncoderConfig(name=name, width=width))
     assert encoder.num_features == features
     assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, features)
 

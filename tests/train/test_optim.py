@@ -39,7 +39,7 @@ def test_lars_follows_the_reference_under_a_moving_rate(shape: tuple[int, ...], 
 def test_found_inf_leaves_parameters_and_state_alone(name: str) -> None:
     torch.manual_seed(0)
     module = nn.Linear(3, 2)
-    optimizer = build_optimizer(OptimConfig(name=name), module)  # type: ignore[arg-type]
+    optimizer = build_optimizer(OptimConfig(name=name), module)
     stopped = torch.zeros(())
     optimizer.found_inf, optimizer.grad_scale = stopped, None  # type: ignore[attr-defined]
     for group in optimizer.param_groups:

@@ -12,7 +12,7 @@ def small_run(optimizer: str) -> tuple[SimCLR, TrainStep]:
     method = SimCLR(
         SimCLRConfig(hidden=32, out=16, layers=2), EncoderConfig(name="resnet18", width=8), gather=lambda z: z, rank=0
     )
-    optim = build_optimizer(OptimConfig(name=optimizer), method)  # type: ignore[arg-type]
+    optim = build_optimizer(OptimConfig(name=optimizer), method)
     return method, TrainStep(method, method, optim, torch.float32)
 
 

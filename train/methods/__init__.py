@@ -21,9 +21,10 @@ Gather = Callable[[torch.Tensor], torch.Tensor]
 class Method(Protocol):
     """An `nn.Module` with an ``encoder``, trained in two parts so that embeddings can be made in pieces."""
 
-    encoder: nn.Module
+    @property
+    def encoder(self) -> nn.Module: ...
 
-    def __call__(self, views: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, views: list[torch.Tensor]) -> torch.Tensor:
         """V views (b, 3, H, W) -> embeddings (V, b, D)."""
         ...
 
