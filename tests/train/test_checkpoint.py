@@ -1,4 +1,5 @@
 import logging
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,15 @@ def test_another_identity_is_refused_by_field(field: str, value: Any, named: str
         check_identity(state(1), replace(IDENTITY, **{field: value}), Path("run"))
 
 
-def test_unwritable_directory_leaves_earlier_checkpoints(tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_earlier_checkpoints(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk: writing stops in the middle of the tensors."""
     save(tmp_path, 1, state(1), keep=1)
-    (tmp_path / "step-000000002.tmp").mkdir()
-    with pytest.raises(OSError, match="could not be written"):
-        save(tmp_path, 2, state(2), keep=1)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-000000001.pt"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"step-000000002.*could not be written"):
+            save(tmp_path, 2, state(2), keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000000001.pt"]
+    assert load(tmp_path / "step-000000001.pt")["step"] == 1
