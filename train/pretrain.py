@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def pretrain(config: Config, world: World) -> None:
     """The story of a run. Raises ValueError or OSError for what the user can mend, before any work where possible."""
     shards = open_shards(config.data.shards)
+    check_batch(config, shards.manifest, world)
     plan = plan_run(config, shards.manifest)
     identity = checkpoint.Identity.of(config, shards.manifest)
     state = _resumed(config, identity)
@@ -127,6 +128,14 @@ def plan_run(config: Config, manifest: Manifest) -> RunPlan:
     if optim.steps is not None:
         return RunPlan(optim.steps, min(warmup_steps, optim.steps // 10), peak)
     return RunPlan(math.ceil(optim.epochs * steps_per_epoch), warmup_steps, peak)
+
+
+def check_batch(config: Config, manifest: Manifest, world: World) -> None:
+    """Raises ValueError unless lanes and processes divide the global batch."""
+    batch = config.run.global_batch_size
+    for count, what in ((manifest.num_lanes, "lanes of the shards"), (world.size, "processes")):
+        if batch % count:
+            raise ValueError(f"run.global_batch_size: expected a multiple of the {count} {what}, found {batch}")
 
 
 def build_loader(config: Config, shards: ShardSet, world: World, start_step: int) -> Loader:

@@ -1,0 +1,204 @@
+"""Whole runs: exact resume after kill -9, the same curve on any number of processes, clear refusals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sharding.build import main as build_shards
+from tests.processes import run_ranks
+from train.checkpoint import checkpoints
+from train.config import load_config
+from train.curves import read_metrics
+from train.distributed import World
+from train.evaluate.__main__ import main as evaluate
+from train.pretrain import main, plan_run, precision, pretrain
+
+_SMALL = [
+    "views.size=32",
+    "views.kernel=5",
+    "encoder.name=resnet18",
+    "encoder.width=8",
+    "method.hidden=32",
+    "method.out=16",
+    "optim.name=sgd",
+    "optim.learning_rate=1.0",
+    "optim.steps=6",
+    "run.global_batch_size=24",
+    "run.log_every=1",
+    "run.checkpoint_every=2",
+    "data.num_threads=1",
+]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from sharding.demo import load_demo
+
+    root = tmp_path_factory.mktemp("pretrain")
+    load_demo("train", num_images=96).to_parquet(root / "images" / "train-00000-of-00001.parquet")
+    arguments = ["--dataset", str(root / "images"), "--out", str(root / "shards"), "--lanes", "4", "--workers", "1"]
+    assert build_shards(arguments) == 0
+    return root / "shards"
+
+
+def settings(shards: Path, run: Path, *more: str) -> list[str]:
+    return [*_SMALL, f"data.shards={shards}", f"run.dir={run}", *more]
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run)]
+
+
+def run_alone(shards: Path, run: Path, *more: str) -> list[float]:
+    pretrain(load_config(None, settings(shards, run, *more)), World())
+    return losses(run)
+
+
+def pretrain_as_rank(world: World, arguments: list[str]) -> None:
+    pretrain(load_config(None, arguments), world)
+
+
+@pytest.fixture(scope="module")
+def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of six uninterrupted steps in one process."""
+    return run_alone(shards, tmp_path_factory.mktemp("reference") / "run")
+
+
+def test_a_killed_run_continues_exactly(shards: Path, reference: list[float], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "train.pretrain", *settings(shards, run)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not checkpoints(run) and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert run_alone(shards, run) == reference
+
+
+def test_two_processes_follow_the_curve_of_one_and_one_continues_them(
+    shards: Path, reference: list[float], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run_ranks(pretrain_as_rank, 2, settings(shards, run))
+    assert losses(run) == pytest.approx(reference, rel=2e-3)
+    for path in checkpoints(run)[1:]:
+        path.unlink()
+    assert run_alone(shards, run)[4:] == pytest.approx(reference[4:], rel=2e-3)
+
+
+def test_another_backend_gives_the_same_curve(shards: Path, reference: list[float], tmp_path: Path) -> None:
+    found = run_alone(shards, tmp_path / "run", "data.backend=torchvision", "data.num_threads=2", "data.prefetch=1")
+    assert found == pytest.approx(reference, rel=5e-3)
+
+
+def test_sigterm_saves_and_ends(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ["optim.steps=100000", "run.checkpoint_every=100000"]
+    command = [sys.executable, "-m", "train.pretrain", *settings(shards, run, *more)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    (path,) = checkpoints(run)
+    last_step = read_metrics(run)[-1]["step"]
+    assert path.stem == f"step-{last_step:09.0f}"
+
+
+def test_a_finished_run_is_evaluated(
+    shards: Path, reference: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert run_alone(shards, run, "optim.steps=2") == pytest.approx(reference[:2], rel=0.5)
+    assert evaluate(["--checkpoint", str(run), "--untrained", "--k", "5"]) == 0
+    output = capsys.readouterr().out
+    assert "pretrained" in output
+    assert "untrained" in output
+    assert (run / "evaluation-step-000000002.json").exists()
+    assert (run / "curves.png").exists()
+    assert evaluate(["--checkpoint", str(tmp_path / "absent")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optim.epoch=3"], "did you mean 'epochs'"),
+        (["method.temperature=warm"], "method.temperature"),
+        (["run.global_batch_size=26"], "multiple of the 4 lanes"),
+        (["data.shards=/nonexistent"], "/nonexistent"),
+        (["data.backend=magic"], "data.backend"),
+    ],
+)
+def test_bad_settings_are_refused(
+    shards: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main([*settings(shards, run), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not run.exists()
+
+
+def batch_error(world: World, arguments: list[str]) -> str:
+    try:
+        pretrain(load_config(None, arguments), world)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_batch_that_the_world_does_not_divide_is_refused(shards: Path, tmp_path: Path) -> None:
+    arguments = settings(shards, tmp_path / "run", "run.global_batch_size=28")
+    for error in run_ranks(batch_error, 3, arguments):
+        assert "run.global_batch_size: expected a multiple of the 3 processes, found 28" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_other_data_is_refused(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sharding.demo import load_demo
+
+    load_demo("train", num_images=48, seed=1).to_parquet(tmp_path / "images" / "train-00000-of-00001.parquet")
+    other = tmp_path / "other"
+    assert build_shards(["--dataset", str(tmp_path / "images"), "--out", str(other), "--lanes", "4"]) == 0
+    run = tmp_path / "run"
+    run_alone(other, run, "optim.steps=1")
+    before = (run / "metrics.jsonl").read_text()
+    assert main(settings(shards, run)) == 2
+    assert "data set (fingerprint of data.shards)" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_epochs_become_steps(shards: Path) -> None:
+    from sharding.manifest import open_shards
+
+    manifest = open_shards(shards).manifest
+    plan = plan_run(load_config(None, ["run.global_batch_size=24", "optim.epochs=10.1"]), manifest)
+    assert (plan.total_steps, plan.warmup_steps) == (41, 40)
+    assert plan_run(load_config(None, ["optim.steps=50"]), manifest).warmup_steps == 2
+
+
+def test_precision_is_chosen_by_the_device() -> None:
+    automatic, forced = load_config(), load_config(None, ["run.precision=bf16"])
+    assert precision(automatic, World()) == torch.float32
+    assert precision(automatic, World(device=torch.device("cuda"))) == torch.bfloat16
+    assert precision(forced, World()) == torch.bfloat16
+
+
+def test_interrupted_writes_leave_nothing_half_done(shards: Path, tmp_path: Path) -> None:
+    """A stray temporary file of a killed save is neither loaded nor in the way."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "step-000000002.tmp").write_bytes(b"half")
+    run_alone(shards, run, "optim.steps=2")
+    assert [path.name for path in checkpoints(run)] == ["step-000000002.pt"]
+    assert not os.path.lexists(run / "step-000000002.tmp")
