@@ -1,0 +1,90 @@
+"""Views on the CPU, exactly torchvision's: libjpeg-turbo, then Numba kernels, in a pool of threads without the GIL."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+
+from pipeline.backends import BackendOptions, Pending
+from pipeline.backends.pool import Done, PooledBatch, chunks
+from pipeline.plan import BatchPlan
+from pipeline.render import render
+from pipeline.resample import Pixels
+
+_PIXEL_BYTES = 4  # RGBX
+
+
+def build(options: BackendOptions) -> "CpuBackend":
+    return CpuBackend(options)
+
+
+class CpuBackend:
+    """``num_threads`` threads, each of which decodes a sample once and renders all its views into the batch.
+
+    ``decode_seconds`` (reading included) and ``views_seconds`` of `stats` are summed over the threads: divided by
+    their number and by the elapsed time they are the share of it that each stage takes; what is missing to 1 was idle.
+    """
+
+    def __init__(self, options: BackendOptions) -> None:
+        self._reader = options.reader
+        self._num_threads = options.num_threads
+        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="cpu-backend")
+        self._local = threading.local()
+        self._total = Done()
+
+    def submit(self, plan: BatchPlan) -> Pending:
+        views = [torch.empty((len(plan), v.spec.size, v.spec.size, 3), dtype=torch.uint8) for v in plan.views]
+        arrays = [view.numpy() for view in views]
+        futures = [self._pool.submit(self._work, plan, rows, arrays) for rows in chunks(len(plan), self._num_threads)]
+        return PooledBatch(views, futures, self._collect)
+
+    def stats(self) -> dict[str, float]:
+        return self._total.stats()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _collect(self, number: int, future: Future) -> Done:  # noqa: ARG002
+        done: Done = future.result()
+        self._total.add(done)
+        return done
+
+    def _work(self, plan: BatchPlan, rows: slice, views: list[NDArray[np.uint8]]) -> Done:
+        done = Done()
+        for row in range(rows.start, rows.stop):
+            sample = int(plan.ids[row])
+            start = time.perf_counter()
+            try:
+                image = self._decode(sample)
+            except ValueError as error:
+                done.reasons[sample] = str(error)
+                continue
+            decoded = time.perf_counter()
+            for view, out in zip(plan.views, views, strict=True):
+                render(image, 0, 0, view, row, out[row])
+            done.decode_seconds += decoded - start
+            done.views_seconds += time.perf_counter() - decoded
+        return done
+
+    def _decode(self, sample: int) -> Pixels:
+        index = self._reader.shards.index
+        return decode(self._reader.read(sample), int(index.height[sample]), int(index.width[sample]), self._buffer)
+
+    def _buffer(self, size: int) -> NDArray[np.uint8]:
+        """This thread's own, grown to the largest image seen."""
+        if getattr(self._local, "buffer", np.empty(0)).size < size:
+            self._local.buffer = np.empty(size, np.uint8)
+        return self._local.buffer[:size]
+
+
+def decode(data: NDArray[np.uint8], height: int, width: int, buffer: Callable[[int], NDArray[np.uint8]]) -> Pixels:
+    """Raises ValueError for anything but a whole, clean JPEG of the given size."""
+    image = simplejpeg.decode_jpeg(data, "RGBX", buffer=buffer(height * width * _PIXEL_BYTES))
+    if image.shape[:2] != (height, width):
+        raise ValueError(f"expected {height} x {width} pixels as the index says, found {image.shape[:2]}")
+    return image.view(np.uint32)[..., 0]

@@ -1,0 +1,47 @@
+"""What the backends that spread a batch over a pool of workers share: chunks of rows, and a batch in the making."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from pipeline.backends import UndecodableError, Views
+
+_CHUNKS_PER_WORKER = 4  # so that the last worker of a batch is not far behind the others
+
+
+@dataclass
+class Done:
+    """What a worker says of a chunk, and the sum of it: ``reasons`` of undecodable samples by id, seconds by stage."""
+
+    reasons: dict[int, str] = field(default_factory=dict)
+    decode_seconds: float = 0.0
+    views_seconds: float = 0.0
+
+    def add(self, other: "Done") -> None:
+        self.reasons |= other.reasons
+        self.decode_seconds += other.decode_seconds
+        self.views_seconds += other.views_seconds
+
+    def stats(self) -> dict[str, float]:
+        return {"decode_seconds": self.decode_seconds, "views_seconds": self.views_seconds}
+
+
+def chunks(num_rows: int, num_workers: int) -> list[slice]:
+    """Slices of nearly equal length that cover the rows of a batch."""
+    count = min(num_rows, num_workers * _CHUNKS_PER_WORKER)
+    return [slice(i * num_rows // count, (i + 1) * num_rows // count) for i in range(count)]
+
+
+class PooledBatch:
+    """A `Pending` whose chunks are ``futures``; ``collect`` stores a chunk's result and says how it went."""
+
+    def __init__(self, views: Views, futures: list[Future], collect: Callable[[int, Future], Done]) -> None:
+        self._views, self._futures, self._collect = views, futures, collect
+
+    def result(self) -> Views:
+        reasons: dict[int, str] = {}
+        for number, future in enumerate(self._futures):
+            reasons |= self._collect(number, future).reasons
+        if reasons:
+            raise UndecodableError(reasons)
+        return self._views

@@ -1,0 +1,128 @@
+"""The reference: Pillow and torchvision's functional operations, exact by definition, in worker processes.
+
+It is also the baseline of the benchmarks: what a `DataLoader` over an image folder does, with the same randomness.
+"""
+
+import io
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms import functional as F
+
+from pipeline.backends import BackendOptions, Pending
+from pipeline.backends.pool import Done, PooledBatch, chunks
+from pipeline.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, Ints, ViewPlan
+from pipeline.plan import BatchPlan as Plan
+from pipeline.reader import Reader
+from sharding.manifest import open_shards
+
+Arrays = list[NDArray[np.uint8]]
+
+_ADJUST = {
+    BRIGHTNESS: F.adjust_brightness,
+    CONTRAST: F.adjust_contrast,
+    SATURATION: F.adjust_saturation,
+    HUE: F.adjust_hue,
+}
+
+
+def build(options: BackendOptions) -> "TorchvisionBackend":
+    return TorchvisionBackend(options)
+
+
+class TorchvisionBackend:
+    """``num_threads`` worker processes.
+
+    ``decode_seconds`` and ``views_seconds`` of `stats` are summed over the workers: divided by their number and by the
+    elapsed time they are the share of it that each stage takes.
+    """
+
+    def __init__(self, options: BackendOptions) -> None:
+        self._num_workers = options.num_threads
+        self._pool = ProcessPoolExecutor(
+            self._num_workers, get_context("spawn"), _start_worker, (options.reader.shards.root,)
+        )
+        self._total = Done()
+
+    def submit(self, plan: Plan) -> Pending:
+        views = [torch.empty((len(plan), v.spec.size, v.spec.size, 3), dtype=torch.uint8) for v in plan.views]
+        rows = chunks(len(plan), self._num_workers)
+        futures = [self._pool.submit(_work, plan.ids[r], [view.take(r) for view in plan.views]) for r in rows]
+
+        def collect(number: int, future: Future) -> Done:
+            arrays, done = future.result()
+            for view, array in zip(views, arrays, strict=True):
+                view[rows[number]] = torch.from_numpy(array)
+            self._total.add(done)
+            return done
+
+        return PooledBatch(views, futures, collect)
+
+    def stats(self) -> dict[str, float]:
+        return self._total.stats()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+_reader: Reader  # of a worker process
+
+
+def _start_worker(root: Path) -> None:
+    global _reader
+    _reader = Reader(open_shards(root))
+    torch.set_num_threads(1)
+
+
+def _work(ids: Ints, plans: list[ViewPlan]) -> tuple[Arrays, Done]:
+    done = Done()
+    arrays: Arrays = [np.zeros((len(ids), p.spec.size, p.spec.size, 3), np.uint8) for p in plans]
+    for row, sample in enumerate(ids.tolist()):
+        start = time.perf_counter()
+        try:
+            image = decode(_reader.read(sample))
+        except (OSError, ValueError) as error:
+            done.reasons[sample] = str(error)
+            continue
+        decoded = time.perf_counter()
+        for plan, array in zip(plans, arrays, strict=True):
+            array[row] = np.asarray(apply(image, plan, row))
+        done.decode_seconds += decoded - start
+        done.views_seconds += time.perf_counter() - decoded
+    return arrays, done
+
+
+def decode(data: NDArray[np.uint8]) -> Image.Image:
+    """Raises OSError or ValueError."""
+    return Image.open(io.BytesIO(data.tobytes())).convert("RGB")
+
+
+def apply(image: Image.Image, plan: ViewPlan, row: int) -> Image.Image:
+    """Row ``row`` of a plan."""
+    view = _cut(image, plan, row)
+    if plan.flip[row]:
+        view = F.hflip(view)
+    if plan.jitter[row]:
+        for operation in plan.order[row]:
+            view = _ADJUST[int(operation)](view, float(plan.factors[row, operation]))
+    if plan.grey[row]:
+        view = F.rgb_to_grayscale(view, num_output_channels=3)
+    if plan.sigma[row] > 0:
+        view = F.gaussian_blur(view, [plan.spec.kernel] * 2, [float(plan.sigma[row])] * 2)
+    if plan.solarize[row]:
+        view = F.solarize(view, 128)
+    return view
+
+
+def _cut(image: Image.Image, plan: ViewPlan, row: int) -> Image.Image:
+    spec = plan.spec
+    if spec.crop == "center":
+        return F.center_crop(F.resize(image, [spec.resize], antialias=True), [spec.size])
+    top, left, height, width = plan.edge[row].tolist()
+    return F.resized_crop(image, top, left, height, width, [spec.size] * 2, antialias=True)

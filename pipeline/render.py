@@ -1,0 +1,27 @@
+"""One view of one decoded image, as a `ViewPlan` describes it: geometry, then the photometric operations."""
+
+import numpy as np
+
+from pipeline.photometric import adjust
+from pipeline.plan import ViewPlan
+from pipeline.resample import Bytes, Pixels, resample
+
+# The kernels are joined here, in Python, and not by a compiled function: Numba's cache of compiled code would not
+# notice a change in one of the kernels' files.
+
+
+def render(image: Pixels, top: int, left: int, plan: ViewPlan, row: int, out: Bytes) -> None:
+    """Row ``row`` of a plan as ``out`` (size, size, 3) uint8, from an image that begins at (``top``, ``left``)."""
+    view = np.empty((3, *out.shape[:2]), np.uint8)
+    resample(image, top, left, plan.box[row], plan.edge[row], plan.flip[row], view)
+    adjust(
+        view,
+        plan.jitter[row],
+        plan.order[row],
+        plan.factors[row],
+        plan.grey[row],
+        plan.sigma[row],
+        plan.spec.kernel,
+        plan.solarize[row],
+        out,
+    )
