@@ -57,7 +57,7 @@ class World:
         if self.size == 1:
             return module
         ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
 
 @contextmanager

@@ -33,8 +33,10 @@ class Monitor:
             TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
+            TimeRemainingColumn(),
         )
+        self._console = self._progress.console
+        self._progress.disable = not self._console.is_terminal
         self._task = self._progress.add_task("pretrain", total=total_steps, completed=start_step, text="")
         self._last_step, self._last_time, self._last_wait = start_step, time.perf_counter(), 0.0
 
@@ -71,5 +73,5 @@ class Monitor:
                 self._board.add_scalar(name, value, step)
         text = _TEXT.format(**record)
         self._progress.update(self._task, text=text)
-        if not self._progress.console.is_terminal:
-            self._progress.console.print(f"step {step}/{self._total_steps}  " + text, soft_wrap=True)
+        if not self._console.is_terminal:
+            self._console.print(f"step {step}/{self._total_steps}  " + text, soft_wrap=True)
