@@ -1,0 +1,57 @@
+"""What the design says of imports, held against the import statements."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "sharding": {"sharding"},
+    "pipeline": {"sharding", "pipeline"},
+    "train": {"sharding", "pipeline", "train"},
+    "benchmarks": {"sharding", "pipeline", "train", "benchmarks"},
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_go_one_way(package: str) -> None:
+    assert modules(package)
+    for path in modules(package):
+        for name in imports(path):
+            top = name.split(".")[0]
+            assert top not in MAY_IMPORT or top in MAY_IMPORT[package], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_only_one_file_talks_to_torch_distributed() -> None:
+    users = {
+        str(path.relative_to(ROOT))
+        for package in MAY_IMPORT
+        for path in modules(package)
+        if any(name.startswith("torch.distributed") for name in imports(path))
+    }
+    assert users == {"train/distributed.py"}
+
+
+def test_core_arithmetic_knows_no_devices() -> None:
+    for name in (
+        "pipeline/order.py",
+        "pipeline/plan.py",
+        "pipeline/random.py",
+        "pipeline/views.py",
+        "train/schedule.py",
+    ):
+        assert not any(module.split(".")[0] == "torch" for module in imports(ROOT / name)), name
