@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import fsspec
+import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 _TEMPORARY = "tmp-"
+_BLOCK_BYTES = 1 << 20
 STATE = ".build"  # everything unfinished lives below this name; it is gone from a finished directory
 
 
@@ -64,7 +66,7 @@ class Directory:
     def open(self, name: str) -> BinaryIO:
         return cast(BinaryIO, self.fs.open(self.path(name), "rb"))
 
-    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         return cast(bytes, self.fs.cat_file(self.path(name), start=start, end=end))
 
     def write(self, name: str, data: bytes) -> None:
@@ -129,6 +131,14 @@ class Directory:
     def _resolved(self) -> tuple[fsspec.AbstractFileSystem, str]:
         fs, root = fsspec.core.url_to_fs(self.url)
         return fs, root.rstrip("/")
+
+
+def checksum(file: BinaryIO) -> str:
+    """xxh3_128 of an open file, in hex, in bounded memory."""
+    hashed = xxhash.xxh3_128()
+    while block := file.read(_BLOCK_BYTES):
+        hashed.update(block)
+    return hashed.hexdigest()
 
 
 def _rename_durably(old: Path, new: Path) -> None:
