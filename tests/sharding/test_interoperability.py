@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
