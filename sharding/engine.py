@@ -1,4 +1,7 @@
-"""Ways to run pure tasks: here, or on the processes of this machine. Results arrive in any order."""
+"""Ways to run pure tasks: here, on this machine's processes, or on a Ray cluster. Results arrive in any order.
+
+Tasks publish whole files only, so a worker may be killed at any moment.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
 
 S = TypeVar("S")
@@ -28,21 +32,26 @@ def in_process(task: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iter
 
 
 def processes(num_workers: int) -> Engine:
-    """Worker processes; `shared` is sent to each once. At most two items a worker are in flight."""
+    """Worker processes; `shared` is sent to each once, and at most two items a worker are in flight.
+
+    Workers end when the caller does, however it ends: an exception, Ctrl-C, or kill -9.
+    """
 
     def run(task: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["sharding.part"])
+        context.set_forkserver_preload(["datasets", "sharding.part"])
+        alive, ours = context.Pipe(duplex=False)
         queue = iter(items)
-        with ProcessPoolExecutor(num_workers, context, _start_worker, (task, shared)) as pool:
+        with alive, ours, ProcessPoolExecutor(num_workers, context, _start, (task, shared, alive)) as pool:
+            pending = {pool.submit(_call, item) for item in itertools.islice(queue, 2 * num_workers)}
             try:
-                pending = {pool.submit(_call, item) for item in itertools.islice(queue, 2 * num_workers)}
                 while pending:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     pending |= {pool.submit(_call, item) for item in itertools.islice(queue, len(done))}
                     yield from _results(done)
             finally:
-                pool.shutdown(cancel_futures=True)
+                if pending:
+                    ours.close()  # an early end: workers exit at once
 
     return run
 
@@ -52,25 +61,54 @@ def _results(done: set[Future[R]]) -> Iterator[R]:
         yield future.result()
 
 
-_worker: tuple[Callable[[Any, Any], Any], Any] | None = None
+_worker: tuple[Callable[[Any, Any], Any], Any] | None = None  # of this process, if it is a worker
 
 
-def _start_worker(task: Callable[[Any, Any], Any], shared: Any) -> None:
+def _start(task: Callable[[Any, Any], Any], shared: Any, caller: Connection) -> None:
     global _worker
     _worker = (task, shared)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which awaits what is in flight
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the caller, which ends its workers
+    threading.Thread(target=_exit_with, args=(caller,), daemon=True).start()
 
 
-def _exit_with_parent() -> None:
-    """A killed parent would leave its workers waiting for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _exit_with(caller: Connection) -> None:
+    """Nothing is ever sent: the pipe becomes readable when the caller closes its end or dies."""
+    caller.poll(None)
+    os._exit(1)
 
 
 def _call(item: Any) -> Any:
     assert _worker is not None
     task, shared = _worker
     return task(shared, item)
+
+
+def ray_cluster() -> Engine:
+    """Tasks on the Ray cluster that RAY_ADDRESS names, or on a local Ray.
+
+    Every node must see the output, and the source's files under the same paths.
+
+    Raises:
+        ImportError: Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("--engine ray needs Ray: pip install 'parallax-ssl[ray]'") from error
+
+    def run(task: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
+        import sharding
+
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, runtime_env={"py_modules": [sharding]})
+        remote = ray.remote(task)
+        reference = ray.put(shared)
+        queue = iter(items)
+        window = 2 * int(ray.cluster_resources().get("CPU", 1))
+        pending = [remote.remote(reference, item) for item in itertools.islice(queue, window)]
+        while pending:
+            done, pending = ray.wait(pending)
+            pending += [remote.remote(reference, item) for item in itertools.islice(queue, len(done))]
+            yield from ray.get(done)
+
+    return run

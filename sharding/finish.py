@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 
 from sharding.engine import Engine
 from sharding.manifest import (
@@ -31,7 +30,7 @@ from sharding.manifest import (
 )
 from sharding.part import Job, Record, index_name, shard_name
 from sharding.plan import SPARE_LANE, Level, level
-from sharding.storage import STATE, Directory
+from sharding.storage import STATE, Directory, checksum
 from sharding.writer import ShardWriter
 
 TAIL_READY = f"{STATE}/tail.json"  # from here on the last shards are being replaced
@@ -78,7 +77,7 @@ def finish(
         changes=dict(sorted(sum((Counter(r.changes) for r in records), Counter[str]()).items())),
         class_names=job.source.class_names,
         shards=tuple(r.shard for r in shards),
-        index=_write_index(job.out, shards),
+        index=write_index(job.out, shards),
         libraries={name: metadata.version(name) for name in _LIBRARIES},
     )
     _reconcile(manifest, job.out)
@@ -176,7 +175,7 @@ def _remove_shard(out: Directory, path: str) -> None:
             out.remove(name)
 
 
-def _write_index(out: Directory, records: Sequence[Record]) -> IndexFile:
+def write_index(out: Directory, records: Sequence[Record]) -> IndexFile:
     tables = [
         r.samples.add_column(0, INDEX_SCHEMA.field("shard"), pa.array(np.full(len(r.samples), i, np.int32)))
         for i, r in enumerate(records)
@@ -185,11 +184,8 @@ def _write_index(out: Directory, records: Sequence[Record]) -> IndexFile:
     with out.publish(INDEX_FILE) as path:
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
             writer.write_table(table)
-        hashed = xxhash.xxh3_128()
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                hashed.update(block)
-        return IndexFile(path.stat().st_size, hashed.hexdigest())
+            return IndexFile(path.stat().st_size, checksum(file))
 
 
 def _reconcile(manifest: Manifest, out: Directory) -> None:

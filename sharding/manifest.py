@@ -132,6 +132,11 @@ class Index:
     def __len__(self) -> int:
         return len(self.shard)
 
+    def rows_of(self, shard: int) -> range:
+        """Sample ids of one shard of the manifest."""
+        start, stop = np.searchsorted(self.shard, [shard, shard + 1])
+        return range(int(start), int(stop))
+
     @classmethod
     def load(cls, root: str | Path | Directory) -> Self:
         """Instant for a local directory at any size: nothing is read before it is used."""

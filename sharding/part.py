@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
 
 from sharding.encode import BadImageError, Policy, encode
-from sharding.manifest import SAMPLE_SCHEMA, Shard
+from sharding.manifest import SAMPLE_SCHEMA, Index, Shard
 from sharding.plan import SPARE_LANE, Part
 from sharding.source import Source
 from sharding.storage import STATE, Directory
-from sharding.writer import ShardWriter
+from sharding.writer import ShardWriter, index_entry, index_text
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,31 @@ def index_name(shard_path: str) -> str:
     return shard_path.removesuffix(".tar") + ".idx"
 
 
+def dali_index(index: Index, number: int) -> bytes:
+    """DALI's index of a shard, from the sample index."""
+    columns = (index.source_row, index.offset, index.size, index.label)
+    rows = index.rows_of(number)
+    return index_text([index_entry(*(int(column[row]) for column in columns)) for row in rows])
+
+
 def write_part(job: Job, part: Part) -> Record:
     """Read, check and write the rows of one part, then its DALI index and its record."""
     name = shard_name(job.prefix, part.lane, part.number)
-    rows: list[tuple[int, ...]] = []
+    with job.out.publish(name) as path:
+        record, index = write_rows(job, part.rows.tolist(), path, Shard(name, part.lane, 0, 0, ""))
+    job.out.write(index_name(name), index)
+    job.out.write(record_name(part), record.to_bytes())
+    return record
+
+
+def write_rows(job: Job, rows: list[int], path: Path, shard: Shard) -> tuple[Record, bytes]:
+    """Write the usable ones of `rows` as one archive at `path`; returns its record and its DALI index."""
+    samples: list[tuple[int, ...]] = []
     quarantined: list[dict[str, Any]] = []
     changes: Counter[str] = Counter()
     source_bytes = 0
-    with job.out.publish(name) as path, ShardWriter(path) as writer:
-        for row in part.rows.tolist():
+    with ShardWriter(path) as writer:
+        for row in rows:
             data, label = job.source.read(row)
             source_bytes += len(data)
             try:
@@ -94,12 +111,9 @@ def write_part(job: Job, part: Part) -> Record:
             if image.change:
                 changes[image.change] += 1
             offset = writer.add(row, image.data, label)
-            rows.append((offset, len(image.data), image.height, image.width, label, row))
-    job.out.write(index_name(name), writer.index)
-    shard = Shard(name, part.lane, len(rows), writer.num_bytes, writer.digest)
-    record = Record(shard, _samples(rows), quarantined, dict(changes), source_bytes)
-    job.out.write(record_name(part), record.to_bytes())
-    return record
+            samples.append((offset, len(image.data), image.height, image.width, label, row))
+    shard = replace(shard, num_samples=len(samples), num_bytes=writer.num_bytes, xxh3_128=writer.digest)
+    return Record(shard, _samples(samples), quarantined, dict(changes), source_bytes), writer.index
 
 
 def _samples(rows: list[tuple[int, ...]]) -> pa.Table:

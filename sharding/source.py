@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fsspec
+
+from sharding.manifest import MANIFEST_FILE, Manifest
+from sharding.storage import Directory
+
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 IMAGENET = "ILSVRC/imagenet-1k"
 DEMO = "demo"
+_LABEL_NAMES = ("label", "cls")  # of integer columns that hold labels, where no class label column exists
+_BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}  # by suffix; others: imagefolder
 
 
 class SourceError(ValueError):
@@ -21,7 +29,7 @@ class SourceError(ValueError):
 class SourceSpec:
     """What the user asked for. Recorded in the manifest."""
 
-    dataset: str = IMAGENET  # hub id, local folder, or "demo"
+    dataset: str = IMAGENET  # hub id, local folder, fsspec URL of a folder, or "demo"
     config: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -34,16 +42,17 @@ class Source:
     """Rows by number. Pickles small: a data set on disk travels as its path."""
 
     dataset: Dataset  # only the image and label columns, in Arrow format
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...] = ()  # by label
+    revision: str | None = None  # commit on the hub
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read(self, row: int) -> tuple[bytes, int]:
-        """Encoded bytes, untouched, and label (-1: none) of one row. OSError for an unreadable file."""
+        """Encoded bytes, untouched, and label (-1: none) of one row. Raises OSError for an unreadable file."""
         columns = self.dataset[row].columns
         label = columns[1][0].as_py() if len(columns) > 1 else None
-        return _encoded(columns[0][0]), -1 if label is None else int(label)
+        return _encoded(columns[0][0].as_py()), -1 if label is None else int(label)
 
     def mean_bytes(self, num_probes: int = 1024) -> float:
         """Mean encoded size of evenly spaced rows."""
@@ -51,57 +60,109 @@ class Source:
         return sum(len(self.read(row)[0]) for row in rows) / len(rows)
 
 
-def open_source(spec: SourceSpec) -> Source:
-    """
+def open_source(spec: SourceSpec, cache: Path | None = None, streaming: bool = False) -> Source:
+    """Open a data set for random access, downloading or converting it first where that is needed.
+
+    Args:
+        cache: where the `datasets` library keeps what it downloads or converts; None: where it always does.
+        streaming: fetch only the image and label columns, into `cache`, instead of the library's full download.
+
     Raises:
         SourceError: not found, no access, no network, or no usable image column.
     """
-    dataset = _load(spec)
-    image, label = _columns(dataset.features, spec)
-    from datasets import ClassLabel, Image
+    import datasets
 
-    feature = dataset.features[label] if label else None
-    names = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
-    dataset = dataset.select_columns([image, *([label] if label else [])])
-    if isinstance(dataset.features[image], Image):
-        dataset = dataset.cast_column(image, Image(decode=False))
-    return Source(dataset.with_format("arrow"), names)
-
-
-def _load(spec: SourceSpec) -> Dataset:
     if spec.dataset == DEMO:
         from sharding.demo import load_demo
 
-        return load_demo(spec.split)
-    import datasets
-
-    local = Path(spec.dataset).is_dir()
-    if not local:
-        _work_offline_if_unreachable(spec)
+        return _source(load_demo(spec.split), spec, (), None)
+    revision = _hub_revision(spec) if _is_hub_id(spec.dataset) else None
+    options = {"split": spec.split, "cache_dir": str(cache) if cache else None, "streaming": streaming}
     try:
-        return datasets.load_dataset(spec.dataset, spec.config, split=spec.split, revision=spec.revision)
+        names, dataset = _load(spec, options)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise SourceError(_no_access(spec.dataset, str(error))) from None
-    except ValueError as error:  # unknown split or configuration: the library lists what there is
+    except (OSError, RuntimeError, ValueError) as error:
+        if _is_hub_id(spec.dataset) and isinstance(error, OSError):
+            raise SourceError(_no_access(spec.dataset, str(error))) from None
         raise SourceError(f"{spec.dataset}: {error}") from None
-    except (OSError, RuntimeError) as error:
-        if local:
-            raise SourceError(f"{spec.dataset}: {error}") from None
-        raise SourceError(_no_access(spec.dataset, str(error))) from None
+    return _source(dataset, spec, names, revision, cache)
 
 
-def _work_offline_if_unreachable(spec: SourceSpec) -> None:
-    """One short request tells whether the hub answers; loading would retry for half a minute."""
+def _load(spec: SourceSpec, options: dict[str, Any]) -> tuple[tuple[str, ...], Dataset | IterableDataset]:
+    """Class names, where they are known from elsewhere than the features, and the data set."""
+    from datasets import load_dataset
+
+    folder = Directory.at(spec.dataset)
+    if "://" not in spec.dataset and Path(spec.dataset).is_file():
+        raise SourceError(f"{spec.dataset}: is a file; give the folder that holds the data set")
+    if _is_hub_id(spec.dataset):
+        return (), load_dataset(spec.dataset, spec.config, revision=spec.revision, **options)
+    if folder.exists(MANIFEST_FILE):
+        manifest = Manifest.load(folder)
+        urls = [_url(spec.dataset, shard.path) for shard in manifest.shards]
+        return manifest.class_names, load_dataset("webdataset", data_files={spec.split: urls}, **options)
+    if "://" not in spec.dataset:
+        return (), load_dataset(spec.dataset, spec.config, **options)
+    builder, files = _remote_files(spec)
+    return (), load_dataset(builder, data_files=files, **options)
+
+
+def _remote_files(spec: SourceSpec) -> tuple[str, dict[str, list[str]]]:
+    """The builder for most of the files below a URL, and the files of each split as the library names splits."""
+    from datasets.data_files import get_data_patterns
+
+    patterns = get_data_patterns(spec.dataset)
+    fs, root = fsspec.core.url_to_fs(spec.dataset)
+    suffixes = Counter(Path(name).suffix for name in fs.find(root))
+    builder = next((b for suffix, b in _BUILDERS.items() if suffixes[suffix]), "imagefolder")
+    return builder, {str(split): [_url(spec.dataset, p) for p in found] for split, found in patterns.items()}
+
+
+def _source(
+    dataset: Dataset | IterableDataset,
+    spec: SourceSpec,
+    names: tuple[str, ...],
+    revision: str | None,
+    cache: Path | None = None,
+) -> Source:
+    from datasets import ClassLabel, Image, IterableDataset
+
+    features = dataset.features
+    if features is None:
+        raise SourceError(f"{spec.dataset}: does not say its columns when streamed; leave --streaming out")
+    image, label = _columns(features, spec)
+    dataset = dataset.select_columns([image, *([label] if label else [])])
+    if isinstance(features[image], Image):
+        dataset = dataset.cast_column(image, Image(decode=False))
+    if label and isinstance(features[label], ClassLabel):
+        names = tuple(features[label].names)
+    if isinstance(dataset, IterableDataset):
+        from sharding.spool import spool
+
+        dataset = spool(dataset, spec, cache)
+    return Source(dataset.with_format("arrow"), names, revision)
+
+
+def _is_hub_id(dataset: str) -> bool:
+    return "://" not in dataset and not Path(dataset).exists()
+
+
+def _hub_revision(spec: SourceSpec) -> str | None:
+    """Commit of the data set. When the hub does not answer, only what is cached is used from here on:
+    the library would retry for half a minute first.
+    """
     import datasets
     import huggingface_hub
 
     try:
-        huggingface_hub.HfApi().dataset_info(spec.dataset, revision=spec.revision, timeout=10)
+        return huggingface_hub.HfApi().dataset_info(spec.dataset, revision=spec.revision, timeout=10).sha
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError):
-        return  # it answers (no such data set, no access): loading it says so
+        return None  # it answers (no such data set, no access): loading it says so
     except Exception:  # no connection, in the words of whichever HTTP client the hub library uses
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True
+        return None
 
 
 def _no_access(dataset: str, error: str) -> str:
@@ -118,31 +179,50 @@ def _no_access(dataset: str, error: str) -> str:
 
 
 def _columns(features: dict[str, Any], spec: SourceSpec) -> tuple[str, str | None]:
-    from datasets import ClassLabel, Image
+    """Names of the image column and of the label column, if any."""
+    from datasets import ClassLabel, Image, Value
 
-    images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    image = _choose(spec.image_column, images, list(features), "image", spec.dataset)
-    label = _choose(spec.label_column, labels, list(features), "label", spec.dataset)
+    images = [name for name, f in features.items() if isinstance(f, Image)]
+    images = images or [name for name, f in features.items() if _holds_bytes(f)]
+    labels = [name for name, f in features.items() if isinstance(f, ClassLabel)]
+    integers = [n for n, f in features.items() if isinstance(f, Value) and "int" in f.dtype and n in _LABEL_NAMES]
+    image = _choose(spec.image_column, images, features, "image", spec.dataset)
     if image is None:
         raise SourceError(f"{spec.dataset}: no image column in {list(features)}; name it with --image-column")
-    return image, label
+    return image, _choose(spec.label_column, labels or integers, features, "label", spec.dataset)
 
 
-def _choose(asked: str | None, found: list[str], columns: list[str], kind: str, dataset: str) -> str | None:
+def _holds_bytes(feature: Any) -> bool:
+    """Images in parquet files without the hub's metadata: a {bytes, path} struct, or plain binary."""
+    from datasets import Value
+
+    if isinstance(feature, dict):
+        feature = feature.get("bytes")
+    return isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
+
+
+def _choose(asked: str | None, found: list[str], features: dict[str, Any], kind: str, dataset: str) -> str | None:
     if asked is not None:
-        if asked not in columns:
-            raise SourceError(f"{dataset}: --{kind}-column {asked!r} is not a column; there are {columns}")
+        if asked not in features:
+            raise SourceError(f"{dataset}: --{kind}-column {asked!r} is not a column; there are {list(features)}")
         return asked
     if len(found) > 1:
         raise SourceError(f"{dataset}: several {kind} columns, {found}; choose one with --{kind}-column")
     return found[0] if found else None
 
 
-def _encoded(scalar: Any) -> bytes:
+def _encoded(value: Any) -> bytes:
     """Bytes of an image cell: a {bytes, path} struct as the hub stores it, or plain binary."""
-    value = scalar.as_py()
     if isinstance(value, dict):
         data, path = value.get("bytes"), value.get("path")
-        value = data if data is not None else Path(path).read_bytes() if path else b""
+        if data is None and path:
+            with fsspec.open(path, "rb") as file:
+                return file.read()
+        return data or b""
+    if value is not None and not isinstance(value, bytes):
+        raise SourceError(f"the image column holds {type(value).__name__}, not encoded images; see --image-column")
     return value or b""
+
+
+def _url(root: str, name: str) -> str:
+    return f"{root.rstrip('/')}/{name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import fsspec
+import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
+_TEMPORARY = "tmp-"
+_BLOCK_BYTES = 1 << 20
 STATE = ".build"  # everything unfinished lives below this name; it is gone from a finished directory
 
 
@@ -62,7 +66,7 @@ class Directory:
     def open(self, name: str) -> BinaryIO:
         return cast(BinaryIO, self.fs.open(self.path(name), "rb"))
 
-    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         return cast(bytes, self.fs.cat_file(self.path(name), start=start, end=end))
 
     def write(self, name: str, data: bytes) -> None:
@@ -74,7 +78,7 @@ class Directory:
         """Yield a local path to write. When the block ends without an error the file appears as `name`:
         renamed after an fsync on a local disk, in one upload elsewhere (object stores show whole objects).
         """
-        with tempfile.TemporaryDirectory(prefix="tmp-", dir=self._staging()) as staging:
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=self._staging() if self.is_local else None) as staging:
             path = Path(staging) / Path(name).name
             yield path
             if self.is_local:
@@ -91,6 +95,26 @@ class Directory:
     def remove(self, name: str) -> None:
         self.fs.rm(self.path(name))
 
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second build out of a local directory, and clear what killed ones left half-written.
+
+        Raises:
+            ValueError: another process builds here.
+        """
+        if not self.is_local:
+            yield
+            return
+        path = self._staging() / "lock"
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self}: another build is writing here; wait for it or stop it") from None
+            for leftover in self._staging().glob(f"{_TEMPORARY}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            yield
+
     def remove_state(self) -> None:
         """Delete everything unfinished."""
         if self.is_local:
@@ -98,10 +122,8 @@ class Directory:
         elif self.exists(STATE):
             self.fs.rm(self.path(STATE), recursive=True)
 
-    def _staging(self) -> Path | None:
-        """Where to write before publishing: the same file system when local, else the machine's own."""
-        if not self.is_local:
-            return None
+    def _staging(self) -> Path:
+        """Where to write before publishing, on the same file system."""
         staging = self.local_path(STATE)
         staging.mkdir(parents=True, exist_ok=True)
         return staging
@@ -109,6 +131,14 @@ class Directory:
     def _resolved(self) -> tuple[fsspec.AbstractFileSystem, str]:
         fs, root = fsspec.core.url_to_fs(self.url)
         return fs, root.rstrip("/")
+
+
+def checksum(file: BinaryIO) -> str:
+    """xxh3_128 of an open file, in hex, in bounded memory."""
+    hashed = xxhash.xxh3_128()
+    while block := file.read(_BLOCK_BYTES):
+        hashed.update(block)
+    return hashed.hexdigest()
 
 
 def _rename_durably(old: Path, new: Path) -> None:

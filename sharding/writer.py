@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,6 +12,17 @@ import xxhash
 
 _BLOCK = tarfile.BLOCKSIZE  # 512: members begin at multiples of it
 _RECORD = tarfile.RECORDSIZE  # 10240: an archive's size is a multiple of it
+
+
+def index_text(entries: Sequence[str]) -> bytes:
+    """DALI's index, format v1.2: a line a sample."""
+    return "".join([f"v1.2 {len(entries)}\n", *entries]).encode()
+
+
+def index_entry(key: int, offset: int, size: int, label: int) -> str:
+    """(extension, offset, size, name) of a sample's two members, given where its JPEG's data lie."""
+    cls_offset = offset + size + -size % _BLOCK + _BLOCK
+    return f"jpg {offset} {size} {key:08d}.jpg cls {cls_offset} {len(str(label))} {key:08d}.cls\n"
 
 
 class ShardWriter:
@@ -22,16 +34,15 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
         self._hash = xxhash.xxh3_128()
-        self._lines: list[str] = []
+        self._entries: list[str] = []
         self.num_bytes = 0
 
     def add(self, key: int, jpeg: bytes, label: int) -> int:
         """Append one sample; returns the offset of the JPEG's data in the archive, in bytes."""
-        name, cls = f"{key:08d}", str(label).encode()
-        jpg_offset = self._member(f"{name}.jpg", jpeg)
-        cls_offset = self._member(f"{name}.cls", cls)
-        self._lines.append(f"jpg {jpg_offset} {len(jpeg)} {name}.jpg cls {cls_offset} {len(cls)} {name}.cls\n")
-        return jpg_offset
+        offset = self._member(f"{key:08d}.jpg", jpeg)
+        self._member(f"{key:08d}.cls", str(label).encode())
+        self._entries.append(index_entry(key, offset, len(jpeg), label))
+        return offset
 
     @property
     def digest(self) -> str:
@@ -39,8 +50,8 @@ class ShardWriter:
 
     @property
     def index(self) -> bytes:
-        """DALI's index of this archive, format v1.2: a line a sample of (extension, offset, size, name)."""
-        return "".join([f"v1.2 {len(self._lines)}\n", *self._lines]).encode()
+        """DALI's index of this archive."""
+        return index_text(self._entries)
 
     def __enter__(self) -> Self:
         return self

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sharding.build import Layout, build
+from sharding.arguments import Layout
+from sharding.build import build
 from sharding.encode import Policy
 from sharding.manifest import Manifest
 from sharding.source import SourceSpec

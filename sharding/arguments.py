@@ -1,0 +1,110 @@
+"""Command line of `python -m sharding.build`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sharding.encode import Policy
+from sharding.source import SourceSpec
+from sharding.storage import Directory
+
+_RANGES = [
+    ("lanes", 1, 10_000),
+    ("shard_mb", 0.001, 100_000),
+    ("seed", 0, 2**63),
+    ("short_side", 8, 100_000),
+    ("quality", 1, 100),
+    ("max_pixels", 1, 2**40),
+    ("max_quarantine", 0, 1),
+    ("workers", 1, 10_000),
+]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How samples are laid out. Recorded in the manifest."""
+
+    lanes: int = 8
+    shard_mb: float = 256  # target size, in 10^6 bytes
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Arguments:
+    spec: SourceSpec
+    out: Directory
+    layout: Layout
+    policy: Policy
+    max_quarantine: float
+    engine: str
+    workers: int
+    cache: Path | None
+    streaming: bool
+
+
+def parse(description: str | None, argv: Sequence[str] | None) -> Arguments:
+    parser = argparse.ArgumentParser(
+        prog="python -m sharding.build",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_source(parser)
+    _add_output(parser)
+    _add_run(parser)
+    args = parser.parse_args(argv)
+    for name, low, high in _RANGES:
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+    return Arguments(
+        SourceSpec(args.dataset, args.config, args.split, args.revision, args.image_column, args.label_column),
+        Directory.at(args.out),
+        Layout(args.lanes, args.shard_mb, args.seed),
+        Policy(args.short_side, args.quality, max_pixels=args.max_pixels),
+        args.max_quarantine,
+        args.engine,
+        args.workers,
+        args.cache,
+        args.streaming,
+    )
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    spec = SourceSpec()
+    add = parser.add_argument_group("source").add_argument
+    add(
+        "--dataset",
+        default=spec.dataset,
+        help="hub id, local folder (parquet, ImageFolder, WebDataset or shards of this program), "
+        "fsspec URL of one, or 'demo' (default: %(default)s)",
+    )
+    add("--config", help="configuration of the data set")
+    add("--split", default=spec.split, help="default: %(default)s")
+    add("--revision", help="of the data set on the hub")
+    add("--image-column", help="default: the only image column")
+    add("--label-column", help="default: the only class label column, if any")
+    add("--streaming", action="store_true", help="fetch only the two columns, into --cache, deleted at the end")
+    add("--cache", type=Path, help="where downloads are kept (default: the datasets library's cache)")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    layout, policy = Layout(), Policy()
+    add = parser.add_argument_group("output").add_argument
+    add("--out", required=True, help="directory or fsspec URL; an unfinished build there is continued")
+    add("--lanes", type=int, default=layout.lanes, help="equal groups of shards (default: %(default)s)")
+    add("--shard-mb", type=float, default=layout.shard_mb, help="target size (default: %(default)s)")
+    add("--seed", type=int, default=layout.seed, help="of the shuffle (default: %(default)s)")
+    add("--short-side", type=int, help="re-encode larger images to this many pixels")
+    add("--quality", type=int, default=policy.quality, help="JPEG quality for --short-side (default: %(default)s)")
+    add("--max-pixels", type=int, default=policy.max_pixels, help="refuse larger images (default: %(default)s)")
+    add("--max-quarantine", type=float, default=0.01, help="fraction of unusable images (default: %(default)s)")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("run").add_argument
+    add("--engine", choices=["processes", "ray"], default="processes", help="default: %(default)s")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")

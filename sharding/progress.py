@@ -1,0 +1,42 @@
+"""Progress of a build, in images and bytes of the source."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+
+def bar() -> Progress:
+    """On the standard error stream."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def track(
+    results: Iterator[T], progress: Progress | None, *, total: int, done: int, size: Callable[[T], tuple[int, int]]
+) -> Iterator[T]:
+    """Pass results on, showing images done of `total` and the speed of this run; `size` gives (images, bytes)."""
+    if progress is None:
+        yield from results
+        return
+    start, images, num_bytes = time.perf_counter(), 0, 0
+    task = progress.add_task("sharding", total=total, completed=done, speed="")
+    for result in results:
+        more_images, more_bytes = size(result)
+        images, num_bytes = images + more_images, num_bytes + more_bytes
+        seconds = time.perf_counter() - start
+        speed = f"{images / seconds:.0f} images/s, {num_bytes / 1e6 / seconds:.0f} MB/s"
+        progress.update(task, completed=done + images, speed=speed)
+        yield result

@@ -1,0 +1,232 @@
+"""A build that is stopped in any way ends, run again, with the bytes of one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sharding.build import BuildError, main
+from sharding.engine import in_process, processes
+from sharding.manifest import ShardError, open_shards
+from tests.sharding.conftest import build_shards, encoded, files, jpeg, picture, write_parquet
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 images that take a while, six of them unusable, so that lanes must be levelled."""
+    images = [encoded(picture(i, 500, 600)) for i in range(160)]
+    for row in (5, 6, 7, 90, 91, 150):
+        images[row] = images[row][:-2000]
+    return write_parquet(tmp_path_factory.mktemp("resume"), images, [i % 3 for i in range(160)])
+
+
+def command(source: Path, out: Path, workers: int = 1) -> list[str]:
+    options = ["--lanes", "4", "--shard-mb", "0.06", "--max-quarantine", "0.1", "--workers", str(workers)]
+    return ["--dataset", str(source), "--out", str(out), *options]
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("expected") / "out"
+    assert main(command(source, out)) == 0
+    return files(out)
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "sharding.build", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_shards(out: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("lane-*/*.tar"))) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def check_nothing_half_written(out: Path) -> None:
+    for path in out.glob("lane-*/*.tar"):
+        assert path.stat().st_size % 10240 == 0
+        assert path.read_bytes()[-1024:] == bytes(1024)
+    with pytest.raises(ShardError, match="unfinished"):
+        open_shards(out)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kill_9(source: Path, expected: dict[str, bytes], tmp_path: Path, workers: int) -> None:
+    out = tmp_path / "out"
+    moments = random.Random(workers)
+    for count in (1, 9):
+        build = start(command(source, out, workers))
+        wait_for_shards(out, count)
+        time.sleep(moments.random() * 0.05)
+        build.kill()
+        build.communicate()
+        check_nothing_half_written(out)
+    time.sleep(0.2)  # the workers of a killed build end with it
+    finished = {p: p.stat().st_mtime_ns for p in out.glob("lane-*/*-00000[01].tar")}
+    assert main(command(source, out, workers)) == 0
+    assert files(out) == expected
+    assert finished.items() <= {p: p.stat().st_mtime_ns for p in out.glob("lane-*/*.tar")}.items()
+
+
+def test_workers_do_not_outlive_a_killed_build(source: Path, tmp_path: Path) -> None:
+    build = start(command(source, tmp_path / "out", workers=2))
+    wait_for_shards(tmp_path / "out", 1)
+    build.kill()
+    build.communicate()  # ends when the last process that holds the pipe has gone
+    assert not processes_of_session(build.pid)
+
+
+def processes_of_session(session: int) -> list[int]:
+    alive = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            state, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4:3]
+        except OSError:
+            continue
+        if int(sid) == session and state != "Z":
+            alive.append(int(entry.name))
+    return alive
+
+
+def test_ctrl_c(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build = start(command(source, out, workers=2))
+    wait_for_shards(out, 1)
+    os.killpg(build.pid, signal.SIGINT)
+    _, message = build.communicate(timeout=30)
+    assert build.returncode == 130
+    assert "the same command continues" in message
+    assert "Traceback" not in message
+    assert main(command(source, out)) == 0
+    assert files(out) == expected
+
+
+@pytest.mark.parametrize("moment", [0, 2, 4, 6, 8, 10, 11])
+def test_stopped_while_lanes_are_levelled(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails at every publishing or moving of a file after the last planned shard, then goes on."""
+    from sharding.storage import Directory
+
+    out = tmp_path / "out"
+    left = [moment]
+
+    def failing(self: Directory, *names: str) -> object:
+        if "tail" in names[0] or names[0] in ("manifest.json", "index.arrow", "quarantine.jsonl"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError("pulled the plug")
+        return original[len(names)](self, *names)
+
+    original: dict[int, Callable[..., object]] = {1: Directory.publish, 2: Directory.rename}
+    with monkeypatch.context() as patch:
+        patch.setattr(Directory, "publish", failing)
+        patch.setattr(Directory, "rename", failing)
+        assert main(command(source, out)) == 2
+    assert not (out / "manifest.json").exists()
+    assert main(command(source, out)) == 0
+    assert files(out) == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Path:
+    """A file system of 0.8 MB."""
+    point = tmp_path / "disk"
+    point.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", str(point)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
+    return point
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_full_disk(
+    source: Path,
+    expected: dict[str, bytes],
+    small_disk: Path,
+    workers: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    try:
+        out = small_disk / "out"
+        assert main(command(source, out, workers)) == 2
+        assert "no space left on the disk; free some, then the same command continues" in capsys.readouterr().err
+        check_nothing_half_written(out)
+        assert list(out.glob("lane-*/*.tar"))
+        subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+        assert main(command(source, out, workers)) == 0
+        assert files(out) == expected
+    finally:
+        subprocess.run(["umount", str(small_disk)], check=True)
+
+
+def test_changed_data_is_noticed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    data = write_parquet(tmp_path / "data", [jpeg(i) for i in range(20)] + [b""] * 5, [0] * 25)
+    with pytest.raises(BuildError, match="cannot be used"):
+        build_shards(data, out)
+    for path in (data / "data").iterdir():
+        path.unlink()
+    (data / "data").rmdir()
+    write_parquet(data, [jpeg(i) for i in range(30)], [0] * 30)
+    with pytest.raises(BuildError, match="was started with data with 25 rows, now it is 30"):
+        build_shards(data, out)
+
+
+def test_two_builds_do_not_mix(source: Path, tmp_path: Path) -> None:
+    first = start(command(source, tmp_path / "out"))
+    wait_for_shards(tmp_path / "out", 1)
+    second = subprocess.run(
+        [sys.executable, "-m", "sharding.build", *command(source, tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2
+    assert "another build is writing here" in second.stderr
+
+
+def test_a_killed_worker_is_named_and_nothing_hangs(source: Path, tmp_path: Path) -> None:
+    build = start(command(source, tmp_path / "out", workers=2))
+    wait_for_shards(tmp_path / "out", 1)
+    workers = [p for p in processes_of_session(build.pid) if p != build.pid and is_worker(p)]
+    os.kill(workers[0], signal.SIGKILL)
+    _, message = build.communicate(timeout=30)
+    assert build.returncode == 2
+    assert "a worker process was killed" in message
+
+
+def is_worker(process: int) -> bool:
+    """A child of the fork server, which is itself a child of the build."""
+    stat = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    parent = Path(f"/proc/{stat[1]}/cmdline").read_bytes()
+    return b"forkserver" in parent
+
+
+def test_engines_give_every_result_and_pass_errors_on() -> None:
+    for engine in (in_process, processes(2)):
+        assert sorted(engine(divide, 12, [1, 2, 3, 4])) == [3, 4, 6, 12]
+        with pytest.raises(ZeroDivisionError):
+            list(engine(divide, 12, [1, 0, 3]))
+
+
+def divide(dividend: int, divisor: int) -> int:
+    return dividend // divisor
