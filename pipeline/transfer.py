@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.backends import Views
 from pipeline.plan import BatchPlan
@@ -71,3 +73,9 @@ def _row_constants(
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+def upload(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A copy on the current stream of ``device``, not waited for."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -20,7 +20,8 @@ import simplejpeg
 import torch
 from numba import njit, uint32
 from numpy.typing import NDArray
-from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline, pipeline_def
 
 from pipeline.backends import BackendOptions, UndecodableError, Views
 from pipeline.plan import BatchPlan
@@ -57,12 +58,12 @@ def decode_graph(on_gpu: bool) -> Any:
     The CPU decodes no more than the region that the views need. The GPU decodes all: decoding a region there bypasses
     the hardware decoder (DALI's documentation) and crashes with nvImageCodec 0.9 (nvImageCodec #55).
     """
-    encoded = fn.external_source(name="encoded", no_copy=True, dtype=types.UINT8, ndim=1)
-    how = {"output_type": types.RGB, "adjust_orientation": False}
+    encoded = fn.external_source(name="encoded", no_copy=True, dtype=types.DALIDataType.UINT8, ndim=1)
+    how: dict[str, Any] = {"output_type": types.DALIImageType.RGB, "adjust_orientation": False}
     if on_gpu:
         return fn.decoders.image(encoded, device="mixed", jpeg_fancy_upsampling=True, **how)
-    start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
-    shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
+    start = fn.external_source(name="start", dtype=types.DALIDataType.INT32, ndim=1)
+    shape = fn.external_source(name="shape", dtype=types.DALIDataType.INT32, ndim=1)
     return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **how)
 
 
@@ -128,7 +129,7 @@ class DaliBackend:
 
     def __init__(self, options: BackendOptions, renderer: Renderer) -> None:
         self._options, self._renderer = options, renderer
-        self._decoder, self._single = self._new_decoder(options.batch_size), self._new_decoder(1)
+        self._decoder = self._new_decoder(options.batch_size)
         self._decode_seconds = 0.0
         self._numbers = itertools.count()
         self._jobs: queue.PriorityQueue[tuple[int, int, _Batch]] = queue.PriorityQueue()
@@ -152,7 +153,7 @@ class DaliBackend:
             self._jobs.put((_STOP, next(self._numbers), _Batch(BatchPlan(0, np.empty(0, np.int64), ()))))
             self._thread.join()
             self._renderer.close()
-            del self._decoder, self._single
+            del self._decoder
 
     def _work(self) -> None:
         while True:
@@ -193,19 +194,18 @@ class DaliBackend:
     def _find_faults(self, batch: _Batch) -> dict[int, str]:
         """Decodes every image of a failed batch alone; id -> reason of those that fail."""
         ids, sizes = batch.plan.ids, self._sizes(batch.plan.ids)
-        faults = (self._find_fault(data, size) for data, size in zip(batch.encoded, sizes, strict=True))
-        return {int(i): fault for i, fault in zip(ids, faults, strict=True) if fault}
-
-    def _find_fault(self, data: Encoded, size: NDArray[np.int32]) -> str:
-        if fault := _header_fault(data, size):
-            return fault
-        try:
-            self._single.schedule([data], size[None])
-            self._single.collect(None)
-        except RuntimeError as error:
-            self._single = self._new_decoder(1)
-            return _complaint(data) or str(error)
-        return ""
+        faults, decoder = {}, self._new_decoder(1)
+        for sample, data, size in zip(ids.tolist(), batch.encoded, sizes, strict=True):
+            if fault := _header_fault(data, size):
+                faults[sample] = fault
+                continue
+            try:
+                decoder.schedule([data], size[None])
+                decoder.collect(None)
+            except RuntimeError as error:
+                faults[sample] = _complaint(data) or str(error)
+                decoder = self._new_decoder(1)
+        return faults
 
     def _sizes(self, ids: NDArray[np.int64]) -> Regions:
         """Whole images, as the index has them."""
@@ -296,4 +296,8 @@ def _pack(image: NDArray[np.uint8]) -> NDArray[np.uint32]:
 
 
 def build(options: BackendOptions) -> DaliBackend:
+    if options.device.type == "cuda":
+        from pipeline.render_gpu import GpuRenderer  # needs Triton, which needs a GPU
+
+        return DaliBackend(options, GpuRenderer(options.device))
     return DaliBackend(options, CpuRenderer(options.num_threads))
