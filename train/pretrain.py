@@ -156,6 +156,7 @@ def build_loader(config: Config, shards: ShardSet, world: World, start_step: int
         prefetch=config.data.prefetch,
         max_replaced_samples=config.data.max_replaced_samples,
         device=world.device,
+        dtype=precision(config, world),
     )
 
 
