@@ -1,8 +1,8 @@
 """Geometry on a GPU: crop, antialiased bilinear resize and horizontal flip, in Pillow's integer arithmetic, by Triton.
 
 Pillow resizes 8-bit images along one axis and then along the other, both with 22-bit fixed-point weights and both
-rounded to 8 bits (`ImagingResample`). DALI's resize is close (mean difference 0.17 of 255), but repeats border pixels where Pillow
-shortens the filter, which shows when an image shrinks to a tenth.
+rounded to 8 bits (`ImagingResample`). DALI's resize is close (mean difference 0.17 of 255), but repeats border pixels
+where Pillow shortens the filter, which shows when an image shrinks to a tenth.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -129,9 +129,7 @@ def _resize_along_first(
 
 
 @triton.jit
-def _resize_along_second(
-    between, starts, edge, order, first, count, weights, views, size, most, block: tl.constexpr
-):
+def _resize_along_second(between, starts, edge, order, first, count, weights, views, size, most, block: tl.constexpr):
     """From ``between``, along the other axis, to the views."""
     image = tl.program_id(0)
     pixel = tl.program_id(1) * block + tl.arange(0, block)
