@@ -102,7 +102,7 @@ def _load(views, image, pixel, num_pixels, inside):
 @triton.jit
 def _jitter(r, g, b, order, factors, mean):
     """The operations that ``order`` (4,) names, one after the other; ``mean`` is the grey that contrast turns on."""
-    for k in tl.static_range(4):
+    for k in range(4):
         operation = tl.load(order + k)
         if operation == _BRIGHTNESS:
             factor = tl.load(factors + _BRIGHTNESS)

@@ -1,8 +1,8 @@
 """Geometry on a GPU: crop, antialiased bilinear resize and horizontal flip, in Pillow's integer arithmetic, by Triton.
 
-Pillow resizes 8-bit images in two passes, rows and then columns, each with 22-bit fixed-point weights and rounded to 8
-bits (`ImagingResample`). DALI's resize is close (mean difference 0.17 of 255), but repeats border pixels where Pillow
-shortens the filter, which shows when an image shrinks to a tenth.
+Pillow resizes 8-bit images along one axis and then along the other, both with 22-bit fixed-point weights and both
+rounded to 8 bits (`ImagingResample`). DALI's resize is close (mean difference 0.17 of 255), but repeats border pixels
+where Pillow shortens the filter, which shows when an image shrinks to a tenth.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -39,17 +39,25 @@ def resample(images: Sequence[torch.Tensor], plan: ViewPlan) -> torch.Tensor:
     _find_taps[(n, 2, triton.cdiv(size, _BLOCK))](
         box, edge, upload(plan.flip, device), first, count, weights, size, most, _BLOCK, enable_fp_fusion=False
     )
-    heights = plan.edge[:, 2]
-    starts = upload(np.cumsum(heights) - heights, device)
-    rows = torch.empty((int(heights.sum()), size, 3), dtype=torch.uint8, device=device)
-    _resize_rows[(n, triton.cdiv(int(heights.max()) * size, _BLOCK))](
-        addresses, widths, edge, first, count, weights, starts, rows, size, most, _BLOCK
+    vertical_first = _is_vertical_first(plan)
+    sizes = size * np.where(vertical_first, plan.edge[:, 3], plan.edge[:, 2])
+    starts, order = upload(np.cumsum(sizes) - sizes, device), upload(vertical_first, device)
+    between = torch.empty((int(sizes.sum()), 3), dtype=torch.uint8, device=device)
+    _resize_along_first[(n, triton.cdiv(int(sizes.max()), _BLOCK))](
+        addresses, widths, edge, order, first, count, weights, starts, between, size, most, _BLOCK
     )
     views = torch.empty((n, size, size, 3), dtype=torch.uint8, device=device)
-    _resize_columns[(n, triton.cdiv(size * size, _BLOCK))](
-        rows, starts, first, count, weights, views, size, most, _BLOCK
+    _resize_along_second[(n, triton.cdiv(size * size, _BLOCK))](
+        between, starts, edge, order, first, count, weights, views, size, most, _BLOCK
     )
     return views
+
+
+def _is_vertical_first(plan: ViewPlan) -> NDArray[np.bool_]:
+    """Pillow's rule since version 13 (python-pillow/Pillow#9549): when the height shrinks by much more."""
+    resized = np.rint(plan.edge[:, 2:] * plan.spec.size / plan.box[:, 2:])
+    less_height, less_width = (plan.edge[:, 2:] - resized).T
+    return (less_height > 0) & (less_height > 2 * less_width)
 
 
 def _most_taps(plan: ViewPlan) -> int:
@@ -96,30 +104,45 @@ def _triangle(pixel, high, centre, support):
 
 
 @triton.jit
-def _resize_rows(addresses, widths, edge, first, count, weights, starts, rows, size, most, block: tl.constexpr):
-    """The rows of each image's edge, resized, into ``rows`` (sum of the edges' heights, size, 3)."""
+def _resize_along_first(
+    addresses, widths, edge, order, first, count, weights, starts, between, size, most, block: tl.constexpr
+):
+    """From the images to ``between``: each image's edge with one axis resized, pixels (h * size, 3) or (size * w, 3).
+
+    ``order`` (n,) is true where the vertical axis comes first.
+    """
     image = tl.program_id(0)
     pixel = tl.program_id(1) * block + tl.arange(0, block)
+    vertical = tl.load(order + image) != 0
     top, left = tl.load(edge + image * 4), tl.load(edge + image * 4 + 1)
-    inside = pixel < tl.load(edge + image * 4 + 2) * size
-    y, x = pixel // size, pixel % size
-    taps = (image * 2 + 1) * size + x
-    begin = (top + y) * tl.load(widths + image) + left + tl.load(first + taps, mask=inside, other=0)
-    source = tl.load(addresses + image).to(tl.pointer_type(tl.uint8)) + begin * 3
-    target = rows + (tl.load(starts + image) * size + pixel) * 3
-    _combine(source, 3, target, count, weights, taps, most, inside, block)
+    height, width = tl.load(edge + image * 4 + 2), tl.load(edge + image * 4 + 3)
+    width_between = tl.where(vertical, width, size)
+    inside = pixel < tl.where(vertical, size, height) * width_between
+    y, x = pixel // width_between, pixel % width_between
+    taps = (image * 2 + tl.where(vertical, 0, 1)) * size + tl.where(vertical, y, x)
+    begin = tl.load(first + taps, mask=inside, other=0)
+    pitch = tl.load(widths + image)
+    corner = (top + tl.where(vertical, begin, y)) * pitch + left + tl.where(vertical, x, begin)
+    source = tl.load(addresses + image).to(tl.pointer_type(tl.uint8)) + corner * 3
+    target = between + (tl.load(starts + image) + pixel) * 3
+    _combine(source, tl.where(vertical, pitch, 1) * 3, target, count, weights, taps, most, inside, block)
 
 
 @triton.jit
-def _resize_columns(rows, starts, first, count, weights, views, size, most, block: tl.constexpr):
+def _resize_along_second(between, starts, edge, order, first, count, weights, views, size, most, block: tl.constexpr):
+    """From ``between``, along the other axis, to the views."""
     image = tl.program_id(0)
     pixel = tl.program_id(1) * block + tl.arange(0, block)
+    vertical = tl.load(order + image) != 0
+    width_between = tl.where(vertical, tl.load(edge + image * 4 + 3), size)
     inside = pixel < size * size
     y, x = pixel // size, pixel % size
-    taps = image * 2 * size + y
-    begin = (tl.load(starts + image) + tl.load(first + taps, mask=inside, other=0)) * size + x
+    taps = (image * 2 + tl.where(vertical, 1, 0)) * size + tl.where(vertical, x, y)
+    begin = tl.load(first + taps, mask=inside, other=0)
+    corner = tl.where(vertical, y, begin) * width_between + tl.where(vertical, begin, x)
+    source = between + (tl.load(starts + image) + corner) * 3
     target = views + (image.to(tl.int64) * size * size + pixel) * 3
-    _combine(rows + begin * 3, size * 3, target, count, weights, taps, most, inside, block)
+    _combine(source, tl.where(vertical, 1, width_between) * 3, target, count, weights, taps, most, inside, block)
 
 
 @triton.jit

@@ -1,0 +1,110 @@
+"""NVIDIA DALI as a decoder: encoded bytes in our own order in, RGB images out, on the CPU or on a GPU.
+
+DALI's graph ends at the decoded image, because its own resize, jitter and hue differ from torchvision's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline, pipeline_def
+
+from pipeline.plan import BatchPlan
+
+Encoded = NDArray[np.uint8]
+Regions = NDArray[np.int32]  # (n, 4) top, left, height, width
+
+_END_OF_IMAGE = bytes((0xFF, 0xD9))
+
+
+@pipeline_def
+def decode_graph(on_gpu: bool) -> Any:
+    """Encoded bytes to RGB, once, as Pillow decodes them: exact chroma upsampling, orientation as stored.
+
+    The CPU decodes no more than the region that the views need. The GPU decodes all: decoding a region there bypasses
+    the hardware decoder (DALI's documentation) and crashes with nvImageCodec 0.9 (nvImageCodec #55).
+    """
+    encoded = fn.external_source(name="encoded", no_copy=True, dtype=types.DALIDataType.UINT8, ndim=1)
+    how: dict[str, Any] = {"output_type": types.DALIImageType.RGB, "adjust_orientation": False}
+    if on_gpu:
+        return fn.decoders.image(encoded, device="mixed", jpeg_fancy_upsampling=True, **how)
+    start = fn.external_source(name="start", dtype=types.DALIDataType.INT32, ndim=1)
+    shape = fn.external_source(name="shape", dtype=types.DALIDataType.INT32, ndim=1)
+    return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **how)
+
+
+class Decoder:
+    """A DALI pipeline: batches go in and come out in the same order. One failure and it is of no more use."""
+
+    def __init__(self, batch_size: int, num_threads: int, device_id: int | None) -> None:
+        self._on_gpu = device_id is not None
+        # The dynamic executor queues any number of runs; the depth is only how many runs the first one starts.
+        self._pipeline: Pipeline = decode_graph(
+            self._on_gpu,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            device_id=device_id,
+            prefetch_queue_depth=1,
+        )
+        self._pipeline.build()
+
+    def regions(self, encoded: Sequence[Encoded], plan: BatchPlan, sizes: Regions) -> Regions:
+        """What to decode of each image.
+
+        A truncated file must be found whatever its crops are, so that batches do not depend on who looked at it
+        before; an end marker tells that all rows are there, without it the whole image is decoded.
+        """
+        if self._on_gpu:
+            return sizes
+        edges = np.stack([view.edge for view in plan.views]).astype(np.int32)
+        start, end = edges[..., :2].min(axis=0), (edges[..., :2] + edges[..., 2:]).max(axis=0)
+        complete = np.array([data[-2:].tobytes() == _END_OF_IMAGE for data in encoded])
+        return np.where(complete[:, None], np.concatenate([start, end - start], axis=1), sizes)
+
+    def schedule(self, encoded: list[Encoded], regions: Regions) -> None:
+        """Start decoding. ``encoded`` is not copied: it must live until `collect` has returned its images."""
+        self._pipeline.feed_input("encoded", encoded)
+        if not self._on_gpu:
+            self._pipeline.feed_input("start", np.ascontiguousarray(regions[:, :2]))
+            self._pipeline.feed_input("shape", np.ascontiguousarray(regions[:, 2:]))
+        self._pipeline.schedule_run()
+
+    def collect(self, stream: Any) -> Any:
+        """The next batch of images; they live as long as they are referred to. Raises RuntimeError."""
+        (images,) = self._pipeline.share_outputs(stream)
+        self._pipeline.release_outputs()
+        return images
+
+
+def find_header_fault(data: Encoded, size: NDArray[np.int32]) -> str:
+    """Why not to let DALI try, "" if there is no reason. ``size`` (4,) is the whole image as the index has it.
+
+    DALI has no limit on the memory that a damaged size makes it ask for.
+    """
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        return str(error)
+    if (height, width) == tuple(size[2:]):
+        return ""
+    return f"expected {size[2]} x {size[3]} pixels as the index says, found {(height, width)}"
+
+
+def find_fault(decoder: Decoder, data: Encoded, size: NDArray[np.int32]) -> str:
+    """Why an image cannot be decoded, "" if it can; a decoder of single images is used up if not.
+
+    The reason is what libjpeg has to say where it does; DALI's is a number.
+    """
+    try:
+        decoder.schedule([data], size[None])
+        decoder.collect(None)
+    except RuntimeError as error:
+        try:
+            simplejpeg.decode_jpeg(data)
+        except ValueError as complaint:
+            return str(complaint)
+        return str(error)
+    return ""

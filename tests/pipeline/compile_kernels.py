@@ -1,0 +1,22 @@
+"""Compiles every Triton kernel to machine code of an A100; for a process without TRITON_INTERPRET."""
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pipeline import photometric_gpu, resample_gpu
+
+SIGNATURES = {
+    resample_gpu._find_taps: "*fp64 *i64 *i1 *i32 *i32 *i32 i32 i32",
+    resample_gpu._resize_along_first: "*i64 *i64 *i64 *i1 *i32 *i32 *i32 *i64 *u8 i32 i32",
+    resample_gpu._resize_along_second: "*u8 *i64 *i64 *i1 *i32 *i32 *i32 *u8 i32 i32",
+    photometric_gpu._sum_grey: "*u8 *i32 *fp32 *i32 i32",
+    photometric_gpu._jitter_and_grey: "*u8 *i32 *fp32 *i32 *i1 i32",
+    photometric_gpu._blur_rows: "*u8 *i64 *fp32 *fp32 i32 i32",
+    photometric_gpu._blur_columns: "*fp32 *i64 *fp32 *u8 i32 i32",
+}
+
+if __name__ == "__main__":
+    for kernel, types in SIGNATURES.items():
+        signature = dict(zip(kernel.arg_names, [*types.split(), "constexpr"], strict=True))
+        triton.compile(ASTSource(kernel, signature, {"block": 1024}), target=GPUTarget("cuda", 80, 32))
