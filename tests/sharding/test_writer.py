@@ -50,3 +50,14 @@ def test_an_error_leaves_no_end_mark(tmp_path: Path) -> None:
     with pytest.raises(TypeError), writer:
         writer.add(1, "not bytes", 0)  # type: ignore[arg-type]
     assert (tmp_path / "a.tar").stat().st_size == writer.num_bytes == 512
+
+
+def test_headers_are_those_of_tarfile(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with ShardWriter(path) as writer:
+        for key in (0, 99_999_999, 14_000_000_000):
+            writer.add(key, bytes(key % 1000 + 1), label=-1)
+    data = path.read_bytes()
+    with tarfile.open(path) as archive:
+        for member in archive:
+            assert data[member.offset : member.offset + 512] == member.tobuf(tarfile.USTAR_FORMAT)
