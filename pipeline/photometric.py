@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 from pipeline.plan import BRIGHTNESS, CONTRAST, SATURATION
 
 Planes = NDArray[np.uint8]  # (3, size, size)
-Plane = NDArray[np.uint8]
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+_BLOCK = 8  # rows blurred together: they fit the first-level cache with those around them
 
 
 @njit(nogil=True, cache=True)
@@ -43,11 +46,13 @@ def brightness(view: Planes, factor: float) -> None:
 @njit(nogil=True, cache=True)
 def contrast(view: Planes, factor: float) -> None:
     """About the image's own mean grey value, rounded."""
-    r, g, b = view[0].reshape(-1), view[1].reshape(-1), view[2].reshape(-1)
-    total = 0
-    for i in range(r.size):
-        total += _grey(r[i], g[i], b[i])
-    _blend(view, int(total / r.size + 0.5), factor)
+    size, total = view.shape[2], 0
+    for y in range(view.shape[1]):
+        row = np.int32(0)  # summed in 32 bits, which vectorises better than 64
+        for x in range(size):
+            row += _grey(view[0, y, x], view[1, y, x], view[2, y, x])
+        total += row
+    _blend(view, int(total / (view.shape[1] * size) + 0.5), factor)
 
 
 @njit(nogil=True, cache=True)
@@ -60,54 +65,43 @@ def saturation(view: Planes, factor: float) -> None:
         b[i] = _clip(grey + f * (np.float32(b[i]) - grey))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inline="always")
+def _level(hue6: np.float32, phase: np.float32, value: np.float32, chroma: np.float32) -> np.uint8:
+    """One channel of an HSV colour; ``hue6`` and ``phase`` in sixths of a turn times 255, ``chroma`` = value * s."""
+    angle = hue6 + phase
+    angle = angle - np.float32(1530) if angle >= np.float32(1530) else angle
+    below = min(max(min(angle, np.float32(1020) - angle), np.float32(0)), np.float32(255))
+    return np.uint8(np.int32(value + np.float32(0.5) - chroma * below * np.float32(1 / 65025)))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def hue(view: Planes, shift: float) -> None:
-    """Through 8-bit HSV; ``shift`` in turns, truncated to 1/255."""
-    r, g, b = view[0].reshape(-1), view[1].reshape(-1), view[2].reshape(-1)
-    step = np.int32(int(shift * 255)) & np.int32(255)
-    for i in range(r.size):
-        red, green, blue = np.int32(r[i]), np.int32(g[i]), np.int32(b[i])
-        top, bottom = max(red, green, blue), min(red, green, blue)
-        spread = top - bottom
-        if spread == 0:
-            continue
-        inverse = np.float32(spread)
-        s = np.int32(np.float64(inverse / np.float32(top)) * 255.0)
-        rc, gc, bc = (
-            np.float32(top - red) / inverse,
-            np.float32(top - green) / inverse,
-            np.float32(top - blue) / inverse,
-        )
-        if red == top:
-            h = np.float32(bc - gc)
-        elif green == top:
-            h = np.float32(2.0 + np.float64(rc) - np.float64(bc))
-        else:
-            h = np.float32(4.0 + np.float64(gc) - np.float64(rc))
-        h = np.float32((np.float64(h) / 6.0 + 1.0) % 1.0)
-        turned = (np.int32(np.float64(h) * 255.0) + step) & np.int32(255)
-        if s == 0:
-            r[i] = g[i] = b[i] = top
-            continue
-        sector = (turned * 6) // 255
-        f = np.float32(np.float64(turned) * 6.0 / 255.0 - sector)
-        fs = np.float32(s / 255.0)
-        p = np.uint8(np.float64(top) * (1.0 - fs) + 0.5)
-        q = np.uint8(np.float64(top) * (1.0 - np.float64(np.float32(fs * f))) + 0.5)
-        t = np.uint8(np.float64(top) * (1.0 - fs * (1.0 - np.float64(f))) + 0.5)
-        sector = sector % 6
-        if sector == 0:
-            r[i], g[i], b[i] = top, t, p
-        elif sector == 1:
-            r[i], g[i], b[i] = q, top, p
-        elif sector == 2:
-            r[i], g[i], b[i] = p, top, t
-        elif sector == 3:
-            r[i], g[i], b[i] = p, q, top
-        elif sector == 4:
-            r[i], g[i], b[i] = t, p, top
-        else:
-            r[i], g[i], b[i] = top, p, q
+    """Through 8-bit HSV; ``shift`` in turns, truncated to 1/255.
+
+    Free of branches, and in single precision, which gives Pillow's result for every colour: its hue is
+    ``base + x`` or ``base - x`` sixths of a turn, x being the middle channel's distance from the largest.
+    """
+    red, green, blue = view[0].reshape(-1), view[1].reshape(-1), view[2].reshape(-1)
+    one, step = np.float32(1), np.float32(int(shift * 255) & 255)
+    for i in range(red.size):
+        r, g, b = np.float32(red[i]), np.float32(green[i]), np.float32(blue[i])
+        value, low = max(r, g, b), min(r, g, b)
+        spread = value - low
+        x = (value - (r + g + b - value - low)) / max(spread, one)
+        base, x = (np.float32(3), x) if low == r else (np.float32(5), -x)
+        if value == g:
+            base, x = (np.float32(3), -abs(x)) if low == r else (one, abs(x))
+        if value == r:
+            base, x = (-one, abs(x)) if low == g else (one, -abs(x))
+        turns = (base + x) / np.float32(6)
+        turns = turns + one if turns < np.float32(0) else turns
+        shifted = np.float32(np.int32(turns * np.float32(255))) + step
+        shifted = shifted - np.float32(256) if shifted >= np.float32(256) else shifted
+        saturated = np.float32(np.int32(spread / max(value, one) * np.float32(255)))
+        hue6, chroma = shifted * np.float32(6), value * saturated
+        red[i] = _level(hue6, np.float32(1275), value, chroma)
+        green[i] = _level(hue6, np.float32(765), value, chroma)
+        blue[i] = _level(hue6, np.float32(255), value, chroma)
 
 
 @njit(nogil=True, cache=True)
@@ -126,52 +120,86 @@ def solarize(view: Planes) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _gaussian(sigma: float, radius: int) -> NDArray[np.float32]:
+def _gaussian(sigma: float, radius: int) -> Floats:
     """Weights (radius + 1,) of the centre and of one side, normalised over both sides."""
     weights = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
     return (weights / (2 * weights.sum() - 1)).astype(np.float32)
 
 
 @njit(nogil=True, cache=True, fastmath=True)
-def _convolve(source: NDArray[np.float32], stride: int, weights: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+def _convolve(source: Floats, stride: int, weights: Floats, out: Floats) -> None:
     """``out`` (n,) = the symmetric filter on ``source`` (n + 2 * radius * stride,), its taps ``stride`` apart."""
-    n, centre = len(out), (len(weights) - 1) * stride
+    n, radius = len(out), len(weights) - 1
+    # Slices: Numba vectorises a loop over ``source[offset + i]`` only if it can tell that no index is negative.
+    centre, last = source[radius * stride :], source[2 * radius * stride :]
+    a, b, u, v = source[(radius - 1) * stride :], source[(radius + 1) * stride :], weights[0], weights[1]
     for i in range(n):
-        out[i] = weights[0] * source[centre + i]
-    for k in range(1, len(weights)):
-        below, above, weight = source[centre - k * stride :], source[centre + k * stride :], weights[k]
+        out[i] = u * centre[i] + v * (a[i] + b[i])
+    for k in range(2, radius, 2):
+        a, b, u = source[(radius - k) * stride :], source[(radius + k) * stride :], weights[k]
+        c, d, v = source[(radius - k - 1) * stride :], source[(radius + k + 1) * stride :], weights[k + 1]
         for i in range(n):
-            out[i] += weight * (below[i] + above[i])
+            out[i] += u * (a[i] + b[i]) + v * (c[i] + d[i])
+    if radius % 2 == 0:
+        u = weights[radius]
+        for i in range(n):
+            out[i] += u * (source[i] + last[i])
+
+
+@njit(nogil=True, cache=True)
+def _load_row(row: Bytes, radius: int, out: Floats) -> None:
+    """A row with ``radius`` pixels reflected at either end."""
+    n = len(row)
+    for x in range(n):
+        out[radius + x] = row[x]
+    for x in range(1, radius + 1):
+        out[radius - x], out[radius + n - 1 + x] = row[x], row[n - 1 - x]
+
+
+@njit(nogil=True, cache=True)
+def _blur_plane(plane: Bytes, weights: Floats, rows: Floats) -> None:
+    """``rows`` (size + 2 * radius + _BLOCK, size + 2 * radius) is scratch.
+
+    Blocks of several rows are filtered as one long one; what the ends of rows mix is never used.
+    """
+    size, radius, pitch = len(plane), len(weights) - 1, rows.shape[1]
+    block = np.empty((_BLOCK, pitch), np.float32)
+    flat, flat_rows = block.reshape(-1), rows.reshape(-1)
+    for y in range(0, size, _BLOCK):
+        count = min(_BLOCK, size - y)
+        for i in range(count):
+            _load_row(plane[y + i], radius, block[i])
+        n, start = count * pitch, (radius + y) * pitch
+        _convolve(flat[:n], 1, weights, flat_rows[start : start + n - 2 * radius])
+    for y in range(1, radius + 1):
+        rows[radius - y], rows[radius + size - 1 + y] = rows[radius + y], rows[radius + size - 1 - y]
+    for y in range(0, size, _BLOCK):
+        count = min(_BLOCK, size - y)
+        _convolve(flat_rows[y * pitch :], pitch, weights, flat[: count * pitch])
+        for i in range(count):
+            for x in range(size):
+                plane[y + i, x] = np.uint8(np.int32(block[i, x] + np.float32(0.5)))
 
 
 @njit(nogil=True, cache=True)
 def blur(view: Planes, sigma: float, kernel: int) -> None:
-    """Gaussian of odd width ``kernel``, borders reflected; taps below 1/3000 of the centre's are left out."""
-    size = view.shape[2]
+    """Gaussian of odd width ``kernel``, borders reflected, the two directions one after the other.
+
+    What lies beyond four ``sigma`` is left out: at most 1/15000 of the weight, so 1/60 of a grey level. torchvision
+    convolves with the two-dimensional kernel in float32; the result differs where that rounds the other way.
+    """
     radius = min(kernel // 2, int(4 * sigma + 0.5))
     if radius == 0:
         return
+    size = view.shape[2]
     weights = _gaussian(sigma, radius)
-    padded, sums = np.empty(size + 2 * radius, np.float32), np.empty(size, np.float32)
-    rows = np.empty((size + 2 * radius, size), np.float32)
+    rows = np.empty((size + 2 * radius + _BLOCK, size + 2 * radius), np.float32)
     for channel in range(3):
-        plane = view[channel]
-        for y in range(size):
-            for x in range(size):
-                padded[radius + x] = plane[y, x]
-            for x in range(1, radius + 1):
-                padded[radius - x], padded[radius + size - 1 + x] = plane[y, x], plane[y, size - 1 - x]
-            _convolve(padded, 1, weights, rows[radius + y])
-        for y in range(1, radius + 1):
-            rows[radius - y], rows[radius + size - 1 + y] = rows[radius + y], rows[radius + size - 1 - y]
-        for y in range(size):
-            _convolve(rows[y : y + 2 * radius + 1].reshape(-1), size, weights, sums)
-            for x in range(size):
-                plane[y, x] = np.uint8(sums[x] + np.float32(0.5))
+        _blur_plane(view[channel], weights, rows)
 
 
 @njit(nogil=True, cache=True)
-def interleave(view: Planes, out: NDArray[np.uint8]) -> None:
+def interleave(view: Planes, out: Bytes) -> None:
     """Planes (3, size, size) into pixels (size, size, 3)."""
     for y in range(out.shape[0]):
         for x in range(out.shape[1]):
@@ -179,7 +207,7 @@ def interleave(view: Planes, out: NDArray[np.uint8]) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _jitter(view: Planes, order: NDArray[np.int8], factors: NDArray[np.float32]) -> None:
+def _jitter(view: Planes, order: NDArray[np.int8], factors: Floats) -> None:
     for operation in order:
         factor = factors[operation]
         if operation == BRIGHTNESS:
@@ -197,12 +225,12 @@ def adjust(
     view: Planes,
     jittered: bool,
     order: NDArray[np.int8],
-    factors: NDArray[np.float32],
+    factors: Floats,
     greyed: bool,
     sigma: float,
     kernel: int,
     solarized: bool,
-    out: NDArray[np.uint8],
+    out: Bytes,
 ) -> None:
     """All photometric operations of a view, which is used up, in their sequence, into ``out`` (size, size, 3)."""
     if jittered:
