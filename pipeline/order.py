@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.random import key_from_seed, philox_block
+from pipeline.random import Word, key_from_seed, philox_block
 
 Ids = NDArray[np.int64]
 
@@ -30,13 +30,15 @@ def permute(positions: Ids, size: int, key: tuple[int, int], stream: int, epoch:
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     values = np.asarray(positions, dtype=np.uint64).copy()
-    words = (key[0], key[1], epoch, _ORDER_STREAM + stream)
-    _walk(values, np.uint64(size), np.uint64(half_bits), *(np.uint64(word) for word in words))
+    k0, k1 = Word(key[0]), Word(key[1])
+    _walk(values, Word(size), Word(half_bits), k0, k1, Word(epoch), Word(_ORDER_STREAM + stream))
     return values.astype(np.int64)
 
 
 @njit(nogil=True, cache=True)
-def _walk(values: NDArray[np.uint64], size: int, half_bits: int, k0: int, k1: int, epoch: int, stream: int) -> None:
+def _walk(
+    values: NDArray[np.uint64], size: Word, half_bits: Word, k0: Word, k1: Word, epoch: Word, stream: Word
+) -> None:
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     for i in range(len(values)):
         value = values[i]

@@ -9,6 +9,7 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 UInt32 = NDArray[np.uint32]
+Word = np.uint64  # that holds 32 bits
 
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
@@ -28,13 +29,14 @@ def philox(key: tuple[int, int], c0: ArrayLike, c1: ArrayLike, c2: ArrayLike, c3
     """Random words for broadcastable counter words ``c0..c3`` (each in ``[0, 2**32)``): shape ``(..., 4)``."""
     counters = np.broadcast_arrays(*(np.asarray(c, dtype=np.uint64) for c in (c0, c1, c2, c3)))
     words = np.empty((*counters[0].shape, 4), dtype=np.uint32)
-    _fill(np.uint64(key[0]), np.uint64(key[1]), *(c.ravel() for c in counters), words.reshape(-1, 4))
+    flat0, flat1, flat2, flat3 = (c.ravel() for c in counters)
+    _fill(Word(key[0]), Word(key[1]), flat0, flat1, flat2, flat3, words.reshape(-1, 4))
     return words
 
 
 @njit(nogil=True, cache=True)
-def philox_block(k0: int, k1: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]:
-    """`philox` for compiled code: four words of one counter, all of them uint64 that hold 32 bits."""
+def philox_block(k0: Word, k1: Word, c0: Word, c1: Word, c2: Word, c3: Word) -> tuple[Word, Word, Word, Word]:
+    """`philox` for compiled code: the four words of one counter."""
     for _ in range(_ROUNDS):
         p0, p1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
         c0, c1, c2, c3 = (p1 >> _HALF) ^ c1 ^ k0, p1 & _LOW, (p0 >> _HALF) ^ c3 ^ k1, p0 & _LOW
@@ -44,8 +46,8 @@ def philox_block(k0: int, k1: int, c0: int, c1: int, c2: int, c3: int) -> tuple[
 
 @njit(nogil=True, cache=True)
 def _fill(
-    k0: int,
-    k1: int,
+    k0: Word,
+    k1: Word,
     c0: NDArray[np.uint64],
     c1: NDArray[np.uint64],
     c2: NDArray[np.uint64],
