@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from pipeline.backends import BackendOptions, Pending, UndecodableError, Views, build_backend
+from pipeline.cache import CacheOptions
+from pipeline.horizon import Horizon
 from pipeline.order import Ids, Order
 from pipeline.plan import BatchPlan, plan_batch
 from pipeline.random import key_from_seed, philox, to_integer
@@ -43,9 +45,10 @@ class Batch:
 class Loader:
     """Iterates over the batches of steps ``start_step``, ``start_step + 1``, ... without end; use it as a context.
 
-    ``rank`` and ``world_size`` choose a contiguous slice of each global batch; backend, threads and prefetch change
-    nothing but the speed. Samples that cannot be decoded are logged, counted, and replaced by others of their lane,
-    the same ones whatever happened before; more than ``max_replaced_samples`` of them are an error.
+    ``rank`` and ``world_size`` choose a contiguous slice of each global batch; backend, threads, prefetch and cache
+    change nothing but the speed. ``cache`` says where to keep shards that lie behind a URL. Samples that cannot be
+    decoded are logged, counted, and replaced by others of their lane, the same ones whatever happened before; more
+    than ``max_replaced_samples`` of them are an error.
     """
 
     def __init__(
@@ -63,27 +66,26 @@ class Loader:
         num_threads: int = 2,
         prefetch: int = 2,
         max_replaced_samples: int = 100,
+        cache: CacheOptions | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if global_batch_size % world_size:
-            raise ValueError(
-                f"global_batch_size: expected a multiple of world_size {world_size}, found {global_batch_size}"
-            )
+        _check_slice(global_batch_size, rank, world_size)
+        _check_at_least({"start_step": (start_step, 0), "num_threads": (num_threads, 1), "prefetch": (prefetch, 1)})
         self._shards, self._specs, self._seed = shards, tuple(specs), seed
         self._device, self._dtype = device or torch.device("cpu"), dtype
         self._order = Order(lane_shard_sizes(shards), seed, global_batch_size, window)
         batch_size = global_batch_size // world_size
         self._rows = slice(rank * batch_size, (rank + 1) * batch_size)
-        self._reader = Reader(shards)
-        self._prefetch, self._max_replaced = prefetch, max_replaced_samples
+        self._num_threads, self._prefetch, self._max_replaced = num_threads, prefetch, max_replaced_samples
+        self._next_step, self._closed = start_step, False
         self._undecodable: dict[int, str] = {}
-        self._next_step, self._wait_seconds, self._num_batches = start_step, 0.0, 0
         self._pending: deque[tuple[BatchPlan, Pending]] = deque()
-        self._backend = build_backend(
-            backend,
-            BackendOptions(self._reader, flatten(specs), batch_size, num_threads, prefetch, self._device),
-        )
+        self._num_batches, self._num_ready = 0, 0
+        self._wait_seconds, self._plan_seconds, self._copy_seconds = 0.0, 0.0, 0.0
+        self._reader, self._horizon = Reader(shards, cache), self._look_ahead(cache)
+        options = BackendOptions(self._reader, flatten(specs), batch_size, num_threads, prefetch, self._device)
+        self._backend = build_backend(backend, options)
 
     @property
     def num_steps_per_epoch(self) -> int:
@@ -99,34 +101,40 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        self._submit_ahead()
+        if self._closed:
+            raise RuntimeError("the loader is closed")
         start = time.perf_counter()
+        self._submit_ahead()
+        self._num_ready += sum(pending.done() for _, pending in self._pending)
         plan, views = self._collect()
-        batch = to_batch(views, plan, self._device, self._dtype)
-        labels = self._shards.index.label[plan.ids].astype(np.int64)
-        self._wait_seconds += time.perf_counter() - start
+        copying = time.perf_counter()
+        batch = self._to_batch(plan, views)
+        self._copy_seconds += time.perf_counter() - copying
         self._num_batches += 1
         self._submit_ahead()
-        return Batch(
-            plan.step,
-            batch,
-            torch.from_numpy(labels).to(self._device, non_blocking=True),
-            torch.from_numpy(plan.ids).to(self._device, non_blocking=True),
-        )
+        self._wait_seconds += time.perf_counter() - start
+        return batch
 
     def stats(self) -> dict[str, float]:
-        """Totals since the start, this rank's: batches delivered, seconds that ``next`` waited, replaced samples, and
-        the backend's seconds by stage (summed over its threads)."""
+        """Totals since the start, of this rank; `pipeline.stats` says how to read each."""
         return {
             "num_batches": self._num_batches,
+            "num_threads": self._num_threads,
             "wait_seconds": self._wait_seconds,
+            "plan_seconds": self._plan_seconds,
+            "copy_seconds": self._copy_seconds,
+            "queue_occupancy": self._num_ready / max(1, self._num_batches * self._prefetch),
             "replaced_samples": len(self._undecodable),
+            **self._reader.stats(),
             **self._backend.stats(),
         }
 
     def close(self) -> None:
+        """Stop threads and processes. What was delivered stays valid."""
+        self._closed = True
         self._pending.clear()
         self._backend.close()
+        self._reader.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -136,14 +144,36 @@ class Loader:
     ) -> None:
         self.close()
 
+    def _look_ahead(self, cache: CacheOptions | None) -> Horizon | None:
+        """None where any shard may come next and is as near as all others."""
+        remote = not self._shards.directory.is_local
+        if not remote and self._order.window is None:
+            return None
+        return Horizon(self._shards, self._order, self._rows, cache.ahead_bytes if remote and cache else None)
+
     def _submit_ahead(self) -> None:
         while len(self._pending) < self._prefetch:
-            self._submit(self.plan(self._next_step))
+            self._submit(self._next_step)
             self._next_step += 1
 
-    def _submit(self, plan: BatchPlan) -> None:
+    def _submit(self, step: int) -> None:
+        start = time.perf_counter()
+        plan = self.plan(step)
+        if self._horizon:
+            oldest = self._pending[0][0].step if self._pending else step
+            self._reader.fetch_ahead(self._horizon.shards(oldest))
+        self._plan_seconds += time.perf_counter() - start
         self._reader.read_ahead(plan.ids)
         self._pending.append((plan, self._backend.submit(plan)))
+
+    def _to_batch(self, plan: BatchPlan, views: Views) -> Batch:
+        labels = torch.from_numpy(self._shards.index.label[plan.ids].astype(np.int64))
+        return Batch(
+            plan.step,
+            to_batch(views, plan, self._device, self._dtype),
+            labels.to(self._device, non_blocking=True),
+            torch.from_numpy(plan.ids).to(self._device, non_blocking=True),
+        )
 
     def _collect(self) -> tuple[BatchPlan, Views]:
         while True:
@@ -162,17 +192,18 @@ class Loader:
         steps = [plan.step for plan, _ in self._pending]
         self._pending.clear()
         for step in steps:
-            self._submit(self.plan(step))
+            self._submit(step)
 
     def _report(self, error: UndecodableError) -> None:
-        self._undecodable |= error.reasons
         for sample, reason in error.reasons.items():
             log.warning("replaced %s: %s", self._reader.describe(sample), reason)
+        self._undecodable |= error.reasons
         if len(self._undecodable) > self._max_replaced:
+            sample, reason = next(reversed(error.reasons.items()))
             raise ValueError(
                 f"more than max_replaced_samples = {self._max_replaced} samples cannot be decoded, the last one "
                 f"{self._reader.describe(sample)}: {reason}; check the shards with "
-                f"`python -m sharding.verify {self._shards.root} --decode`"
+                f"`python -m sharding.verify {self._shards.directory}`"
             )
 
     def _replace(self, ids: Ids, epochs: Ids) -> Ids:
@@ -191,6 +222,21 @@ class Loader:
         words = philox(key_from_seed(self._seed), epoch, sample, _REPLACEMENT_STREAM, attempt)
         per_lane = self._order.samples_per_lane
         return sample // per_lane * per_lane + int(to_integer(words[..., 0], per_lane))
+
+
+def _check_slice(global_batch_size: int, rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0 <= rank < world_size, found rank {rank} of {world_size}")
+    if global_batch_size % world_size:
+        raise ValueError(
+            f"global_batch_size: expected a multiple of world_size {world_size}, found {global_batch_size}"
+        )
+
+
+def _check_at_least(values: Mapping[str, tuple[int, int]]) -> None:
+    for name, (value, least) in values.items():
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, found {value}")
 
 
 def plan_samples(shards: ShardSet, specs: Sequence[ViewSpec], seed: int, step: int, ids: Ids, epochs: Ids) -> BatchPlan:

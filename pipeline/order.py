@@ -9,9 +9,10 @@ on; every sample occurs exactly once in a pass.
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.random import key_from_seed, philox
+from pipeline.random import Word, key_from_seed, philox_block
 
 Ids = NDArray[np.int64]
 
@@ -28,17 +29,28 @@ def permute(positions: Ids, size: int, key: tuple[int, int], stream: int, epoch:
     position at any time.
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half_bits) - 1
-    values = np.array(positions, dtype=np.int64)
-    outside = np.ones(values.shape, dtype=bool)
-    while outside.any():
-        left, right = values[outside] >> half_bits, values[outside] & mask
-        for i in range(_FEISTEL_ROUNDS):
-            word = philox(key, epoch, right, _ORDER_STREAM + stream, i)[..., 0].astype(np.int64)
-            left, right = right, left ^ (word & mask)
-        values[outside] = left << half_bits | right
-        outside = values >= size
-    return values
+    values = np.asarray(positions, dtype=np.uint64).copy()
+    k0, k1 = Word(key[0]), Word(key[1])
+    _walk(values, Word(size), Word(half_bits), k0, k1, Word(epoch), Word(_ORDER_STREAM + stream))
+    return values.astype(np.int64)
+
+
+@njit(nogil=True, cache=True)
+def _walk(
+    values: NDArray[np.uint64], size: Word, half_bits: Word, k0: Word, k1: Word, epoch: Word, stream: Word
+) -> None:
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    for i in range(len(values)):
+        value = values[i]
+        while True:
+            left, right = value >> half_bits, value & mask
+            for j in range(_FEISTEL_ROUNDS):
+                word = philox_block(k0, k1, epoch, right, stream, np.uint64(j))[0]
+                left, right = right, left ^ (word & mask)
+            value = left << half_bits | right
+            if value < size:
+                break
+        values[i] = value
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ threads. Parallax keys the generator by the seed and counts by ``(epoch, sample 
 """
 
 import numpy as np
+from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 UInt32 = NDArray[np.uint32]
+Word = np.uint64  # that holds 32 bits
 
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL = 0x9E3779B9, 0xBB67AE85
+_WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _ROUNDS = 10
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
@@ -25,12 +27,35 @@ def key_from_seed(seed: int) -> tuple[int, int]:
 
 def philox(key: tuple[int, int], c0: ArrayLike, c1: ArrayLike, c2: ArrayLike, c3: ArrayLike) -> UInt32:
     """Random words for broadcastable counter words ``c0..c3`` (each in ``[0, 2**32)``): shape ``(..., 4)``."""
-    x0, x1, x2, x3 = np.broadcast_arrays(*(np.asarray(c, dtype=np.uint64) for c in (c0, c1, c2, c3)))
-    for i in range(_ROUNDS):
-        k0, k1 = (np.uint64((k + i * w) & 0xFFFFFFFF) for k, w in zip(key, _WEYL, strict=True))
-        p0, p1 = _MULTIPLIERS[0] * x0, _MULTIPLIERS[1] * x2
-        x0, x1, x2, x3 = (p1 >> _HALF) ^ x1 ^ k0, p1 & _LOW, (p0 >> _HALF) ^ x3 ^ k1, p0 & _LOW
-    return np.stack([x0, x1, x2, x3], axis=-1).astype(np.uint32)
+    counters = np.broadcast_arrays(*(np.asarray(c, dtype=np.uint64) for c in (c0, c1, c2, c3)))
+    words = np.empty((*counters[0].shape, 4), dtype=np.uint32)
+    flat0, flat1, flat2, flat3 = (c.ravel() for c in counters)
+    _fill(Word(key[0]), Word(key[1]), flat0, flat1, flat2, flat3, words.reshape(-1, 4))
+    return words
+
+
+@njit(nogil=True, cache=True)
+def philox_block(k0: Word, k1: Word, c0: Word, c1: Word, c2: Word, c3: Word) -> tuple[Word, Word, Word, Word]:
+    """`philox` for compiled code: the four words of one counter."""
+    for _ in range(_ROUNDS):
+        p0, p1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
+        c0, c1, c2, c3 = (p1 >> _HALF) ^ c1 ^ k0, p1 & _LOW, (p0 >> _HALF) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+@njit(nogil=True, cache=True)
+def _fill(
+    k0: Word,
+    k1: Word,
+    c0: NDArray[np.uint64],
+    c1: NDArray[np.uint64],
+    c2: NDArray[np.uint64],
+    c3: NDArray[np.uint64],
+    words: UInt32,
+) -> None:
+    for i in range(len(words)):
+        words[i, 0], words[i, 1], words[i, 2], words[i, 3] = philox_block(k0, k1, c0[i], c1[i], c2[i], c3[i])
 
 
 def to_unit(words: UInt32) -> NDArray[np.float64]:

@@ -1,6 +1,87 @@
-import os
+"""Shards of small real JPEGs, built once by `sharding.build`, for everything that reads shards."""
 
+import io
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
 import torch
+from PIL import Image
+
+from sharding.build import Layout, build
+from sharding.encode import Policy
+from sharding.manifest import ShardSet, open_shards
+from sharding.source import SourceSpec
+from sharding.storage import Directory
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+
+NUM_LANES = 4
+_NUM_IMAGES = 92
+_CLASSES = ["disc", "stripes", "checks"]
+
+
+@pytest.fixture(scope="session")
+def shard_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """92 JPEGs of many sizes in 4 lanes of several shards each; never modified."""
+    folder = tmp_path_factory.mktemp("shard-set")
+    source, out = folder / "source", folder / "shards"
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=_CLASSES)})
+    images = [{"bytes": _jpeg(number), "path": None} for number in range(_NUM_IMAGES)]
+    labels = [number % len(_CLASSES) for number in range(_NUM_IMAGES)]
+    (source / "data").mkdir(parents=True)
+    dataset = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    dataset.to_parquet(source / "data" / "train-00000-of-00001.parquet")
+    cache, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
+    datasets.disable_progress_bars()
+    try:
+        build(SourceSpec(str(source)), Directory.at(out), Layout(NUM_LANES, shard_mb=0.06, seed=1), Policy())
+    finally:
+        datasets.config.HF_DATASETS_CACHE = cache
+    return open_shards(out)
+
+
+@pytest.fixture
+def copied_shards(shard_set: ShardSet, tmp_path: Path) -> Path:
+    """A copy of the shards to damage."""
+    return Path(shutil.copytree(shard_set.root, tmp_path / "shards"))
+
+
+@pytest.fixture
+def damage(copied_shards: Path) -> Callable[[int], ShardSet]:
+    """``damage(sample)`` overwrites the middle of a sample's JPEG in the copied shards and opens them."""
+
+    def overwrite(sample: int) -> ShardSet:
+        shards = open_shards(copied_shards)
+        index = shards.index
+        path = copied_shards / shards.manifest.shards[int(index.shard[sample])].path
+        with path.open("r+b") as file:
+            file.seek(int(index.offset[sample]) + int(index.size[sample]) // 2)
+            file.write(b"\xff\xd9" * 32)
+        return shards
+
+    return overwrite
+
+
+def _jpeg(number: int) -> bytes:
+    """Shapes, gradients and noise: 60 to 139 pixels a side, upright and wide, colour and (each eighth) grey."""
+    rng = np.random.default_rng(number)
+    height, width = rng.integers(60, 140, 2)
+    rows, columns = np.mgrid[0:height, 0:width].astype(np.float64)
+    figures = [
+        np.hypot(rows - height / 2, columns - width / 2) < 30,
+        np.sin((rows + columns) / rng.uniform(2, 6)) > 0,
+        (rows // 12 + columns // 12) % 2 > 0,
+    ]
+    figure = np.where(figures[number % 3][..., None], rng.uniform(0, 255, 3), rng.uniform(0, 255, 3))
+    pixels = 0.7 * figure + 0.3 * np.stack([rows * 2, columns * 2, rows + columns], axis=-1)
+    pixels += rng.normal(0, 6, pixels.shape)
+    image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    file = io.BytesIO()
+    (image.convert("L") if number % 8 == 7 else image).save(file, "JPEG", quality=int(rng.integers(70, 96)))
+    return file.getvalue()

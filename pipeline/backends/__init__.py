@@ -30,6 +30,10 @@ class UndecodableError(RuntimeError):
 class Pending(Protocol):
     """A batch in the making."""
 
+    def done(self) -> bool:
+        """Whether `result` would return at once, as far as the host knows."""
+        ...
+
     def result(self) -> Views:
         """Wait for the views. Raises `UndecodableError`, naming all such samples of the batch."""
         ...

@@ -57,6 +57,9 @@ class _Batch:
     decoder: Decoder | None = None  # the one that it was given to
     views: "Future[Callable[[], Views]]" = field(default_factory=Future)
 
+    def done(self) -> bool:
+        return self.views.done()
+
     def result(self) -> Views:
         return self.views.result()()
 

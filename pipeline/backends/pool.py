@@ -38,6 +38,9 @@ class PooledBatch:
     def __init__(self, views: Views, futures: list[Future], collect: Callable[[int, Future], Done]) -> None:
         self._views, self._futures, self._collect = views, futures, collect
 
+    def done(self) -> bool:
+        return all(future.done() for future in self._futures)
+
     def result(self) -> Views:
         reasons: dict[int, str] = {}
         for number, future in enumerate(self._futures):

@@ -7,7 +7,6 @@ import io
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from pipeline.backends.pool import Done, PooledBatch, chunks
 from pipeline.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, Ints, ViewPlan
 from pipeline.plan import BatchPlan as Plan
 from pipeline.reader import Reader
-from sharding.manifest import open_shards
 
 Arrays = list[NDArray[np.uint8]]
 
@@ -45,9 +43,7 @@ class TorchvisionBackend:
 
     def __init__(self, options: BackendOptions) -> None:
         self._num_workers = options.num_threads
-        self._pool = ProcessPoolExecutor(
-            self._num_workers, get_context("spawn"), _start_worker, (options.reader.shards.root,)
-        )
+        self._pool = ProcessPoolExecutor(self._num_workers, get_context("spawn"), _start_worker, (options.reader,))
         self._total = Done()
 
     def submit(self, plan: Plan) -> Pending:
@@ -74,9 +70,9 @@ class TorchvisionBackend:
 _reader: Reader  # of a worker process
 
 
-def _start_worker(root: Path) -> None:
+def _start_worker(reader: Reader) -> None:
     global _reader
-    _reader = Reader(open_shards(root))
+    _reader = reader
     torch.set_num_threads(1)
 
 
@@ -85,8 +81,9 @@ def _work(ids: Ints, plans: list[ViewPlan]) -> tuple[Arrays, Done]:
     arrays: Arrays = [np.zeros((len(ids), p.spec.size, p.spec.size, 3), np.uint8) for p in plans]
     for row, sample in enumerate(ids.tolist()):
         start = time.perf_counter()
+        data = _reader.read(sample)
         try:
-            image = decode(_reader.read(sample))
+            image = decode(data)
         except (OSError, ValueError) as error:
             done.reasons[sample] = str(error)
             continue
