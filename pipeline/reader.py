@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from pipeline.cache import CacheOptions, ShardCache
@@ -38,7 +39,11 @@ class Reader:
         self._adviser = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     def read(self, sample: int) -> NDArray[np.uint8]:
-        """The JPEG bytes of a sample, in memory of their own. Raises OSError that names the shard."""
+        """The JPEG bytes of a sample, in memory of their own.
+
+        Raises ValueError for bytes that are not those of the build: whether a decoder would notice depends on the
+        decoder, and batches must not. Raises OSError, which names the shard, where the disk fails.
+        """
         start = time.perf_counter()
         index = self.shards.index
         shard, offset, size = int(index.shard[sample]), int(index.offset[sample]), int(index.size[sample])
@@ -50,8 +55,11 @@ class Reader:
                 f"{self.describe(sample)}: expected {size} bytes, found {num_bytes}: the shard was truncated while it "
                 f"was read; `python -m sharding.verify {self.shards.directory} --repair` restores it"
             )
+        sound = xxhash.xxh3_64_intdigest(data) == int(index.xxh3_64[sample])
         with self._lock:
             self._seconds += time.perf_counter() - start
+        if not sound:
+            raise ValueError("its bytes are not those that the shards were built with (checksum)")
         return data
 
     def read_ahead(self, samples: NDArray[np.int64]) -> None:

@@ -30,6 +30,7 @@ SAMPLE_SCHEMA = pa.schema(
         pa.field("width", pa.int32(), nullable=False),
         pa.field("label", pa.int32(), nullable=False),  # -1: none
         pa.field("source_row", pa.int64(), nullable=False),
+        pa.field("xxh3_64", pa.uint64(), nullable=False),  # of the JPEG
     ]
 )
 INDEX_SCHEMA = SAMPLE_SCHEMA.insert(0, pa.field("shard", pa.int32(), nullable=False))
@@ -128,6 +129,7 @@ class Index:
     width: NDArray[np.int32]
     label: NDArray[np.int32]
     source_row: NDArray[np.int64]
+    xxh3_64: NDArray[np.uint64]  # of the JPEG
 
     def __len__(self) -> int:
         return len(self.shard)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
+import xxhash
 
 from sharding.encode import BadImageError, Policy, encode
 from sharding.manifest import SAMPLE_SCHEMA, Index, Shard
@@ -111,7 +112,8 @@ def write_rows(job: Job, rows: list[int], path: Path, shard: Shard) -> tuple[Rec
             if image.change:
                 changes[image.change] += 1
             offset = writer.add(row, image.data, label)
-            samples.append((offset, len(image.data), image.height, image.width, label, row))
+            digest = xxhash.xxh3_64_intdigest(image.data)
+            samples.append((offset, len(image.data), image.height, image.width, label, row, digest))
     shard = replace(shard, num_samples=len(samples), num_bytes=writer.num_bytes, xxh3_128=writer.digest)
     return Record(shard, _samples(samples), quarantined, dict(changes), source_bytes), writer.index
 

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pyarrow as pa
+import xxhash
 
 from sharding.encode import Policy
 from sharding.finish import write_index
@@ -89,7 +90,8 @@ def _scan(out: Directory, shard: Shard) -> pa.Table:
             if member.name.endswith(".cls"):
                 rows[-1]["label"] = int(data.read())
                 continue
-            header = read_header(data.read())
+            jpeg = data.read()
+            header, digest = read_header(jpeg), xxhash.xxh3_64_intdigest(jpeg)
             size = {"offset": member.offset_data, "size": member.size, "height": header.height, "width": header.width}
-            rows.append({**size, "source_row": int(member.name.removesuffix(".jpg"))})
+            rows.append({**size, "source_row": int(member.name.removesuffix(".jpg")), "xxh3_64": digest})
     return pa.Table.from_pylist(rows, SAMPLE_SCHEMA)

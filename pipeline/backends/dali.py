@@ -112,9 +112,7 @@ class DaliBackend:
                 batch.views.cancel()
 
     def _schedule(self, batch: _Batch) -> None:
-        ids = batch.plan.ids
-        batch.encoded = [self._options.reader.read(int(i)) for i in ids]
-        sizes = self._sizes(ids)
+        batch.encoded, sizes = self._read(batch.plan.ids), self._sizes(batch.plan.ids)
         if any(find_header_fault(data, size) for data, size in zip(batch.encoded, sizes, strict=True)):
             raise UndecodableError(self._find_faults(batch))
         batch.decoder, batch.regions = self._decoder, self._decoder.regions(batch.encoded, batch.plan, sizes)
@@ -141,6 +139,17 @@ class DaliBackend:
                 faults[sample] = fault
                 decoder = self._new_decoder(1)
         return faults
+
+    def _read(self, ids: NDArray[np.int64]) -> list[Encoded]:
+        encoded, faults = [], {}
+        for sample in ids.tolist():
+            try:
+                encoded.append(self._options.reader.read(sample))
+            except ValueError as error:
+                faults[sample] = str(error)
+        if faults:
+            raise UndecodableError(faults)
+        return encoded
 
     def _sizes(self, ids: NDArray[np.int64]) -> Regions:
         """Whole images, as the index has them."""

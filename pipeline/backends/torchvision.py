@@ -81,10 +81,9 @@ def _work(ids: Ints, plans: list[ViewPlan]) -> tuple[Arrays, Done]:
     arrays: Arrays = [np.zeros((len(ids), p.spec.size, p.spec.size, 3), np.uint8) for p in plans]
     for row, sample in enumerate(ids.tolist()):
         start = time.perf_counter()
-        data = _reader.read(sample)
         try:
-            image = decode(data)
-        except (OSError, ValueError) as error:
+            image = decode(_reader.read(sample))
+        except ValueError as error:
             done.reasons[sample] = str(error)
             continue
         decoded = time.perf_counter()
@@ -96,8 +95,11 @@ def _work(ids: Ints, plans: list[ViewPlan]) -> tuple[Arrays, Done]:
 
 
 def decode(data: NDArray[np.uint8]) -> Image.Image:
-    """Raises OSError or ValueError."""
-    return Image.open(io.BytesIO(data.tobytes())).convert("RGB")
+    """Raises ValueError."""
+    try:
+        return Image.open(io.BytesIO(data.tobytes())).convert("RGB")
+    except OSError as error:
+        raise ValueError(str(error)) from None
 
 
 def apply(image: Image.Image, plan: ViewPlan, row: int) -> Image.Image:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from numpy.testing import assert_array_equal
 
 from pipeline.backends import BackendOptions, UndecodableError
@@ -73,12 +74,19 @@ def options(reader: Reader) -> BackendOptions:
 
 
 def damage(reader: Reader, sample: int, at: int, data: bytes) -> None:
-    """Overwrite bytes of a sample in its shard; ``at`` below 0 counts from the sample's end."""
+    """Overwrite bytes of a sample in its shard; ``at`` below 0 counts from the sample's end.
+
+    The index takes the new bytes for those of the build, so that it is the decoder that has to notice.
+    """
     index = reader.shards.index
     shard = reader.shards.root / reader.shards.manifest.shards[index.shard[sample]].path
+    start, size = int(index.offset[sample]), int(index.size[sample])
     with shard.open("r+b") as file:
-        file.seek(int(index.offset[sample]) + at + (int(index.size[sample]) if at < 0 else 0))
+        file.seek(start + at + (size if at < 0 else 0))
         file.write(data)
+    checksums = index.xxh3_64.copy()
+    checksums[sample] = xxhash.xxh3_64_intdigest(shard.read_bytes()[start : start + size])
+    reader.shards = replace(reader.shards, index=replace(index, xxh3_64=checksums))
 
 
 def truncate(reader: Reader, sample: int, num_bytes: int) -> None:
