@@ -172,7 +172,7 @@ def _from_hsv(h, s, v):
     r = tl.where(sector == 1, q, tl.where((sector == 2) | (sector == 3), p, tl.where(sector == 4, t, v)))
     g = tl.where(sector == 0, t, tl.where(sector == 3, q, tl.where(sector > 3, p, v)))
     b = tl.where(sector < 2, p, tl.where(sector == 2, t, tl.where(sector == 5, q, v)))
-    return tl.where(s == 0, v, r), tl.where(s == 0, v, g), tl.where(s == 0, v, b)
+    return r, g, b
 
 
 @triton.jit
