@@ -32,13 +32,15 @@ def _expand_preset(value: Any) -> Any:
 class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    shards: Path = Field(Path("/data/shards"), description="directory made by `python -m sharding.build`")
+    shards: str = Field("/data/shards", description="directory or URL made by `python -m sharding.build`")
     backend: Literal["auto", *BACKENDS] = Field(  # type: ignore[valid-type]  # the literal table is the type
         "auto", description="executor of the views; auto: dali on a GPU, cpu elsewhere"
     )
     num_threads: int = Field(0, ge=0, description="loader threads of each process; 0: the machine's cores, shared out")
     prefetch: int = Field(3, ge=1, description="batches in the making")
     window: int | None = Field(None, ge=1, description="shuffle within this many shards at a time, for slow storage")
+    cache_dir: Path | None = Field(None, description="where to keep shards that lie behind a URL")
+    cache_bytes: int = Field(200 * 10**9, ge=1, description="limit of cache_dir, which the processes of a node share")
     max_replaced_samples: int = Field(100, ge=0, description="undecodable samples to replace before giving up")
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from pipeline.cache import CacheOptions
 from pipeline.loader import Loader
 from sharding.manifest import Manifest, ShardSet, open_shards
 from train import checkpoint, schedule
@@ -155,14 +156,26 @@ def build_loader(config: Config, shards: ShardSet, world: World, start_step: int
         num_threads=config.data.num_threads or cores_per_process(),
         prefetch=config.data.prefetch,
         max_replaced_samples=config.data.max_replaced_samples,
+        cache=cache_options(config),
         device=world.device,
         dtype=precision(config, world),
     )
 
 
+def cache_options(config: Config) -> CacheOptions | None:
+    if config.data.cache_dir is None:
+        return None
+    limit = config.data.cache_bytes
+    return CacheOptions(config.data.cache_dir, limit, limit // processes_on_node())
+
+
 def cores_per_process() -> int:
     """The cores this process may use, shared with the other processes of its node."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, len(os.sched_getaffinity(0)) // processes_on_node())
+
+
+def processes_on_node() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def precision(config: Config, world: World) -> torch.dtype:

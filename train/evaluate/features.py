@@ -46,8 +46,8 @@ def extract(
     Raises `pipeline.backends.UndecodableError`, naming the samples, where some cannot be decoded.
     """
     ids = np.arange(shards.manifest.num_samples, dtype=np.int64) if ids is None else ids
-    options = BackendOptions(Reader(shards), (spec,), batch_size, num_threads, 2, device)
-    built = build_backend(backend, options)
+    reader = Reader(shards)
+    built = build_backend(backend, BackendOptions(reader, (spec,), batch_size, num_threads, 2, device))
     was_training = encoder.training
     encoder.eval()
     try:
@@ -57,6 +57,7 @@ def extract(
             h = [encoder(images).float() for images in track(batches, description, total=num_batches, transient=True)]
     finally:
         built.close()
+        reader.close()
         encoder.train(was_training)
     labels = torch.from_numpy(shards.index.label[ids].astype(np.int64)).to(device)
     return Features(torch.cat(h), labels)
