@@ -78,6 +78,10 @@ class Decoder:
         self._pipeline.release_outputs()
         return images
 
+    def close(self) -> None:
+        """Ends DALI's threads."""
+        del self._pipeline
+
 
 def find_header_fault(data: Encoded, size: NDArray[np.int32]) -> str:
     """Why not to let DALI try, "" if there is no reason. ``size`` (4,) is the whole image as the index has it.

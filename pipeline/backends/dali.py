@@ -93,7 +93,7 @@ class DaliBackend:
             self._jobs.put((_STOP, next(self._numbers), None))
             self._thread.join()
             self._renderer.close()
-            del self._decoder
+            self._decoder.close()
 
     def _work(self) -> None:
         while True:
@@ -124,11 +124,16 @@ class DaliBackend:
         try:
             images = self._decoder.collect(self._renderer.stream)
         except RuntimeError as error:
-            self._decoder = self._new_decoder(self._options.batch_size)
-            if faults := self._find_faults(batch):
-                raise UndecodableError(faults) from None
-            raise RuntimeError(f"DALI: {error}") from error
-        batch.views.set_result(self._renderer.start(images, batch.regions, batch.plan))
+            message = str(error)
+        else:
+            batch.views.set_result(self._renderer.start(images, batch.regions, batch.plan))
+            return
+        # Not in the handler: DALI's threads would live as long as an exception that led to this one.
+        self._decoder.close()
+        self._decoder = self._new_decoder(self._options.batch_size)
+        if faults := self._find_faults(batch):
+            raise UndecodableError(faults)
+        raise RuntimeError(f"DALI: {message}")
 
     def _find_faults(self, batch: _Batch) -> dict[int, str]:
         """Decodes every image of a failed batch alone; id -> reason of those that fail."""
@@ -218,7 +223,7 @@ def _pack(image: NDArray[np.uint8]) -> Pixels:
 
 def build(options: BackendOptions) -> DaliBackend:
     if options.device.type == "cuda":
-        from pipeline.render_gpu import GpuRenderer  # needs Triton, which needs a GPU
+        from pipeline.render_gpu import GpuRenderer  # imports Triton
 
         return DaliBackend(options, GpuRenderer(options.device))
     return DaliBackend(options, CpuRenderer(options.num_threads))
