@@ -48,14 +48,14 @@ class Reader:
         index = self.shards.index
         shard, offset, size = int(index.shard[sample]), int(index.offset[sample]), int(index.size[sample])
         data = np.empty(size, np.uint8)
-        # A file that another thread closes meanwhile stays open until this reference is gone.
-        num_bytes = os.preadv(self._file(shard).descriptor, [data.data], offset)
+        file = self._file(shard)  # stays open, while it is referred to, whatever other threads do
+        num_bytes = os.preadv(file.descriptor, [data.data], offset)
         if num_bytes != size:
             raise OSError(
                 f"{self.describe(sample)}: expected {size} bytes, found {num_bytes}: the shard was truncated while it "
                 f"was read; `python -m sharding.verify {self.shards.directory} --repair` restores it"
             )
-        sound = xxhash.xxh3_64_intdigest(data) == int(index.xxh3_64[sample])
+        sound = xxhash.xxh3_64_intdigest(data.data) == int(index.xxh3_64[sample])
         with self._lock:
             self._seconds += time.perf_counter() - start
         if not sound:
@@ -104,11 +104,13 @@ class Reader:
     def _advise(self, samples: NDArray[np.int64]) -> None:
         index = self.shards.index
         for sample in samples.tolist():
+            file = self._file(int(index.shard[sample]))
             offset, size = int(index.offset[sample]), int(index.size[sample])
-            os.posix_fadvise(self._file(int(index.shard[sample])).descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def _advise_whole(self, shard: int) -> None:
-        os.posix_fadvise(self._file(shard).descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        file = self._file(shard)
+        os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
 
     def _file(self, shard: int) -> "_File":
         with self._lock:

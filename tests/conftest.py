@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sharding.build import Layout, build
+from sharding.arguments import Layout
+from sharding.build import build
 from sharding.encode import Policy
 from sharding.manifest import ShardSet, open_shards
 from sharding.source import SourceSpec

@@ -1,0 +1,18 @@
+"""What a test has left running."""
+
+import multiprocessing
+import threading
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+_python: Any = resource_tracker  # its process is started with the first worker and ends with the program
+
+
+def census() -> tuple[set[str], set[int]]:
+    """Threads and child processes that are alive now."""
+    multiprocessing.active_children()  # reaps
+    tasks = Path("/proc/self/task").iterdir()
+    children = {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+    threads = {f"{thread.name}, {thread.ident}" for thread in threading.enumerate()}
+    return threads, children - {_python._resource_tracker._pid}

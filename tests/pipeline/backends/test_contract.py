@@ -1,0 +1,144 @@
+"""What every backend promises to the loader, checked on real shards."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.backends import BACKENDS, Backend, BackendOptions, UndecodableError, Views, build_backend
+from pipeline.loader import plan_samples
+from pipeline.plan import BatchPlan
+from pipeline.reader import Reader
+from pipeline.views import ViewSpec, flatten
+from sharding.manifest import ShardSet
+from tests.census import census
+
+BATCH_SIZE = 12
+SPECS = (
+    ViewSpec(count=2, size=48, kernel=5),
+    ViewSpec(size=32, scale=(0.05, 0.3), jitter=1, grey=0, kernel=5, solarize=0.5),
+)
+EXECUTORS = [name for name in BACKENDS if name != "synthetic"]  # which makes views of no image
+
+
+def options(shards: ShardSet, num_threads: int = 2, prefetch: int = 3) -> BackendOptions:
+    return BackendOptions(Reader(shards), flatten(SPECS), BATCH_SIZE, num_threads, prefetch, torch.device("cpu"))
+
+
+def build(name: str, options: BackendOptions) -> Backend:
+    try:
+        return build_backend(name, options)
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+def plan(shards: ShardSet, step: int, epoch: int = 0, size: int = BATCH_SIZE) -> BatchPlan:
+    """Consecutive samples from ``step * BATCH_SIZE`` on."""
+    ids = (step * BATCH_SIZE + np.arange(size, dtype=np.int64)) % len(shards.index)
+    return plan_samples(shards, SPECS, 5, step, ids, np.full(size, epoch))
+
+
+def take(plan: BatchPlan, rows: slice) -> BatchPlan:
+    return BatchPlan(plan.step, plan.ids[rows], tuple(view.take(rows) for view in plan.views))
+
+
+def equal(first: Views, second: Views) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture(scope="module")
+def built(shard_set: ShardSet) -> Iterator[Callable[[str], Backend]]:
+    """Backends by name, each built once: worker processes take seconds to start."""
+    backends: dict[str, Backend] = {}
+
+    def get(name: str) -> Backend:
+        if name not in backends:
+            backends[name] = build(name, options(shard_set))
+        return backends[name]
+
+    yield get
+    for backend in backends.values():
+        backend.close()
+
+
+@pytest.fixture(params=EXECUTORS)
+def backend(request: pytest.FixtureRequest, built: Callable[[str], Backend]) -> Backend:
+    return built(request.param)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_views_are_uint8_of_their_specs_sizes(name: str, built: Callable[[str], Backend], shard_set: ShardSet) -> None:
+    pending = built(name).submit(plan(shard_set, 0))
+    views = pending.result()
+    assert pending.done()
+    assert [tuple(view.shape) for view in views] == [(BATCH_SIZE, s.size, s.size, 3) for s in flatten(SPECS)]
+    for view in views:
+        assert view.dtype == torch.uint8
+        assert view.is_contiguous()
+        assert view.device.type == "cpu"
+        assert view.float().std() > 20
+
+
+def test_delivered_views_are_not_written_again(backend: Backend, shard_set: ShardSet) -> None:
+    views = backend.submit(plan(shard_set, 0)).result()
+    before = [view.clone() for view in views]
+    for step in range(1, 5):
+        backend.submit(plan(shard_set, step)).result()
+    assert equal(views, before)
+
+
+def test_batches_in_the_making_do_not_disturb_each_other(backend: Backend, shard_set: ShardSet) -> None:
+    alone = [backend.submit(plan(shard_set, step)).result() for step in range(3)]
+    pending = [backend.submit(plan(shard_set, step)) for step in range(3)]
+    assert all(equal(p.result(), views) for p, views in zip(pending, alone, strict=True))
+    assert not equal(alone[0], alone[1])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_slice_of_the_plan_gives_a_slice_of_the_views(backend: Backend, shard_set: ShardSet, world_size: int) -> None:
+    whole = plan(shard_set, 1, epoch=2)
+    views = backend.submit(whole).result()
+    n = BATCH_SIZE // world_size
+    parts = [backend.submit(take(whole, slice(r * n, (r + 1) * n))).result() for r in range(world_size)]
+    assert equal(views, [torch.cat(pieces) for pieces in zip(*parts, strict=True)])
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+def test_threads_change_no_pixel_and_nothing_is_left_when_closed(
+    name: str, built: Callable[[str], Backend], shard_set: ShardSet
+) -> None:
+    expected, before = built(name).submit(plan(shard_set, 3)).result(), census()
+    backend = build(name, options(shard_set, num_threads=1, prefetch=1))
+    views = backend.submit(plan(shard_set, 3)).result()
+    assert equal(views, expected)
+    assert backend.stats()["decode_seconds"] > 0
+    assert census() != before
+    backend.submit(plan(shard_set, 4))
+    backend.close()
+    assert census() == before
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+def test_undecodable_samples_are_named_and_the_backend_lives_on(name: str, damage: Callable[[int], ShardSet]) -> None:
+    for sample in (BATCH_SIZE + 1, BATCH_SIZE + 7):
+        damaged = damage(sample)
+    backend = build(name, options(damaged, num_threads=1))
+    try:
+        sound, bad, void = (backend.submit(plan(damaged, step)) for step in range(3))
+        views = sound.result()
+        with pytest.raises(UndecodableError) as caught:
+            bad.result()
+        del void
+        assert caught.value.reasons.keys() == {BATCH_SIZE + 1, BATCH_SIZE + 7}
+        assert all("checksum" in reason for reason in caught.value.reasons.values())
+        for step in (2, 0):
+            again = backend.submit(plan(damaged, step)).result()
+        assert equal(again, views)
+    finally:
+        backend.close()
+
+
+def test_an_unknown_backend_is_refused_by_name(shard_set: ShardSet) -> None:
+    with pytest.raises(ValueError, match=r"one of cpu, dali.*found 'gpu'"):
+        build_backend("gpu", options(shard_set))

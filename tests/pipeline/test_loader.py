@@ -1,0 +1,267 @@
+import logging
+import os
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.loader import Batch, Loader
+from pipeline.views import ViewSpec
+from sharding.manifest import ShardError, ShardSet, open_shards
+from tests.census import census
+
+SPECS = (ViewSpec(count=2, size=32, kernel=5), ViewSpec(size=16, scale=(0.05, 0.3), kernel=5))
+BATCH_SIZE = 8
+
+
+def loader(shards: ShardSet, **options: Any) -> Loader:
+    return Loader(shards, SPECS, **{"seed": 3, "global_batch_size": BATCH_SIZE, **options})
+
+
+def batches(shards: ShardSet, count: int, **options: Any) -> list[Batch]:
+    with loader(shards, **options) as stream:
+        return [next(stream) for _ in range(count)]
+
+
+def equal(first: Batch, second: Batch) -> bool:
+    same = first.step == second.step and torch.equal(first.ids, second.ids)
+    return same and all(torch.equal(a, b) for a, b in zip(first.views, second.views, strict=True))
+
+
+def all_equal(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(map(equal, first, second))
+
+
+@pytest.fixture(scope="module")
+def whole(shard_set: ShardSet) -> list[Batch]:
+    """Steps 0 to 25, two passes and more over the 92 samples."""
+    return batches(shard_set, 26)
+
+
+def test_batches_are_normalised_tensors_with_labels_and_ids(whole: list[Batch], shard_set: ShardSet) -> None:
+    for number, batch in enumerate(whole):
+        assert batch.step == number
+        assert [tuple(view.shape) for view in batch.views] == [(BATCH_SIZE, 3, s, s) for s in (32, 32, 16)]
+        assert batch.labels.tolist() == shard_set.index.label[batch.ids.numpy()].tolist()
+        assert batch.labels.dtype == batch.ids.dtype == torch.int64
+    views = torch.cat([batch.views[0] for batch in whole])
+    assert views.dtype == torch.float32
+    assert whole[0].views[0].is_contiguous(memory_format=torch.channels_last)
+    low, high = (
+        -torch.tensor(SPECS[0].mean) / torch.tensor(SPECS[0].std),
+        (1 - torch.tensor(SPECS[0].mean)) / torch.tensor(SPECS[0].std),
+    )
+    assert torch.allclose(views.amin((0, 2, 3)), low, atol=0.05)
+    assert torch.allclose(views.amax((0, 2, 3)), high, atol=0.05)
+
+
+def test_the_dtype_can_be_chosen(shard_set: ShardSet, whole: list[Batch]) -> None:
+    (batch,) = batches(shard_set, 1, dtype=torch.bfloat16)
+    assert torch.equal(batch.views[0], whole[0].views[0].bfloat16())
+
+
+def test_every_pass_holds_every_sample_once(shard_set: ShardSet, whole: list[Batch]) -> None:
+    per_lane = torch.stack([batch.ids for batch in whole[:23]]).reshape(23, 4, 2).transpose(0, 1).reshape(4, 46)
+    for lane in per_lane:
+        first, second = lane[:23], lane[23:]
+        assert first.sort().values.equal(second.sort().values)
+        assert not first.equal(second)
+    assert torch.cat([lane[:23] for lane in per_lane]).sort().values.tolist() == list(range(92))
+    with loader(shard_set) as stream:
+        assert stream.num_steps_per_epoch == 92 // BATCH_SIZE
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_threads": 1}, {"num_threads": 3, "prefetch": 5}, {"prefetch": 1}, {"backend": "dali"}],
+    ids=["one thread", "many", "one ahead", "dali"],
+)
+def test_threads_prefetch_and_backend_change_nothing_but_speed(
+    shard_set: ShardSet, whole: list[Batch], options: dict[str, Any]
+) -> None:
+    found = batches(shard_set, 4, **options)
+    for batch, expected in zip(found, whole, strict=False):
+        assert torch.equal(batch.ids, expected.ids)
+        for view, other in zip(batch.views, expected.views, strict=True):
+            # Another decoder may round otherwise.
+            torch.testing.assert_close(view, other, rtol=0, atol=0.03 if "backend" in options else 0)
+
+
+def test_starts_at_any_step(shard_set: ShardSet, whole: list[Batch]) -> None:
+    for step in (1, 11, 23):
+        assert all_equal(batches(shard_set, 2, start_step=step), whole[step : step + 2])
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("window", [None, 1])
+def test_ranks_share_the_global_batch(shard_set: ShardSet, world_size: int, window: int | None) -> None:
+    whole = batches(shard_set, 3, window=window)
+    ranks = [batches(shard_set, 3, window=window, rank=r, world_size=world_size) for r in range(world_size)]
+    for step, batch in enumerate(whole):
+        parts = [rank[step] for rank in ranks]
+        assert torch.cat([part.ids for part in parts]).tolist() == batch.ids.tolist()
+        assert len(set(batch.ids.tolist())) == BATCH_SIZE
+        for view in range(3):
+            assert torch.cat([part.views[view] for part in parts]).equal(batch.views[view])
+
+
+def test_ranks_read_their_own_lanes_only(shard_set: ShardSet) -> None:
+    for rank in range(4):
+        ids = torch.cat([batch.ids for batch in batches(shard_set, 5, rank=rank, world_size=4)])
+        assert set((ids // 23).tolist()) == {rank}
+
+
+def test_a_window_keeps_to_its_shards_and_changes_the_order(shard_set: ShardSet, whole: list[Batch]) -> None:
+    found = batches(shard_set, 23, window=1)
+    assert sorted(torch.cat([b.ids for b in found[:11]]).tolist()) != sorted(
+        torch.cat([b.ids for b in whole[:11]]).tolist()
+    )
+    lane = torch.cat([batch.ids[:2] for batch in found])[:23].numpy()
+    visited = shard_set.index.shard[lane]
+    assert len(np.flatnonzero(np.diff(visited))) == len(set(visited.tolist())) - 1
+
+
+# Faults
+
+
+def a_sample_of(batch: Batch) -> int:
+    return int(batch.ids[3])
+
+
+def test_a_damaged_sample_is_reported_and_replaced_from_its_lane(
+    damage: Callable[[int], ShardSet], whole: list[Batch], caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = a_sample_of(whole[2])
+    with caplog.at_level(logging.WARNING), loader(damage(bad)) as stream:
+        found = [next(stream) for _ in range(4)]
+        assert stream.stats()["replaced_samples"] == 1
+    assert caplog.messages[0].startswith(f"replaced sample {bad} (lane-0")
+    assert "checksum" in caplog.messages[0]
+    assert len(caplog.messages) == 1
+    assert all_equal([found[0], found[1], found[3]], [whole[0], whole[1], whole[3]])
+    changed = np.flatnonzero(found[2].ids != whole[2].ids).tolist()
+    assert changed == [3]
+    assert int(found[2].ids[3]) // 23 == bad // 23
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert all(torch.equal(a[others], b[others]) for a, b in zip(found[2].views, whole[2].views, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_who_meets_a_fault_late_goes_on_as_if_it_had_always_known(
+    damage: Callable[[int], ShardSet], whole: list[Batch], backend: str
+) -> None:
+    bad = a_sample_of(whole[2])
+    shards = damage(bad)
+    run = batches(shards, 26, backend=backend, prefetch=3)
+    again = [step for step in range(3, 26) if bad in whole[step].ids]
+    assert again  # it comes back in the next pass
+    for start in (1, 2, 3, *again):
+        assert all_equal(batches(shards, 2, backend=backend, start_step=start), run[start : start + 2])
+    assert all(bad not in batch.ids for batch in run)
+
+
+def test_replacements_do_not_depend_on_the_world_size(damage: Callable[[int], ShardSet], whole: list[Batch]) -> None:
+    for batch in whole[:2]:
+        shards = damage(a_sample_of(batch))
+    expected = batches(shards, 3)
+    ranks = [batches(shards, 3, rank=rank, world_size=2) for rank in range(2)]
+    for step, batch in enumerate(expected):
+        assert torch.cat([rank[step].ids for rank in ranks]).tolist() == batch.ids.tolist()
+
+
+def test_replacements_of_replacements(damage: Callable[[int], ShardSet], whole: list[Batch]) -> None:
+    bad = a_sample_of(whole[0])
+    first = int(batches(damage(bad), 1)[0].ids[3])
+    (batch,) = batches(damage(first), 1)
+    assert int(batch.ids[3]) not in (bad, first)
+    assert int(batch.ids[3]) // 23 == bad // 23
+
+
+def test_too_many_damaged_samples_stop_the_run(damage: Callable[[int], ShardSet], whole: list[Batch]) -> None:
+    for sample in whole[1].ids.tolist()[:3]:
+        shards = damage(sample)
+    before = census()
+    with pytest.raises(ValueError, match=r"max_replaced_samples = 2 .*the last one sample .*lane-.*sharding.verify"):
+        batches(shards, 3, max_replaced_samples=2)
+    assert census() == before
+    assert len(batches(shards, 3, max_replaced_samples=3)) == 3
+
+
+@pytest.mark.parametrize("harm", [os.remove, lambda path: os.truncate(path, 5000)], ids=["missing", "truncated"])
+def test_a_harmed_shard_is_refused_by_name_before_anything_is_read(
+    copied_shards: Path, harm: Callable[[Path], None]
+) -> None:
+    harm(copied_shards / "lane-02" / "train-000001.tar")
+    with pytest.raises(ShardError, match=r"lane-02/train-000001.tar: expected \d+ bytes"):
+        open_shards(copied_shards)
+
+
+def test_a_shard_truncated_under_a_run_ends_it_by_name(copied_shards: Path) -> None:
+    before = census()
+    with loader(open_shards(copied_shards), backend="cpu") as stream:
+        next(stream)
+        for path in copied_shards.glob("lane-01/*.tar"):
+            os.truncate(path, 600)
+        with pytest.raises(OSError, match=r"lane-01/train-.*truncated"):
+            deque(stream, maxlen=0)
+    assert census() == before
+
+
+# Lifetime, statistics, arguments
+
+
+def test_close_leaves_nothing_and_delivered_batches_live_on(shard_set: ShardSet, whole: list[Batch]) -> None:
+    before = census()
+    stream = loader(shard_set, window=2)
+    batch = next(stream)
+    assert census() != before
+    stream.close()
+    assert census() == before
+    assert not equal(batch, whole[0])  # of another order
+    with pytest.raises(RuntimeError, match="closed"):
+        next(stream)
+
+
+def test_statistics_account_for_the_time(shard_set: ShardSet) -> None:
+    with loader(shard_set) as stream:
+        for _ in range(10):
+            next(stream)
+        stats = stream.stats()
+    assert stats["num_batches"] == 10
+    assert stats["wait_seconds"] > stats["plan_seconds"] + stats["copy_seconds"] > 0
+    assert stats["decode_seconds"] > stats["read_seconds"] > 0
+    assert stats["views_seconds"] > 0
+    assert 0 <= stats["queue_occupancy"] <= 1
+
+
+def test_the_queue_is_full_when_training_is_slow(shard_set: ShardSet) -> None:
+    with loader(shard_set, prefetch=2) as stream:
+        next(stream)
+        for _ in range(5):
+            while not all(pending.done() for _, pending in stream._pending):
+                pass
+            next(stream)
+        assert stream.stats()["queue_occupancy"] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"world_size": 3}, "global_batch_size: expected a multiple of world_size 3, found 8"),
+        ({"rank": 2, "world_size": 2}, "rank: expected 0 <= rank < world_size, found rank 2 of 2"),
+        ({"global_batch_size": 6}, "expected a positive multiple of the 4 lanes"),
+        ({"prefetch": 0}, "prefetch: expected at least 1, found 0"),
+        ({"num_threads": 0}, "num_threads: expected at least 1"),
+        ({"start_step": -1}, "start_step: expected at least 0"),
+        ({"window": 0}, "window: expected at least one shard"),
+        ({"backend": "magic"}, "backend: expected one of"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_are_refused(shard_set: ShardSet, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loader(shard_set, **options)
