@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from sharding.build import BuildError, main
-from sharding.engine import in_process, processes
 from sharding.manifest import ShardError, open_shards
 from sharding.storage import Directory
 from tests.sharding.conftest import build_shards, encoded, files, jpeg, picture, write_parquet
@@ -211,14 +210,3 @@ def is_worker(process: int) -> bool:
     stat = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     parent = Path(f"/proc/{stat[1]}/cmdline").read_bytes()
     return b"forkserver" in parent
-
-
-def test_engines_give_every_result_and_pass_errors_on() -> None:
-    for engine in (in_process, processes(2)):
-        assert sorted(engine(divide, 12, [1, 2, 3, 4])) == [3, 4, 6, 12]
-        with pytest.raises(ZeroDivisionError):
-            list(engine(divide, 12, [1, 0, 3]))
-
-
-def divide(dividend: int, divisor: int) -> int:
-    return dividend // divisor
