@@ -98,7 +98,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     add("--lanes", type=int, default=layout.lanes, help="equal groups of shards (default: %(default)s)")
     add("--shard-mb", type=float, default=layout.shard_mb, help="target size (default: %(default)s)")
     add("--seed", type=int, default=layout.seed, help="of the shuffle (default: %(default)s)")
-    add("--short-side", type=int, help="re-encode larger images to this many pixels")
+    add("--short-side", type=int, help="re-encode for faster decoding: larger images to this many pixels")
     add("--quality", type=int, default=policy.quality, help="JPEG quality for --short-side (default: %(default)s)")
     add("--max-pixels", type=int, default=policy.max_pixels, help="refuse larger images (default: %(default)s)")
     add("--max-quarantine", type=float, default=0.01, help="fraction of unusable images (default: %(default)s)")

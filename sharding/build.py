@@ -62,7 +62,7 @@ def build(
     """
     options = {"source": asdict(spec), "policy": asdict(policy), "layout": asdict(layout)}
     if (manifest := _check_out(out, options)) is None:
-        source = open_source(spec, cache, streaming)
+        source = open_source(spec, cache, streaming, progress)
         with out.lock():
             manifest = _build(source, out, layout, policy, options, engine, max_quarantine, progress)
     out.remove_state()
@@ -149,6 +149,7 @@ def _records(job: Job, parts: Sequence[Part], engine: Engine, progress: Progress
     written: Iterator[tuple[Part, Record]] = track(
         engine(_write_named, job, todo),
         progress,
+        "sharding",
         total=sum(len(part.rows) for part in parts),
         done=sum(len(part.rows) for part in parts) - sum(len(part.rows) for part in todo),
         size=lambda result: (len(result[0].rows), result[1].source_bytes),

@@ -6,8 +6,10 @@ three components, whose every coded block has been decoded once.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +30,7 @@ class BadImageError(ValueError):
 class Policy:
     """What happens to every image. Recorded in the manifest: it decides the bytes."""
 
-    short_side: int | None = None  # re-encode larger images so that their short side has this many pixels
+    short_side: int | None = None  # re-encode: larger images to this many pixels, others if that saves bytes
     quality: int = 90  # JPEG quality with short_side
     convert_quality: int = 95  # JPEG quality, without chroma subsampling, of images that must be converted
     max_pixels: int = 89_478_485  # height times width; more is a decompression bomb (PIL's own limit)
@@ -64,8 +66,11 @@ def encode(data: bytes, policy: Policy) -> Encoded:
     _check_blocks(data)
     if change := _must_convert(header):
         return _convert(data, policy, change)
-    if policy.short_side is not None and min(header.height, header.width) > policy.short_side:
-        return _reencode(simplejpeg.decode_jpeg(data), policy, "resized")
+    if policy.short_side is not None:
+        larger = min(header.height, header.width) > policy.short_side
+        encoded = _reencode(_decode(data, header), policy, "resized" if larger else "re-encoded")
+        if larger or len(encoded.data) < len(data):
+            return encoded
     change = "broken EXIF removed" if header.bad_exif else ""
     return Encoded(strip(data, header.bad_exif), header.height, header.width, change)
 
@@ -96,14 +101,22 @@ def _check_blocks(data: bytes) -> None:
         raise BadImageError(str(error)) from None
 
 
+def _decode(data: bytes, header: JpegHeader) -> NDArray[np.uint8]:
+    """`(H, W, 3)`, or `(H, W)` of a grey image."""
+    if header.num_components == 1:
+        return simplejpeg.decode_jpeg(data, "GRAY")[..., 0]
+    return simplejpeg.decode_jpeg(data)
+
+
 def _convert(data: bytes, policy: Policy, change: str) -> Encoded:
     """Decode with PIL, turn upright, drop alpha and depth, and encode as JPEG."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's own size limit and remarks on metadata; ours are errors
-            Image.open(io.BytesIO(data), formats=_FORMATS).verify()  # checksums, which load() does not look at
+        with _without_pils_limit(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on metadata
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_pixels(image.height, image.width, policy)
+                image.verify()  # checksums, which load() does not look at
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 image.load()
                 change = change or f"{image.format} {image.mode} to JPEG"
                 pixels = np.asarray(_to_grey_or_rgb(ImageOps.exif_transpose(image)))
@@ -112,6 +125,16 @@ def _convert(data: bytes, policy: Policy, change: str) -> Encoded:
     except Exception as error:  # broken files provoke OSError, SyntaxError, struct.error ...
         raise BadImageError(_describe(error, data)) from None
     return _reencode(pixels, policy, change)
+
+
+@contextlib.contextmanager
+def _without_pils_limit() -> Iterator[None]:
+    """PIL refuses large images on opening them; `Policy.max_pixels` decides instead, before pixels are decoded."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
@@ -143,7 +166,7 @@ def _shrink(pixels: NDArray[np.uint8], short_side: int) -> NDArray[np.uint8]:
     if scale >= 1:
         return pixels
     size = (max(short_side, round(width * scale)), max(short_side, round(height * scale)))
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
 def _check_pixels(height: int, width: int, policy: Policy) -> None:

@@ -25,14 +25,20 @@ def bar() -> Progress:
 
 
 def track(
-    results: Iterator[T], progress: Progress | None, *, total: int, done: int, size: Callable[[T], tuple[int, int]]
+    results: Iterator[T],
+    progress: Progress | None,
+    what: str,
+    *,
+    size: Callable[[T], tuple[int, int]],
+    total: int | None = None,
+    done: int = 0,
 ) -> Iterator[T]:
     """Pass results on, showing images done of `total` and the speed of this run; `size` gives (images, bytes)."""
     if progress is None:
         yield from results
         return
     start, images, num_bytes = time.perf_counter(), 0, 0
-    task = progress.add_task("sharding", total=total, completed=done, speed="")
+    task = progress.add_task(what, total=total, completed=done, speed="")
     for result in results:
         more_images, more_bytes = size(result)
         images, num_bytes = images + more_images, num_bytes + more_bytes

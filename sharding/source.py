@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+from rich.progress import Progress
 
 from sharding.manifest import MANIFEST_FILE, Manifest
 from sharding.storage import Directory
@@ -60,7 +61,9 @@ class Source:
         return sum(len(self.read(row)[0]) for row in rows) / len(rows)
 
 
-def open_source(spec: SourceSpec, cache: Path | None = None, streaming: bool = False) -> Source:
+def open_source(
+    spec: SourceSpec, cache: Path | None = None, streaming: bool = False, progress: Progress | None = None
+) -> Source:
     """Open a data set for random access, downloading or converting it first where that is needed.
 
     Args:
@@ -86,7 +89,7 @@ def open_source(spec: SourceSpec, cache: Path | None = None, streaming: bool = F
         if _is_hub_id(spec.dataset) and isinstance(error, OSError):
             raise SourceError(_no_access(spec.dataset, str(error))) from None
         raise SourceError(f"{spec.dataset}: {error}") from None
-    return _source(dataset, spec, names, revision, cache)
+    return _source(dataset, spec, names, revision, cache, progress)
 
 
 def _load(spec: SourceSpec, options: dict[str, Any]) -> tuple[tuple[str, ...], Dataset | IterableDataset]:
@@ -125,6 +128,7 @@ def _source(
     names: tuple[str, ...],
     revision: str | None,
     cache: Path | None = None,
+    progress: Progress | None = None,
 ) -> Source:
     from datasets import ClassLabel, Image, IterableDataset
 
@@ -140,7 +144,7 @@ def _source(
     if isinstance(dataset, IterableDataset):
         from sharding.spool import spool
 
-        dataset = spool(dataset, spec, cache)
+        dataset = spool(dataset, spec, cache, progress)
     return Source(dataset.with_format("arrow"), names, revision)
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import xxhash
+from rich.progress import Progress
 
+from sharding.progress import track
 from sharding.storage import Directory
 
 if TYPE_CHECKING:
@@ -35,14 +38,14 @@ def spool_folder(spec: SourceSpec, cache: Path | None) -> Path:
     return (cache or Path(datasets.config.HF_DATASETS_CACHE)) / "parallax-spool" / name
 
 
-def spool(stream: IterableDataset, spec: SourceSpec, cache: Path | None) -> Dataset:
+def spool(stream: IterableDataset, spec: SourceSpec, cache: Path | None, progress: Progress | None = None) -> Dataset:
     """The stream as a memory-mapped data set; downloads what is not there yet."""
     from datasets import Dataset, concatenate_datasets
 
     folder = Directory.at(spool_folder(spec, cache))
     with folder.lock():
         if not folder.exists(_COMPLETE):
-            _continue(stream.with_format("arrow"), folder)
+            _continue(stream.with_format("arrow"), folder, progress)
             folder.write(_COMPLETE, b"{}\n")
     if not (segments := _segments(folder)):
         raise ValueError("the stream is empty")
@@ -59,17 +62,19 @@ def _segments(folder: Directory) -> list[str]:
     return sorted(name.removesuffix(".json") for name in states)
 
 
-def _continue(stream: IterableDataset, folder: Directory) -> None:
+def _continue(stream: IterableDataset, folder: Directory, progress: Progress | None) -> None:
     segments = _segments(folder)
     if segments:
         stream.load_state_dict(json.loads(folder.read(f"{segments[-1]}.json")))
-    _fill(stream, folder, len(segments))
+    tables = track(
+        stream.iter(batch_size=_BATCH_ROWS), progress, "streaming", size=lambda table: (len(table), table.nbytes)
+    )
+    _fill(stream, tables, folder, len(segments))
 
 
-def _fill(stream: IterableDataset, folder: Directory, number: int) -> None:
+def _fill(stream: IterableDataset, tables: Iterator[pa.Table], folder: Directory, number: int) -> None:
     """Write the rest of the stream as segments from `number` on."""
     schema = stream.features.arrow_schema
-    tables = stream.iter(batch_size=_BATCH_ROWS)
     table = next(tables, None)
     while table is not None:
         name, num_bytes = f"segment-{number:06d}", 0

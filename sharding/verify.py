@@ -65,8 +65,8 @@ def verify(
         results = track(
             engine(_check_without_index if damage else check_shard, check, shards),
             shown if progress else None,
+            "verifying",
             total=check.manifest.num_samples,
-            done=0,
             size=lambda found: (found[1], found[2]),
         )
         problems += [problem for found, _, _ in results for problem in found]

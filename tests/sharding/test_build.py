@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,13 @@ from pathlib import Path
 import pytest
 
 from sharding.build import BuildError, main
+from sharding.encode import Policy
 from sharding.engine import processes
 from sharding.manifest import open_shards
-from tests.sharding.conftest import build_shards, files, jpeg, write_parquet
+from sharding.storage import Directory
+from sharding.verify import verify
+from tests.sharding.conftest import build_shards, encoded, files, jpeg, picture, write_parquet
+from tests.sharding.test_jpeg import exif_segment, with_segment
 
 
 def test_bytes_do_not_depend_on_the_workers(parquet: Path, shards: Path, tmp_path: Path) -> None:
@@ -33,6 +38,48 @@ def test_refused_images_are_listed_and_lanes_stay_equal(tmp_path: Path) -> None:
     assert {line["reason"] for line in lines} == {"Premature end of JPEG file", "empty: 0 bytes"}
     index = open_shards(tmp_path / "out").index
     assert sorted(index.source_row.tolist()) == sorted(set(range(50)) - {4, 11, 12, 13, 20, 40})
+
+
+def test_every_kind_of_bad_input_ends_in_the_quarantine_or_as_a_plain_jpeg(tmp_path: Path) -> None:
+    """What breaks DALI pipelines for good, crashes decoders, or is decoded differently by different ones."""
+    bomb = bytearray(encoded(picture(1), "PNG"))
+    bomb[16:24] = struct.pack(">II", 50_000, 50_000)
+    broken_png = bytearray(encoded(picture(1), "PNG"))
+    start = broken_png.index(b"IDAT") + 40
+    broken_png[start : start + 20] = bytes(20)
+    bad = [b"", b"<!DOCTYPE html>", os.urandom(500), jpeg(1)[:-30], jpeg(1)[:-2], bytes(bomb), bytes(broken_png)]
+    odd = [
+        encoded(picture(2), "GIF"),
+        encoded(picture(3), "PNG"),
+        encoded(picture(4), "WEBP"),
+        encoded(picture(5).convert("CMYK")),
+        encoded(picture(6).convert("RGBA"), "PNG"),
+        with_segment(jpeg(7), exif_segment(6)),
+        with_segment(jpeg(8), exif_segment(0)),
+        encoded(picture(9).convert("L")),
+        jpeg(10, progressive=True),
+    ]
+    source = write_parquet(tmp_path / "source", bad + odd, [0] * 16)
+    manifest = build_shards(source, tmp_path / "out", lanes=3, max_quarantine=0.5)
+    assert (manifest.num_read, manifest.num_quarantined, manifest.num_samples, manifest.num_surplus) == (16, 7, 9, 0)
+    assert sum(manifest.changes.values()) == 7
+    lines = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
+    assert [line["source_row"] for line in lines] == list(range(7))
+    assert all(line["reason"] for line in lines)
+    assert verify(Directory.at(tmp_path / "out"), decode=True) == []
+
+
+def test_reencoding_is_recorded_and_the_same_for_any_worker(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "source", [encoded(picture(i, 200, 300)) for i in range(20)], [0] * 20)
+    policy = Policy(short_side=64, quality=80)
+    manifest = build_shards(source, tmp_path / "one", policy=policy)
+    build_shards(source, tmp_path / "two", policy=policy, engine=processes(2))
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert (manifest.policy["short_side"], manifest.policy["quality"]) == (64, 80)
+    assert manifest.changes == {"resized": 20}
+    index = open_shards(tmp_path / "one").index
+    assert set(zip(index.height.tolist(), index.width.tolist(), strict=True)) == {(64, 96)}
+    assert verify(Directory.at(tmp_path / "one"), decode=True) == []
 
 
 def test_too_many_refused_images_stop_the_build(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import random
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -118,10 +120,12 @@ def test_a_broken_png_data_chunk_is_refused() -> None:
 
 
 def test_decompression_bombs_are_refused_from_their_header() -> None:
-    bomb = encoded(Image.new("L", (12_000, 12_000)), "PNG")
-    assert len(bomb) < 200_000
-    with pytest.raises(BadImageError, match="12000 x 12000"):
-        encode(bomb, Policy())
+    """Also those beyond PIL's own limit, and before any pixel is decoded: this one would take 7.5 GB."""
+    bomb = bytearray(encoded(picture(1), "PNG"))
+    bomb[16:24] = struct.pack(">II", 50_000, 50_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    with pytest.raises(BadImageError, match="too large: 50000 x 50000 pixels exceed --max-pixels 89478485"):
+        encode(bytes(bomb), Policy())
     with pytest.raises(BadImageError, match="--max-pixels 1000"):
         encode(jpeg(1), Policy(max_pixels=1000))
 
@@ -132,8 +136,13 @@ def test_short_side_makes_large_images_smaller_and_leaves_small_ones() -> None:
     assert (result.height, result.width, result.change) == (100, 150, "resized")
     assert len(result.data) < len(data) / 3
     assert decoded(result.data).shape == (100, 150, 3)
-    small = encode(jpeg(1), Policy(short_side=100))
-    assert (small.data, small.change) == (jpeg(1), "")
+    small = encode(jpeg(1, quality=60), Policy(short_side=100))
+    assert (small.data, small.change) == (jpeg(1, quality=60), "")
+    wasteful = encode(jpeg(1, quality=100, subsampling=0), Policy(short_side=100))
+    assert (wasteful.height, wasteful.width, wasteful.change) == (48, 64, "re-encoded")
+    assert len(wasteful.data) < len(jpeg(1, quality=100, subsampling=0))
+    grey = encode(encoded(picture(1, 300, 450).convert("L")), Policy(short_side=100))
+    assert read_header(grey.data).num_components == 1
 
 
 def test_scaled_check_finds_what_a_full_strict_decode_finds() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,6 @@ import fsspec
 import pytest
 
 from sharding.build import main
-from sharding.engine import processes
 from sharding.manifest import ShardError, open_shards
 from sharding.storage import Directory
 from sharding.verify import main as verify
@@ -46,7 +47,9 @@ def test_shards_on_s3_are_those_on_disk(bucket: str, parquet: Path, shards: Path
 
 
 def test_worker_processes_write_to_s3(bucket: str, parquet: Path, shards: Path) -> None:
-    build_shards(parquet, f"{bucket}/workers", engine=processes(2))  # type: ignore[arg-type]
+    options = ["--lanes", "4", "--shard-mb", "0.02", "--seed", "3", "--workers", "2"]
+    command = ["-m", "sharding.build", "--dataset", str(parquet), "--out", f"{bucket}/workers", *options]
+    subprocess.run([sys.executable, *command], check=True)
     assert contents(f"{bucket}/workers") == files(shards)
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from sharding.build import BuildError, main
-from sharding.engine import in_process, processes
 from sharding.manifest import ShardError, open_shards
+from sharding.storage import Directory
 from tests.sharding.conftest import build_shards, encoded, files, jpeg, picture, write_parquet
 
 
@@ -120,8 +120,6 @@ def test_stopped_while_lanes_are_levelled(
     source: Path, expected: dict[str, bytes], tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails at every publishing or moving of a file after the last planned shard, then goes on."""
-    from sharding.storage import Directory
-
     out = tmp_path / "out"
     left = [moment]
 
@@ -189,19 +187,12 @@ def test_changed_data_is_noticed(tmp_path: Path) -> None:
         build_shards(data, out)
 
 
-def test_two_builds_do_not_mix(source: Path, tmp_path: Path) -> None:
-    first = start(command(source, tmp_path / "out"))
-    wait_for_shards(tmp_path / "out", 1)
-    second = subprocess.run(
-        [sys.executable, "-m", "sharding.build", *command(source, tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    first.kill()
-    first.communicate()
-    assert second.returncode == 2
-    assert "another build is writing here" in second.stderr
+def test_two_builds_do_not_mix(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    with Directory.at(out).lock():
+        assert main(command(source, out)) == 2
+    assert "another build is writing here" in capsys.readouterr().err
+    assert not list(out.glob("lane-*"))
 
 
 def test_a_killed_worker_is_named_and_nothing_hangs(source: Path, tmp_path: Path) -> None:
@@ -219,14 +210,3 @@ def is_worker(process: int) -> bool:
     stat = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     parent = Path(f"/proc/{stat[1]}/cmdline").read_bytes()
     return b"forkserver" in parent
-
-
-def test_engines_give_every_result_and_pass_errors_on() -> None:
-    for engine in (in_process, processes(2)):
-        assert sorted(engine(divide, 12, [1, 2, 3, 4])) == [3, 4, 6, 12]
-        with pytest.raises(ZeroDivisionError):
-            list(engine(divide, 12, [1, 0, 3]))
-
-
-def divide(dividend: int, divisor: int) -> int:
-    return dividend // divisor

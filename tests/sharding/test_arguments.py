@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import pytest
+
+from sharding.arguments import parse
+from sharding.source import IMAGENET
+
+
+def test_defaults() -> None:
+    args = parse("", ["--out", "/data/shards"])
+    assert (args.spec.dataset, args.spec.split, args.layout.lanes, args.layout.shard_mb) == (IMAGENET, "train", 8, 256)
+    assert (args.policy.short_side, args.max_quarantine, args.layout.seed) == (None, 0.01, 0)
+    assert args.workers >= 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("lanes", "0"), ("shard-mb", "0"), ("quality", "101"), ("max-quarantine", "2"), ("workers", "0"), ("seed", "-1")],
+)
+def test_values_out_of_range_are_named(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse("", ["--out", "x", f"--{option}", value])
+    assert stopped.value.code == 2
+    assert f"--{option} must be from" in capsys.readouterr().err

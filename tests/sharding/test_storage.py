@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from sharding.storage import Directory, checksum
+from tests.sharding.conftest import files
+
+
+@pytest.fixture(params=["local", "memory"])
+def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Directory:
+    return Directory.at(tmp_path / "a/b" if request.param == "local" else f"memory://{tmp_path.name}")
+
+
+def test_files_are_written_listed_read_and_moved(directory: Directory) -> None:
+    assert directory.sizes() == {}
+    directory.write("lane-00/x.tar", b"0123456789")
+    directory.write("y", b"")
+    assert {n: s for n, s in directory.sizes().items() if "/." not in f"/{n}"} == {"lane-00/x.tar": 10, "y": 0}
+    assert directory.read("lane-00/x.tar", 2, 5) == b"234"
+    directory.rename("lane-00/x.tar", "y")
+    assert directory.read("y") == b"0123456789"
+    assert not directory.exists("lane-00/x.tar")
+    directory.remove("y")
+    directory.remove_state()
+    assert directory.sizes() == {}
+
+
+def test_an_error_publishes_nothing_and_keeps_the_old_file(directory: Directory) -> None:
+    directory.write("x", b"old")
+
+    def fail() -> None:
+        with directory.publish("x") as path:
+            path.write_bytes(b"new")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert directory.read("x") == b"old"
+    assert [name for name in directory.sizes() if "tmp-" in name] == []
+
+
+def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    directory = Directory.at(tmp_path)
+    directory.write("x", b"old")
+    with directory.publish("x") as path:
+        path.write_bytes(b"new")
+        assert directory.read("x") == b"old"
+        assert path.stat().st_dev == tmp_path.stat().st_dev
+    assert directory.read("x") == b"new"
+
+
+def test_a_lock_keeps_others_out_and_clears_what_was_left(tmp_path: Path) -> None:
+    directory = Directory.at(tmp_path)
+    (tmp_path / ".build/tmp-killed").mkdir(parents=True)
+    (tmp_path / ".build/tmp-killed/half.tar").write_bytes(b"x")
+    with directory.lock():
+        assert not any("half" in name for name in files(tmp_path))
+        with pytest.raises(ValueError, match="another build is writing here"), directory.lock():
+            pass
+    with directory.lock():
+        pass
+
+
+def test_checksum(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 10_000
+    (tmp_path / "x").write_bytes(data)
+    with (tmp_path / "x").open("rb") as file:
+        assert checksum(file) == xxhash.xxh3_128_hexdigest(data)
