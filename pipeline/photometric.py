@@ -4,6 +4,8 @@ A view is three planes, (3, size, size) uint8, changed in place. Every operation
 chain of them gives the same pixels in the same order of operations.
 """
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -18,9 +20,10 @@ _BLOCK = 8  # rows blurred together: they fit the first-level cache with those a
 
 
 @njit(nogil=True, cache=True)
-def _clip(value: float) -> np.uint8:
+def _clip(value: np.float32) -> np.uint8:
     """To 8 bits, rounded towards zero."""
-    return np.uint8(np.int32(min(max(value, np.float32(0)), np.float32(255))))
+    clipped: Any = min(max(value, np.float32(0)), np.float32(255))
+    return np.uint8(np.int32(clipped))
 
 
 @njit(nogil=True, cache=True)
@@ -46,7 +49,7 @@ def brightness(view: Planes, factor: float) -> None:
 @njit(nogil=True, cache=True)
 def contrast(view: Planes, factor: float) -> None:
     """About the image's own mean grey value, rounded."""
-    size, total = view.shape[2], 0
+    size, total = view.shape[2], np.int64(0)
     for y in range(view.shape[1]):
         row = np.int32(0)  # summed in 32 bits, which vectorises better than 64
         for x in range(size):
@@ -76,11 +79,13 @@ def _level(hue6: np.float32, phase: np.float32, value: np.float32, chroma: np.fl
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def hue(view: Planes, shift: float) -> None:
-    """Through 8-bit HSV; ``shift`` in turns, truncated to 1/255.
+    """Through 8-bit HSV; ``shift`` in turns, truncated to 1/255. A shift of 0, drawn only if hue is off, does nothing.
 
     Free of branches, and in single precision, which gives Pillow's result for every colour: its hue is
     ``base + x`` or ``base - x`` sixths of a turn, x being the middle channel's distance from the largest.
     """
+    if shift == 0:
+        return
     red, green, blue = view[0].reshape(-1), view[1].reshape(-1), view[2].reshape(-1)
     one, step = np.float32(1), np.float32(int(shift * 255) & 255)
     for i in range(red.size):

@@ -1,0 +1,99 @@
+import itertools
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from scipy.stats import chisquare
+
+from pipeline.order import Order, permute
+
+UNEVEN = ((7, 5, 8), (4, 4, 12), (20,), (1, 18, 1))  # four lanes of 20 samples
+
+
+def stream(order: Order, num_steps: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The ids (steps * B,) of consecutive steps and their passes."""
+    ids, epochs = zip(*(order.ids(step) for step in range(first, first + num_steps)), strict=True)
+    return np.concatenate(ids), np.concatenate(epochs)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000])
+def test_permute_is_a_permutation(size: int) -> None:
+    assert_array_equal(np.sort(permute(np.arange(size), size, (1, 2), 3, 4)), np.arange(size))
+
+
+def test_permute_depends_on_key_stream_and_epoch_alone() -> None:
+    positions = np.arange(100)
+    base = permute(positions, 100, (1, 2), 3, 4)
+    assert_array_equal(permute(positions[40:], 100, (1, 2), 3, 4), base[40:])
+    for other in [((9, 2), 3, 4), ((1, 2), 9, 4), ((1, 2), 3, 9)]:
+        assert (permute(positions, 100, *other) != base).mean() > 0.9
+
+
+@pytest.mark.parametrize("positions", [(0,), (7,), (0, 1), (3, 17)])
+def test_permute_is_uniform(positions: tuple[int, ...]) -> None:
+    """Where one position goes, and where two go together, over many keys."""
+    size = 20
+    images = np.array([permute(np.array(positions), size, (key, 0), 0, 0) for key in range(8000)])
+    cells = np.ravel_multi_index(tuple(images.T), (size,) * len(positions))
+    possible = [p for p in itertools.product(range(size), repeat=len(positions)) if len(set(p)) == len(p)]
+    counts = np.bincount(cells, minlength=size ** len(positions))
+    expected = np.ravel_multi_index(tuple(np.array(possible).T), (size,) * len(positions))
+    assert counts.sum() == counts[expected].sum()
+    assert chisquare(counts[expected]).pvalue > 0.01
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 5])
+@pytest.mark.parametrize("batch_size", [4, 12, 80, 200])
+def test_every_sample_exactly_once_a_pass(window: int | None, batch_size: int) -> None:
+    order = Order(UNEVEN, seed=3, global_batch_size=batch_size, window=window)
+    ids, epochs = stream(order, 6 * 80 // batch_size + 3)
+    for epoch in range(epochs.max()):
+        assert_array_equal(np.sort(ids[epochs == epoch]), np.arange(80))
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_any_step_at_any_time(window: int | None) -> None:
+    order = Order(UNEVEN, seed=3, global_batch_size=12, window=window)
+    ids, epochs = stream(order, 30)
+    late_ids, late_epochs = Order(UNEVEN, seed=3, global_batch_size=12, window=window).ids(23)
+    assert_array_equal(late_ids, ids[23 * 12 : 24 * 12])
+    assert_array_equal(late_epochs, epochs[23 * 12 : 24 * 12])
+
+
+def test_a_batch_has_equal_parts_of_all_lanes_in_their_order() -> None:
+    """So that a rank whose slice covers whole lanes reads only their shards."""
+    ids, _ = Order(UNEVEN, seed=0, global_batch_size=12).ids(5)
+    assert_array_equal(ids // 20, np.repeat(np.arange(4), 3))
+
+
+def test_passes_lanes_and_seeds_are_ordered_differently() -> None:
+    def orders(seed: int) -> list[np.ndarray]:
+        ids, epochs = stream(Order(((50,), (50,)), seed, global_batch_size=100), 2)
+        return [ids[(epochs == e) & (ids // 50 == lane)] % 50 for e in range(2) for lane in range(2)]
+
+    for one, other in itertools.combinations(orders(0) + orders(1), 2):
+        assert (one == other).mean() < 0.3
+
+
+def test_a_window_reads_whole_shards_at_a_time() -> None:
+    sizes = (10,) * 12
+    ids, _ = stream(Order((sizes,), seed=1, global_batch_size=10, window=3), 12)
+    windows = (ids // 10).reshape(4, 30)
+    assert all(len(np.unique(shards)) == 3 for shards in windows)
+    assert len(np.unique(windows)) == 12
+    assert len(np.unique(ids[:10] // 10)) > 1, "shards of a window are mixed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_batch_size": 6}, "multiple of the 4 lanes"),
+        ({"global_batch_size": 0}, "global_batch_size"),
+        ({"window": 0}, "window"),
+        ({"shard_sizes": ((3,), (4,))}, "equally many"),
+        ({"shard_sizes": ((0,), (0,))}, "at least one"),
+    ],
+)
+def test_refuses_what_cannot_be_ordered(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Order(**{"shard_sizes": UNEVEN, "seed": 0, "global_batch_size": 4, **changes})
