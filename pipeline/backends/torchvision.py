@@ -108,14 +108,22 @@ def apply(image: Image.Image, plan: ViewPlan, row: int) -> Image.Image:
     if plan.flip[row]:
         view = F.hflip(view)
     if plan.jitter[row]:
-        for operation in plan.order[row]:
-            view = _ADJUST[int(operation)](view, float(plan.factors[row, operation]))
+        view = _jitter(view, plan, row)
     if plan.grey[row]:
         view = F.rgb_to_grayscale(view, num_output_channels=3)
     if plan.sigma[row] > 0:
         view = F.gaussian_blur(view, [plan.spec.kernel] * 2, [float(plan.sigma[row])] * 2)
     if plan.solarize[row]:
         view = F.solarize(view, 128)
+    return view
+
+
+def _jitter(view: Image.Image, plan: ViewPlan, row: int) -> Image.Image:
+    for operation in plan.order[row]:
+        factor = float(plan.factors[row, operation])
+        if operation == HUE and factor == 0:  # off: `ColorJitter` leaves it out, and a shift by 0 is not exact
+            continue
+        view = _ADJUST[int(operation)](view, factor)
     return view
 
 

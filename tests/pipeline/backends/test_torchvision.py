@@ -1,4 +1,7 @@
+<<<<<<< HEAD
 import io
+=======
+>>>>>>> kernels
 import multiprocessing
 from collections.abc import Callable
 
@@ -108,6 +111,7 @@ def test_centre_crop(image: Image.Image) -> None:
     assert apply(image, one_view(spec, image), 0).tobytes() == expected.tobytes()
 
 
+<<<<<<< HEAD
 def test_decoding_is_pillows(shard_set: ShardSet) -> None:
     reader = Reader(shard_set)
     for sample in range(0, 92, 7):
@@ -119,4 +123,10 @@ def test_a_truncated_jpeg_is_an_error(shard_set: ShardSet) -> None:
     data = Reader(shard_set).read(0)
     for part in (0, 0.01, 0.5, 0.9):
         with pytest.raises(ValueError, match="JPEG"):
+=======
+def test_a_truncated_jpeg_is_an_error(shard_set: ShardSet) -> None:
+    data = Reader(shard_set).read(0)
+    for part in (0, 0.01, 0.5, 0.9):
+        with pytest.raises(ValueError, match=r"truncated|identify"):
+>>>>>>> kernels
             decode(data[: int(len(data) * part)])
