@@ -3,7 +3,6 @@
 DALI's graph ends at the decoded image, because its own resize, jitter and hue differ from torchvision's.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,14 @@ from pipeline.plan import BatchPlan
 Encoded = NDArray[np.uint8]
 Regions = NDArray[np.int32]  # (n, 4) top, left, height, width
 
-_END_OF_IMAGE = bytes((0xFF, 0xD9))
-
 
 @pipeline_def
 def decode_graph(on_gpu: bool) -> Any:
     """Encoded bytes to RGB, once, as Pillow decodes them: exact chroma upsampling, orientation as stored.
 
-    The CPU decodes no more than the region that the views need. The GPU decodes all: decoding a region there bypasses
-    the hardware decoder (DALI's documentation) and crashes with nvImageCodec 0.9 (nvImageCodec #55).
+    The CPU decodes no more than the region that the views need; damage outside of it, which would make batches depend
+    on their crops, is the reader's to find. The GPU decodes all: a region there bypasses the hardware decoder
+    (NVIDIA/DALI#2175) and crashes with nvImageCodec 0.9 (NVIDIA/nvImageCodec#55).
     """
     encoded = fn.external_source(name="encoded", no_copy=True, dtype=types.DALIDataType.UINT8, ndim=1)
     how: dict[str, Any] = {"output_type": types.DALIImageType.RGB, "adjust_orientation": False}
@@ -51,19 +49,6 @@ class Decoder:
         )
         self._pipeline.build()
 
-    def regions(self, encoded: Sequence[Encoded], plan: BatchPlan, sizes: Regions) -> Regions:
-        """What to decode of each image.
-
-        A truncated file must be found whatever its crops are, so that batches do not depend on who looked at it
-        before; an end marker tells that all rows are there, without it the whole image is decoded.
-        """
-        if self._on_gpu:
-            return sizes
-        edges = np.stack([view.edge for view in plan.views]).astype(np.int32)
-        start, end = edges[..., :2].min(axis=0), (edges[..., :2] + edges[..., 2:]).max(axis=0)
-        complete = np.array([data[-2:].tobytes() == _END_OF_IMAGE for data in encoded])
-        return np.where(complete[:, None], np.concatenate([start, end - start], axis=1), sizes)
-
     def schedule(self, encoded: list[Encoded], regions: Regions) -> None:
         """Start decoding. ``encoded`` is not copied: it must live until `collect` has returned its images."""
         self._pipeline.feed_input("encoded", encoded)
@@ -83,27 +68,20 @@ class Decoder:
         del self._pipeline
 
 
-def find_header_fault(data: Encoded, size: NDArray[np.int32]) -> str:
-    """Why not to let DALI try, "" if there is no reason. ``size`` (4,) is the whole image as the index has it.
+def needed_regions(plan: BatchPlan) -> Regions:
+    """The smallest part of each image that holds all that its views read."""
+    edges = np.stack([view.edge for view in plan.views]).astype(np.int32)
+    start, end = edges[..., :2].min(axis=0), (edges[..., :2] + edges[..., 2:]).max(axis=0)
+    return np.concatenate([start, end - start], axis=1)
 
-    DALI has no limit on the memory that a damaged size makes it ask for.
+
+def find_fault(decoder: Decoder, data: Encoded, height: int, width: int) -> str:
+    """Why an image cannot be decoded, "" if it can; a decoder of single images, which is used up if not.
+
+    The reason is what libjpeg has to say, where it says something: DALI's is a number.
     """
     try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(data)
-    except ValueError as error:
-        return str(error)
-    if (height, width) == tuple(size[2:]):
-        return ""
-    return f"expected {size[2]} x {size[3]} pixels as the index says, found {(height, width)}"
-
-
-def find_fault(decoder: Decoder, data: Encoded, size: NDArray[np.int32]) -> str:
-    """Why an image cannot be decoded, "" if it can; a decoder of single images is used up if not.
-
-    The reason is what libjpeg has to say where it does; DALI's is a number.
-    """
-    try:
-        decoder.schedule([data], size[None])
+        decoder.schedule([data], np.array([[0, 0, height, width]], np.int32))
         decoder.collect(None)
     except RuntimeError as error:
         try:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline.backends import BackendOptions, UndecodableError, Views
 from pipeline.backends.pool import chunks
-from pipeline.dali_decode import Decoder, Encoded, Regions, find_fault, find_header_fault
+from pipeline.dali_decode import Decoder, Encoded, Regions, find_fault, needed_regions
 from pipeline.plan import BatchPlan
 from pipeline.render import render
 from pipeline.resample import Pixels
@@ -52,8 +52,8 @@ class _Batch:
     """A batch in the making; see `pipeline.backends.Pending`."""
 
     plan: BatchPlan
-    encoded: list[Encoded] = field(default_factory=list)
-    regions: Regions | None = None
+    encoded: dict[int, Encoded] = field(default_factory=dict)  # by id; must live until it is decoded
+    regions: Regions | None = None  # of the images, that the decoder was asked for
     decoder: Decoder | None = None  # the one that it was given to
     views: "Future[Callable[[], Views]]" = field(default_factory=Future)
 
@@ -112,11 +112,21 @@ class DaliBackend:
                 batch.views.cancel()
 
     def _schedule(self, batch: _Batch) -> None:
-        batch.encoded, sizes = self._read(batch.plan.ids), self._sizes(batch.plan.ids)
-        if any(find_header_fault(data, size) for data, size in zip(batch.encoded, sizes, strict=True)):
-            raise UndecodableError(self._find_faults(batch))
-        batch.decoder, batch.regions = self._decoder, self._decoder.regions(batch.encoded, batch.plan, sizes)
-        batch.decoder.schedule(batch.encoded, batch.regions)
+        batch.encoded, faults = self._read(batch.plan.ids)
+        if faults:
+            raise UndecodableError(faults | self._find_faults(batch.encoded))
+        batch.decoder, batch.regions = self._decoder, needed_regions(batch.plan)
+        batch.decoder.schedule([batch.encoded[i] for i in batch.plan.ids.tolist()], batch.regions)
+
+    def _read(self, ids: NDArray[np.int64]) -> tuple[dict[int, Encoded], dict[int, str]]:
+        """The bytes of the samples by id, and why there are none of the rest."""
+        encoded, faults = {}, {}
+        for sample in ids.tolist():
+            try:
+                encoded[sample] = self._options.reader.read(sample)
+            except ValueError as error:
+                faults[sample] = str(error)
+        return encoded, faults
 
     def _collect(self, batch: _Batch) -> None:
         if batch.decoder is not self._decoder or batch.regions is None:
@@ -131,36 +141,19 @@ class DaliBackend:
         # Not in the handler: DALI's threads would live as long as an exception that led to this one.
         self._decoder.close()
         self._decoder = self._new_decoder(self._options.batch_size)
-        if faults := self._find_faults(batch):
+        if faults := self._find_faults(batch.encoded):
             raise UndecodableError(faults)
         raise RuntimeError(f"DALI: {message}")
 
-    def _find_faults(self, batch: _Batch) -> dict[int, str]:
+    def _find_faults(self, encoded: dict[int, Encoded]) -> dict[int, str]:
         """Decodes every image of a failed batch alone; id -> reason of those that fail."""
-        ids = batch.plan.ids
+        index = self._options.reader.shards.index
         faults, decoder = {}, self._new_decoder(1)
-        for sample, data, size in zip(ids.tolist(), batch.encoded, self._sizes(ids), strict=True):
-            if fault := find_header_fault(data, size) or find_fault(decoder, data, size):
+        for sample, data in encoded.items():
+            if fault := find_fault(decoder, data, int(index.height[sample]), int(index.width[sample])):
                 faults[sample] = fault
                 decoder = self._new_decoder(1)
         return faults
-
-    def _read(self, ids: NDArray[np.int64]) -> list[Encoded]:
-        encoded, faults = [], {}
-        for sample in ids.tolist():
-            try:
-                encoded.append(self._options.reader.read(sample))
-            except ValueError as error:
-                faults[sample] = str(error)
-        if faults:
-            raise UndecodableError(faults)
-        return encoded
-
-    def _sizes(self, ids: NDArray[np.int64]) -> Regions:
-        """Whole images, as the index has them."""
-        index = self._options.reader.shards.index
-        zeros = np.zeros(len(ids), np.int32)
-        return np.stack([zeros, zeros, index.height[ids], index.width[ids]], axis=1)
 
     def _new_decoder(self, batch_size: int) -> Decoder:
         device = self._options.device
