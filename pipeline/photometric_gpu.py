@@ -34,7 +34,9 @@ def apply_photometric(views: torch.Tensor, plan: ViewPlan) -> None:
 
 def _change_colours(views: torch.Tensor, plan: ViewPlan) -> None:
     device, num_pixels = views.device, plan.spec.size**2
-    order = np.where(plan.jitter[:, None], plan.order, _NONE).astype(np.int32)
+    # A hue of 0 is off, as in torchvision's ColorJitter: the way through HSV and back is not exact.
+    without = ~plan.jitter[:, None] | (plan.order == HUE) & (plan.factors[:, HUE:] == 0)
+    order = np.where(without, _NONE, plan.order).astype(np.int32)
     if not (plan.jitter | plan.grey).any():
         return
     before_contrast = np.where(np.cumsum(order == CONTRAST, axis=1) == 0, order, _NONE)
