@@ -35,7 +35,7 @@ _Y, _X = np.mgrid[1 : -1 : SIZE * 1j, -1 : 1 : SIZE * 1j].astype(np.float32)
 
 
 def load_demo(split: str = "train", seed: int = 0, num_images: int | None = None) -> "Dataset":
-    """The split as a `datasets.Dataset` of ``image`` (JPEG bytes) and ``label``; classes take turns.
+    """The first ``num_images`` (None: all) of a split, with columns ``image`` (JPEG) and ``label``; classes take turns.
 
     Image i depends on (seed, split, i) only: a smaller ``num_images`` is a prefix, and splits share no randomness.
     Raises ValueError for an unknown split or a size below 1.
@@ -62,11 +62,11 @@ def draw(split: str, seed: int, i: int) -> Array:
     shape, marking = list(CLASSES.values())[i % len(CLASSES)]
     light = _light(rng)
     canvas = _background(rng)
-    for _ in range(rng.integers(0, 4)):
-        canvas = _place(canvas, _clutter, _halves, light, rng, radius=rng.uniform(0.08, 0.25), reach=0.9)
-    canvas = _place(canvas, shape, marking, light, rng, radius=rng.uniform(0.5, 0.8), reach=0.25)
-    if rng.random() < 0.3:
-        canvas = _place(canvas, _clutter, _halves, light, rng, radius=rng.uniform(0.08, 0.2), reach=0.9)
+    if rng.random() < 0.5:
+        canvas = _place(canvas, *_CLUTTER, light, rng, radius=rng.uniform(0.08, 0.25), reach=0.9)
+    canvas = _place(canvas, shape, marking, light, rng, radius=rng.uniform(0.6, 0.9), reach=0.35)
+    if rng.random() < 0.1:
+        canvas = _place(canvas, *_CLUTTER, light, rng, radius=rng.uniform(0.08, 0.2), reach=0.9)
     return _photograph(canvas, rng)
 
 
@@ -81,29 +81,10 @@ def _rng(split: str, seed: int, i: int, stage: int) -> Draws:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _STREAMS[split], i, stage])))
 
 
-# Shapes
-
-
-def _ball(u: Array, v: Array) -> Array:
-    return np.hypot(u, v) - 0.85
-
-
-def _donut(u: Array, v: Array) -> Array:
-    return np.abs(np.hypot(u, v) - 0.6) - 0.3
-
-
-def _star(u: Array, v: Array) -> Array:
-    return 0.6 * (np.hypot(u, v) - 0.6 - 0.33 * np.cos(5 * np.arctan2(u, v)))
-
-
 def _heart(u: Array, v: Array) -> Array:
     side, v = np.abs(u), v + 0.12
     square = (side + np.abs(v) - 0.75) / np.sqrt(2, dtype=np.float32)
     return np.minimum(square, np.hypot(side - 0.375, v - 0.375) - 0.53)
-
-
-def _flower(u: Array, v: Array) -> Array:
-    return 0.7 * (np.hypot(u, v) - 0.45 - 0.5 * np.abs(np.cos(3 * np.arctan2(u, v))))
 
 
 def _gear(u: Array, v: Array) -> Array:
@@ -124,20 +105,9 @@ def _mushroom(u: Array, v: Array) -> Array:
     return np.minimum(cap, stem)
 
 
-def _moon(u: Array, v: Array) -> Array:
-    return np.maximum(np.hypot(u, v) - 0.92, 0.75 - np.hypot(u - 0.5, v - 0.1))
-
-
 def _leaf(u: Array, v: Array) -> Array:
-    blade = np.hypot(u, np.abs(v) + 0.6) - 1.1
-    return np.minimum(blade, np.maximum(np.abs(v) - 0.05, np.abs(u + 0.9) - 0.25))
-
-
-def _clutter(u: Array, v: Array) -> Array:
-    return np.maximum(np.abs(u) - 0.9, np.abs(v) - 0.4)
-
-
-# Markings
+    blade = np.hypot(v, np.abs(u) + 0.6) - 1.1
+    return np.minimum(blade, np.maximum(np.abs(u) - 0.05, np.abs(v + 0.9) - 0.25))
 
 
 def _step(x: Array, softness: float = 0.15) -> Array:
@@ -145,79 +115,63 @@ def _step(x: Array, softness: float = 0.15) -> Array:
     return np.clip(x / softness + 0.5, 0, 1)
 
 
-def _halves(u: Array, v: Array) -> Array:
-    return _step(u + v)
-
-
-def _segments(u: Array, v: Array) -> Array:
-    return _step(np.sin(4 * np.arctan2(v - 0.25, u + 0.1)), 0.4)
-
-
 def _spots(u: Array, v: Array, spacing: float, radius: float) -> Array:
-    """Dots on a staggered grid."""
+    """Dots on a staggered grid, ``radius`` relative to its ``spacing``."""
     row = v / spacing
     column = u / spacing + 0.5 * (np.floor(row) % 2)
     return _step(radius - np.hypot(column % 1 - 0.5, row % 1 - 0.5), 0.12)
 
 
 def _sprinkles(u: Array, v: Array) -> Array:
-    return np.maximum(_spots(u, 0.4 * v + 0.3 * u, 0.2, 0.25), _spots(0.4 * u - 0.3 * v, v, 0.2, 0.25))
-
-
-def _bands(u: Array, v: Array) -> Array:
-    return _step(np.cos(16 * np.hypot(u, v)), 0.5)
-
-
-def _checks(u: Array, v: Array) -> Array:
-    return _step(np.sin(9 * (u + v)) * np.sin(9 * (u - v)), 0.3)
-
-
-def _eye(u: Array, v: Array) -> Array:
-    return _step(0.3 - np.hypot(u, v), 0.06)
-
-
-def _grooves(u: Array, v: Array) -> Array:
-    return 0.5 + 0.5 * np.sin(40 * np.hypot(u, v))
+    return np.maximum(_spots(u, 0.4 * v + 0.3 * u, 0.3, 0.25), _spots(0.4 * u - 0.3 * v, v, 0.3, 0.25))
 
 
 def _scales(u: Array, v: Array) -> Array:
-    column = u / 0.22
-    row = v / 0.22 + 0.5 * (np.floor(column) % 2)
+    column = u / 0.3
+    row = v / 0.3 + 0.5 * (np.floor(column) % 2)
     return _step(np.hypot(column % 1, row % 1 - 0.5) - 0.55, 0.3)
 
 
-def _dots(u: Array, v: Array) -> Array:
-    return _spots(u, v, 0.42, 0.3) * _step(v + 0.05)
-
-
 def _craters(u: Array, v: Array) -> Array:
-    return np.maximum(_spots(u, v, 0.37, 0.25), _spots(v + 0.1, u, 0.23, 0.2))
+    return 1 - np.maximum(_spots(u, v, 0.37, 0.25), _spots(v + 0.1, u, 0.23, 0.2))
 
 
 def _veins(u: Array, v: Array) -> Array:
-    return np.maximum(_step(0.05 - np.abs(v), 0.05), _step(np.sin(22 * (u - 0.8 * np.abs(v))) - 0.5, 0.5))
+    return np.maximum(_step(0.05 - np.abs(u), 0.05), _step(np.sin(15 * (v - 0.8 * np.abs(u))) - 0.5, 0.5))
 
 
 CLASSES: dict[str, tuple[Shape, Marking]] = {
-    "ball": (_ball, _segments),
-    "donut": (_donut, _sprinkles),
-    "star": (_star, _bands),
-    "heart": (_heart, _checks),
-    "flower": (_flower, _eye),
-    "gear": (_gear, _grooves),
+    "ball": (
+        lambda u, v: np.hypot(u, v) - 0.85,
+        lambda u, v: _step(np.sin(4 * np.arctan2(v - 0.25, u + 0.1)), 0.4),
+    ),
+    "donut": (lambda u, v: np.abs(np.hypot(u, v) - 0.6) - 0.3, _sprinkles),
+    "star": (
+        lambda u, v: 0.6 * (np.hypot(u, v) - 0.6 - 0.33 * np.cos(5 * np.arctan2(u, v))),
+        lambda u, v: _step(np.cos(11 * np.hypot(u, v)), 0.5),
+    ),
+    "heart": (_heart, lambda u, v: _step(np.sin(6.5 * (u + v)) * np.sin(6.5 * (u - v)), 0.3)),
+    "flower": (
+        lambda u, v: 0.7 * (np.hypot(u, v) - 0.45 - 0.5 * np.abs(np.cos(3 * np.arctan2(u, v)))),
+        lambda u, v: _step(np.hypot(u, v) - 0.3, 0.06),
+    ),
+    "gear": (_gear, lambda u, v: 0.5 + 0.5 * np.sin(26 * np.hypot(u, v))),
     "fish": (_fish, _scales),
-    "mushroom": (_mushroom, _dots),
-    "moon": (_moon, _craters),
+    "mushroom": (_mushroom, lambda u, v: _spots(u, v, 0.42, 0.3) * _step(v + 0.05)),
+    "moon": (lambda u, v: np.maximum(np.hypot(u, v) - 0.92, 0.75 - np.hypot(u - 0.5, v - 0.1)), _craters),
     "leaf": (_leaf, _veins),
 }
 
-
-# Scenes
+# What lies about: two-coloured bricks.
+_CLUTTER: tuple[Shape, Marking] = (
+    lambda u, v: np.maximum(np.abs(u) - 0.9, np.abs(v) - 0.4),
+    lambda u, v: _step(u + v),
+)
 
 
 def _light(rng: Draws) -> Array:
-    """The direction towards the light, a unit vector (x, y, z); z towards the viewer."""
-    angle, height = rng.uniform(0, 2 * np.pi), rng.uniform(0.45, 0.85)
+    """The direction towards the light, a unit vector (x right, y up, z towards the viewer), from above."""
+    angle, height = np.pi / 2 + rng.uniform(-1, 1), rng.uniform(0.45, 0.85)
     flat = np.sqrt(1 - height**2)
     return np.array([flat * np.cos(angle), flat * np.sin(angle), height], np.float32)
 
@@ -227,12 +181,6 @@ def _colour(rng: Draws, value: tuple[float, float]) -> Array:
     hue, saturation, top = rng.random(), rng.uniform(0.1, 0.95), rng.uniform(*value)
     ramp = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     return (top * (1 - saturation * (1 - ramp))).astype(np.float32)
-
-
-def _two_colours(rng: Draws) -> tuple[Array, Array]:
-    """A dark and a light one, in random order, so that a marking also shows in grey."""
-    dark, bright = _colour(rng, (0.1, 0.5)), _colour(rng, (0.7, 1.0))
-    return (dark, bright) if rng.random() < 0.5 else (bright, dark)
 
 
 def _mix(first: Array, second: Array, share: Array) -> Array:
@@ -251,22 +199,20 @@ def _clouds(rng: Draws, cells: int, octaves: int) -> Array:
 
 
 def _background(rng: Draws) -> Array:
-    """Two colours, mixed by a gradient, clouds, stripes, checks or dots, under a faint cloud layer."""
+    """Two colours, mixed by a gradient, clouds, stripes or dots, under a faint cloud layer."""
     angle, period = rng.uniform(0, np.pi), rng.uniform(8, 30)
     u, v = _X * np.cos(angle) + _Y * np.sin(angle), _Y * np.cos(angle) - _X * np.sin(angle)
-    kind = rng.integers(6)
-    if kind <= 1:
-        pattern = 0.5 + 0.4 * u
-    elif kind == 2:
+    kind = rng.integers(8)
+    if kind <= 3:
+        pattern = 0.5 + 0.5 * u
+    elif kind <= 5:
         pattern = _clouds(rng, int(rng.integers(2, 12)), 4)
-    elif kind == 3:
+    elif kind == 6:
         pattern = _step(np.sin(period * u), 0.5)
-    elif kind == 4:
-        pattern = _step(np.sin(period * u) * np.sin(period * v), 0.3)
     else:
         pattern = _spots(u, v, 6 / period, 0.3)
-    share = rng.uniform(0.3, 1.0) * pattern + 0.3 * _clouds(rng, 3, 3)
-    return _mix(_colour(rng, (0.1, 1.0)), _colour(rng, (0.1, 1.0)), np.clip(share, 0, 1).astype(np.float32))
+    share = rng.uniform(0.15, 0.45) * pattern + 0.2 * _clouds(rng, 3, 3)
+    return _mix(_colour(rng, (0.25, 1.0)), _colour(rng, (0.25, 1.0)), np.clip(share, 0, 1).astype(np.float32))
 
 
 def _place(
@@ -281,18 +227,23 @@ def _place(
     pixel = 2 / SIZE / radius
     cover = np.clip(0.5 - distance / pixel, 0, 1)
     pattern = marking(u, v).astype(np.float32)
-    colour = _mix(*_two_colours(rng), pattern)
+    colour = _mix(_colour(rng, (0.1, 0.5)), _colour(rng, (0.7, 1.0)), pattern)  # differ in grey too
     lit = _shade(colour, distance, pattern, light, pixel, rng)
-    offset = rng.uniform(2, 7) * light
-    shadow = np.roll(np.clip(0.5 - distance / (6 * pixel), 0, 1), (round(offset[1]), round(-offset[0])), (0, 1))
+    shadow = _shift(np.clip(0.5 - distance / (6 * pixel), 0, 1), -rng.uniform(2, 7) * light)
     return _mix(canvas * (1 - 0.6 * shadow[..., None]), lit, cover)
+
+
+def _shift(layer: Array, by: Array) -> Array:
+    """The layer moved by (x, y) pixels, y up, at most 7; its edges are repeated."""
+    right, up = round(by[0]), round(by[1])
+    return np.pad(layer, 7, mode="edge")[7 + up : 7 + up + SIZE, 7 - right : 7 - right + SIZE]
 
 
 def _pose(rng: Draws, radius: float, reach: float) -> tuple[Array, Array]:
     """Object coordinates (u, v) of every pixel: shifted, turned, foreshortened along one axis, perhaps mirrored."""
     x = (_X - rng.uniform(-reach, reach)) / radius
     y = (_Y - rng.uniform(-reach, reach)) / radius
-    turn, axis, tilt = rng.uniform(-0.8, 0.8), rng.uniform(0, np.pi), rng.uniform(1, 1.5)
+    turn, axis, tilt = rng.uniform(-0.5, 0.5), rng.uniform(0, np.pi), rng.uniform(1, 1.2)
     along, across = x * np.cos(axis) + y * np.sin(axis), (y * np.cos(axis) - x * np.sin(axis)) * tilt
     back = turn - axis
     u, v = along * np.cos(back) + across * np.sin(back), across * np.cos(back) - along * np.sin(back)
@@ -303,27 +254,27 @@ def _pose(rng: Draws, radius: float, reach: float) -> tuple[Array, Array]:
 def _shade(colour: Array, distance: Array, pattern: Array, light: Array, pixel: float, rng: Draws) -> Array:
     """Diffuse and specular light on a surface that is rounded towards its outline and embossed by its marking."""
     rim = np.clip(1 + distance / rng.uniform(0.3, 0.6), 0, 1)
-    height = np.sqrt(1 - rim**2 + 1e-3) * 0.4 + rng.uniform(-0.03, 0.06) * pattern
+    height = np.sqrt(1 - rim**2 + 1e-3) * 0.4 + 0.03 * pattern
     down, right = np.gradient(height, pixel)
     scale = 1 / np.sqrt(1 + down**2 + right**2)
     facing = np.clip((light[2] - right * light[0] + down * light[1]) * scale, 0, 1)
     gloss = rng.uniform(0, 0.7) * facing ** rng.uniform(8, 40)
-    return np.clip(colour * (0.25 + 0.85 * facing)[..., None] + gloss[..., None], 0, 1)
+    return np.clip(colour * (0.4 + 0.75 * facing)[..., None] + gloss[..., None], 0, 1)
 
 
 def _photograph(canvas: Array, rng: Draws) -> Array:
     """Uneven light, exposure, white balance and sensor noise."""
     angle = rng.uniform(0, 2 * np.pi)
     falloff = 1 + rng.uniform(0, 0.4) * (_X * np.cos(angle) + _Y * np.sin(angle))
-    tint = rng.uniform(0.85, 1.15, 3) * rng.uniform(0.65, 1.15)
-    noise = rng.normal(0, rng.uniform(0.005, 0.04), canvas.shape)
+    tint = rng.uniform(0.85, 1.15, 3) * rng.uniform(0.8, 1.2)
+    noise = rng.normal(0, rng.uniform(0.005, 0.02), canvas.shape)
     return np.clip(canvas * falloff[..., None] * tint + noise, 0, 1).astype(np.float32)
 
 
-def contact_sheet(columns: int = 12, seed: int = 0, split: str = "train") -> Image.Image:
+def contact_sheet(seed: int, columns: int = 12) -> Image.Image:
     """The first ``columns`` images of each class, a row per class."""
     rows = [
-        np.hstack([draw(split, seed, label + column * len(CLASSES)) for column in range(columns)])
+        np.hstack([draw("train", seed, label + column * len(CLASSES)) for column in range(columns)])
         for label in range(len(CLASSES))
     ]
     return Image.fromarray((np.vstack(rows) * 255 + 0.5).astype(np.uint8))
@@ -334,8 +285,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="picture to write, e.g. sheet.png")
     parser.add_argument("--seed", type=int, default=0, help="of the data set (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.seed < 0:
+        parser.error(f"argument --seed: expected 0 or more, found {options.seed}")
     try:
-        contact_sheet(seed=options.seed).save(options.out)
+        contact_sheet(options.seed).save(options.out)
     except (ValueError, OSError) as error:
         print(f"sharding.demo: {error}", file=sys.stderr)
         return 2

@@ -45,6 +45,26 @@ def test_images_of_a_class_differ_in_place_and_colour() -> None:
     assert pictures.mean((1, 2)).std(0).min() > 0.08  # mean colour
 
 
+def test_light_falls_from_above_and_shadows_below() -> None:
+    grey = np.full((demo.SIZE, demo.SIZE, 3), 0.5, np.float32)
+    disc = (lambda u, v: np.hypot(u, v) - 1, lambda u, v: np.ones_like(u + v))
+    above, below = [], []
+    for i in range(20):
+        rng = np.random.default_rng(i)
+        picture = demo._place(grey, *disc, demo._light(rng), rng, radius=0.6, reach=0.0)
+        above.append([picture[24:32, 40:56].mean(), picture[14:18, 44:52].mean()])
+        below.append([picture[-32:-24, 40:56].mean(), picture[-18:-14, 44:52].mean()])
+    assert np.mean(above, 0)[0] > 1.1 * np.mean(below, 0)[0]  # on the disc
+    assert np.mean(above, 0)[1] > np.mean(below, 0)[1] + 0.05  # beside it
+
+
+def test_shift_moves_up_and_to_the_right_and_repeats_the_edge() -> None:
+    layer = np.arange(demo.SIZE**2, dtype=np.float32).reshape(demo.SIZE, demo.SIZE)
+    moved = demo._shift(layer, np.array([2.0, 3.0]))
+    np.testing.assert_array_equal(moved[:-3, 2:], layer[3:, :-2])
+    np.testing.assert_array_equal(moved[-1, 2:], layer[-1, :-2])
+
+
 @pytest.mark.parametrize("name", demo.CLASSES)
 def test_shapes_are_inside_the_unit_square_and_fill_a_part_of_it(name: str) -> None:
     v, u = np.mgrid[2:-2:81j, -2:2:81j].astype(np.float32)
@@ -71,6 +91,12 @@ def test_command_draws_a_row_per_class(tmp_path: Path, capsys: pytest.CaptureFix
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (12 * demo.SIZE, 10 * demo.SIZE)
     assert "mushroom" in capsys.readouterr().out
+
+
+def test_command_refuses_a_negative_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        demo.main(["--out", str(tmp_path / "sheet.png"), "--seed", "-1"])
+    assert "--seed: expected 0 or more, found -1" in capsys.readouterr().err
 
 
 def test_command_explains_an_unwritable_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
