@@ -154,14 +154,15 @@ def test_a_damaged_sample_is_reported_and_replaced_from_its_lane(
 def test_who_meets_a_fault_late_goes_on_as_if_it_had_always_known(
     damage: Callable[[int], ShardSet], whole: list[Batch], backend: str
 ) -> None:
-    bad = a_sample_of(whole[2])
-    shards = damage(bad)
+    bad = [a_sample_of(whole[step]) for step in (0, 2, 5)]
+    for sample in bad:
+        shards = damage(sample)
     run = batches(shards, 26, backend=backend, prefetch=3)
-    again = [step for step in range(3, 26) if bad in whole[step].ids]
-    assert again  # it comes back in the next pass
+    again = [step for step in range(6, 24) if any(sample in whole[step].ids for sample in bad)]
+    assert len(again) >= 3  # they come back in the next pass
     for start in (1, 2, 3, *again):
         assert all_equal(batches(shards, 2, backend=backend, start_step=start), run[start : start + 2])
-    assert all(bad not in batch.ids for batch in run)
+    assert all(sample not in batch.ids for sample in bad for batch in run)
 
 
 def test_replacements_do_not_depend_on_the_world_size(damage: Callable[[int], ShardSet], whole: list[Batch]) -> None:

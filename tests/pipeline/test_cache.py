@@ -1,0 +1,153 @@
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from pipeline.cache import CacheOptions
+from pipeline.loader import Batch, Loader
+from pipeline.reader import Reader
+from pipeline.views import ViewSpec
+from sharding.manifest import ShardSet, open_shards
+from tests.census import census
+
+
+@pytest.fixture
+def remote(shard_set: ShardSet) -> Iterator[ShardSet]:
+    """The shards in fsspec's memory, as good as an object store: whole files by name, no memory map."""
+    memory = fsspec.filesystem("memory")
+    memory.put(str(shard_set.root), "/data/shards", recursive=True)
+    yield open_shards("memory://data/shards")
+    memory.rm("/data", recursive=True)
+
+
+def shard_bytes(shards: ShardSet) -> list[int]:
+    return [shard.num_bytes for shard in shards.manifest.shards]
+
+
+def options(directory: Path, max_bytes: int) -> CacheOptions:
+    return CacheOptions(directory, max_bytes, max_bytes)
+
+
+def size_of(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
+def batches(shards: ShardSet, count: int, **settings: Any) -> list[Batch]:
+    with loader(shards, **settings) as stream:
+        return [next(stream) for _ in range(count)]
+
+
+def loader(shards: ShardSet, **settings: Any) -> Loader:
+    return Loader(shards, [ViewSpec(size=16, kernel=3)], seed=3, global_batch_size=8, **settings)
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    return all(torch.equal(a.views[0], b.views[0]) for a, b in zip(first, second, strict=True))
+
+
+def test_a_cache_smaller_than_the_data_gives_the_same_batches(
+    shard_set: ShardSet, remote: ShardSet, tmp_path: Path
+) -> None:
+    before, total = census(), sum(shard_bytes(remote))
+    expected = batches(shard_set, 30, window=1)
+    with loader(remote, window=1, cache=options(tmp_path, 3 * total // 4)) as stream:
+        found = []
+        for _ in range(30):
+            found.append(next(stream))
+            assert size_of(tmp_path) <= 3 * total // 4
+        assert stream.stats()["fetched_bytes"] > 2 * total  # 2.6 passes
+    assert same(found, expected)
+    assert census() == before
+
+
+def test_a_full_permutation_needs_room_for_all_and_fetches_once(
+    shard_set: ShardSet, remote: ShardSet, tmp_path: Path
+) -> None:
+    total = sum(shard_bytes(remote))
+    with loader(remote, cache=options(tmp_path, total)) as stream:
+        found = [next(stream) for _ in range(30)]
+        assert stream.stats()["fetched_bytes"] == total
+        assert stream.stats()["fetch_seconds"] > 0
+    assert same(found, batches(shard_set, 30))
+    with loader(remote, cache=options(tmp_path, total)) as again:
+        next(again)
+        assert again.stats()["fetched_bytes"] == 0
+    with pytest.raises(ValueError, match=rf"shuffles among {total} bytes .*keep {total - 1} .*none: the whole data"):
+        loader(remote, cache=options(tmp_path, total - 1))
+
+
+def test_the_next_shards_are_fetched_before_they_are_read(remote: ShardSet, tmp_path: Path) -> None:
+    with loader(remote, window=1, rank=0, world_size=4, cache=options(tmp_path, sum(shard_bytes(remote)))) as stream:
+        next(stream)
+        deadline = time.monotonic() + 10
+        while len(list(tmp_path.glob("*.tar"))) < 3:  # all of this rank's lane
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert stream.stats()["fetched_bytes"] == sum(s.num_bytes for s in remote.manifest.shards if s.lane == 0)
+
+
+def test_least_recently_opened_shards_make_room(remote: ShardSet, tmp_path: Path) -> None:
+    sizes = shard_bytes(remote)
+    reader = Reader(remote, options(tmp_path, sum(sizes[:3])))
+    for number in (0, 1, 2, 0, 3):
+        reader.read(int((remote.index.shard < number).sum()))
+        time.sleep(0.02)
+    left = {path.stem for path in tmp_path.glob("*.tar")}
+    assert left == {remote.manifest.shards[number].xxh3_128 for number in (1, 2, 3)}
+    assert reader.read(0).size  # open still, or fetched again
+    reader.close()
+
+
+def test_processes_that_want_the_same_shard_fetch_it_once(remote: ShardSet, tmp_path: Path) -> None:
+    readers = [Reader(remote, options(tmp_path, 10**9)) for _ in range(4)]
+    threads = [threading.Thread(target=reader.read, args=(0,)) for reader in readers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(reader.stats()["fetched_bytes"] for reader in readers) == shard_bytes(remote)[0]
+    assert not list(tmp_path.glob("*.part"))
+    for reader in readers:
+        reader.close()
+
+
+def test_what_a_killed_process_left_is_written_again(remote: ShardSet, tmp_path: Path, shard_set: ShardSet) -> None:
+    (tmp_path / f"{remote.manifest.shards[0].xxh3_128}.part").write_bytes(b"half of a shard")
+    reader = Reader(remote, options(tmp_path, 10**9))
+    assert reader.read(0).tobytes() == Reader(shard_set).read(0).tobytes()
+    reader.close()
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
+def test_what_does_not_arrive_as_it_was_built_is_refused_by_name(remote: ShardSet, tmp_path: Path, harm: str) -> None:
+    memory, path = fsspec.filesystem("memory"), f"/data/shards/{remote.manifest.shards[0].path}"
+    data = bytearray(memory.cat_file(path))
+    if harm == "gone":
+        memory.rm(path)
+    else:
+        data[3000] ^= 1
+        memory.pipe_file(path, bytes(data[: -512 if harm == "cut" else None]))
+    with pytest.raises(OSError, match=r"lane-00/train-000000.tar"):
+        batches(remote, 12, window=1, cache=options(tmp_path, 10**9))
+    assert not list(tmp_path.glob("*.part"))
+    assert not (tmp_path / f"{remote.manifest.shards[0].xxh3_128}.tar").exists()
+
+
+def test_impossible_caches_are_refused(remote: ShardSet, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"memory://data/shards: is not a local directory; set data.cache_dir"):
+        loader(remote)
+    with pytest.raises(ValueError, match=r"cache of 1000 bytes: expected room for the largest shard, lane-"):
+        Reader(remote, options(tmp_path, 1000))
+    with pytest.raises(ValueError, match=r"raise data.cache_bytes, or lower data.window \(now 2\)"):
+        loader(remote, window=2, cache=options(tmp_path, max(shard_bytes(remote)) * 4))
+
+
+def test_local_shards_need_no_cache_and_use_none(shard_set: ShardSet, tmp_path: Path) -> None:
+    assert len(batches(shard_set, 2, window=1, cache=options(tmp_path / "cache", 10))) == 2
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,41 @@
+import numpy as np
+import pytest
+
+from pipeline.horizon import Horizon
+from pipeline.loader import lane_shard_sizes
+from pipeline.order import Order
+from sharding.manifest import ShardSet
+
+
+def needed(shards: ShardSet, order: Order, rows: slice, steps: range) -> set[int]:
+    return set().union(*(shards.index.shard[order.ids(step)[0][rows]].tolist() for step in steps))
+
+
+@pytest.mark.parametrize("rows", [slice(0, 8), slice(2, 4)], ids=["all", "one lane"])
+def test_looks_as_far_as_the_bytes_allow(shard_set: ShardSet, rows: slice) -> None:
+    order = Order(lane_shard_sizes(shard_set), 0, 8, window=1)
+    sizes = np.array([shard.num_bytes for shard in shard_set.manifest.shards])
+    lanes = 4 if rows.stop == 8 else 1
+    limit = int(lanes * 2.2 * sizes.max())
+    horizon = Horizon(shard_set, order, rows, limit)
+    for step in range(26):
+        found = horizon.shards(step)
+        assert sizes[found].sum() <= limit
+        assert len(found) == len(set(found))
+        for end in range(step + 1, step + 12):
+            if sizes[list(needed(shard_set, order, rows, range(step, end)))].sum() > limit:
+                break
+            assert needed(shard_set, order, rows, range(step, end)) <= set(found)
+        assert set(found) >= needed(shard_set, order, rows, range(step, step + 1))
+
+
+def test_stops_after_a_pass(shard_set: ShardSet) -> None:
+    horizon = Horizon(shard_set, Order(lane_shard_sizes(shard_set), 0, 8), slice(0, 8), 10**9)
+    for _ in range(5):
+        assert sorted(horizon.shards(0)) == list(range(12))
+    assert len(horizon._ahead) == 12
+
+
+def test_by_default_two_windows_ahead(shard_set: ShardSet) -> None:
+    order = Order(lane_shard_sizes(shard_set), 0, 8, window=1)
+    assert 4 <= len(Horizon(shard_set, order, slice(0, 8)).shards(0)) <= 8
