@@ -110,5 +110,5 @@ def test_centre_crop(image: Image.Image) -> None:
 def test_a_truncated_jpeg_is_an_error(shard_set: ShardSet) -> None:
     data = Reader(shard_set).read(0)
     for part in (0, 0.01, 0.5, 0.9):
-        with pytest.raises(ValueError, match=r"truncated|identify"):
+        with pytest.raises(ValueError, match=r"(?i)truncated|identify"):
             decode(data[: int(len(data) * part)])
