@@ -1,34 +1,41 @@
-"""Images per second of the loader backends, and of the train step with and without them.
+"""Images per second of the loader backends and of other loaders, and of the train step with and without them.
 
     python -m benchmarks.throughput                                        # generated images
-    python -m benchmarks.throughput --shards /data/shards --threads 1 2 --step resnet18
+    python -m benchmarks.throughput --shards /data/shards --threads 1 2 --peers all --step resnet18
 
-All contestants make the same views of the same samples. An image counts once, however many views it has. The
-``synthetic`` loader shows what the rest of the program could use at most; a train step that is as fast with a real
-loader as with it is bound by the network.
+All contestants make the same kind of views of the same samples, in interleaved rounds; our own make the same views.
+An image counts once, however many views it has. ``decode-only`` (of --peers) is what no loader that decodes whole
+images can exceed, ``synthetic`` what the rest of the program could use at most; a train step that is as fast with a
+real loader as with it is bound by the network.
 """
 
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.measure import interleave, rate_of
+from benchmarks.peers import PEERS, PeerOptions, build_peer
 from benchmarks.report import save, show
 from pipeline.backends import BACKENDS
 from pipeline.loader import Loader
-from pipeline.views import PRESETS, ViewSpec, preset
+from pipeline.stats import bound, difference
+from pipeline.views import PRESETS, ViewSpec, flatten, preset
 from sharding.manifest import ShardSet, open_shards
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    if "all" in options.peers:
+        options.peers = list(PEERS)
     try:
         with ExitStack() as stack:
             shards = open_shards(options.shards or _generated_shards(stack))
@@ -46,28 +53,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure_loaders(options: argparse.Namespace, shards: ShardSet) -> dict[str, Any]:
     with ExitStack() as stack:
         contestants: dict[str, Callable[[], float]] = {}
-        for backend in options.backends:
-            for threads in options.threads:
-                loader = stack.enter_context(_loader(options, shards, backend, threads))
-                contestants[f"{backend}, {threads} threads"] = partial(_loader_rate, loader, options)
+        # Peers first: their worker processes are forked, which is best done before there are threads.
+        for peer, threads in product(options.peers, options.threads):
+            contestants |= _enter_peer(options, shards, peer, threads, stack)
+        for backend, threads in product(options.backends, options.threads):
+            loader = stack.enter_context(_loader(options, shards, backend, threads))
+            contestants[_label(backend, threads)] = partial(_loader_rate, loader, options)
         rates = interleave(contestants, options.rounds)
     title = f"loader: {options.views}, {options.batch_size} images a batch, {shards.manifest.num_samples} samples"
-    show(title, "images/s", rates, _baseline(rates, "torchvision"))
+    show(title, "images/s", rates, _baseline(rates))
     return {name: rate.rounds for name, rate in rates.items()}
 
 
-def _measure_steps(options: argparse.Namespace, shards: ShardSet) -> dict[str, Any]:
-    """Rates of the whole train step, fed by each backend and by the synthetic one."""
-    threads = max(options.threads)
-    step = _build_step(options)
-    with ExitStack() as stack:
-        contestants: dict[str, Callable[[], float]] = {}
-        for backend in dict.fromkeys([*options.backends, "synthetic"]):
-            loader = stack.enter_context(_loader(options, shards, backend, threads))
-            contestants[backend] = partial(rate_of, partial(step, loader), options.seconds, warmup=1)
-        rates = interleave(contestants, options.rounds)
-    show(f"train step: SimCLR, {options.step}, fed by", "images/s", rates, "synthetic")
-    return {name: rate.rounds for name, rate in rates.items()}
+def _enter_peer(
+    options: argparse.Namespace, shards: ShardSet, name: str, threads: int, stack: ExitStack
+) -> dict[str, Callable[[], float]]:
+    """A contestant, or none where the peer is not installed."""
+    try:
+        peer = build_peer(name, PeerOptions(shards, flatten(_specs(options)), options.batch_size, threads, 2))
+    except ImportError as error:
+        print(f"left out {name}: {error}")
+        return {}
+    stack.callback(peer.close)
+    # A worker process makes whole batches, so that many are ready when a round begins.
+    return {_label(name, threads): partial(rate_of, peer.next_batch, options.seconds, warmup=2 * threads + 1)}
 
 
 def _loader_rate(loader: Loader, options: argparse.Namespace) -> float:
@@ -76,6 +85,38 @@ def _loader_rate(loader: Loader, options: argparse.Namespace) -> float:
 
     # What was prefetched while other contestants ran is not this round's work.
     return rate_of(work, options.seconds, warmup=options.prefetch + 1)
+
+
+def _label(name: str, threads: int) -> str:
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
+
+
+def _measure_steps(options: argparse.Namespace, shards: ShardSet) -> dict[str, Any]:
+    """Rates of the whole train step, fed by each backend and by the synthetic one, and what bounds each."""
+    threads = max(options.threads)
+    step = _build_step(options)
+    bounds: dict[str, str] = {}
+    with ExitStack() as stack:
+        contestants: dict[str, Callable[[], float]] = {}
+        for backend in dict.fromkeys([*options.backends, "synthetic"]):
+            loader = stack.enter_context(_loader(options, shards, backend, threads))
+            contestants[backend] = partial(_step_rate, step, loader, options, bounds, backend)
+        rates = interleave(contestants, options.rounds)
+    show(f"train step: SimCLR, {options.step}, fed by", "images/s", rates, "synthetic")
+    for backend, sentence in bounds.items():
+        print(f"{backend}: {sentence}")
+    return {name: rate.rounds for name, rate in rates.items()} | {"bounds": bounds}
+
+
+def _step_rate(
+    step: Callable[[Loader], int], loader: Loader, options: argparse.Namespace, bounds: dict[str, str], name: str
+) -> float:
+    """Also notes what bounded the round, the last one's remains."""
+    step(loader)
+    before, start = loader.stats(), time.perf_counter()
+    rate = rate_of(partial(step, loader), options.seconds, warmup=0)
+    bounds[name] = bound(difference(loader.stats(), before), time.perf_counter() - start)
+    return rate
 
 
 def _build_step(options: argparse.Namespace) -> Callable[[Loader], int]:
@@ -109,11 +150,9 @@ def _finished(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _loader(options: argparse.Namespace, shards: ShardSet, backend: str, threads: int) -> Loader:
-    overrides: dict[str, Any] = {} if options.size is None else {"size": options.size}
-    specs: tuple[ViewSpec, ...] = preset(options.views, **overrides)
     return Loader(
         shards,
-        specs,
+        _specs(options),
         seed=0,
         global_batch_size=options.batch_size,
         backend=backend,
@@ -121,6 +160,10 @@ def _loader(options: argparse.Namespace, shards: ShardSet, backend: str, threads
         prefetch=options.prefetch,
         device=_device(),
     )
+
+
+def _specs(options: argparse.Namespace) -> tuple[ViewSpec, ...]:
+    return preset(options.views, **({} if options.size is None else {"size": options.size}))
 
 
 def _device() -> torch.device:
@@ -138,8 +181,10 @@ def _generated_shards(stack: ExitStack) -> Path:
     return directory
 
 
-def _baseline(rates: dict[str, Any], wanted: str) -> str:
-    return next((name for name in rates if name.startswith(wanted)), next(iter(rates)))
+def _baseline(rates: dict[str, Any]) -> str:
+    """What users know: an image folder; or our backend of the same operations."""
+    known = [name for wanted in ("imagefolder", "torchvision") for name in rates if name.startswith(wanted)]
+    return [*known, *rates][0]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -148,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--shards", type=Path, help="directory made by sharding.build (default: generated images)")
     parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=["cpu", "dali", "torchvision"])
+    parser.add_argument("--peers", nargs="*", choices=[*PEERS, "all"], default=[], help="other loaders, or all of them")
     parser.add_argument("--threads", nargs="+", type=int, default=[2], help="loader threads to try (default: 2)")
     parser.add_argument("--views", choices=list(PRESETS), default="simclr", help="views to make (default: simclr)")
     parser.add_argument("--size", type=int, help="side of all views, pixels (default: the preset's)")

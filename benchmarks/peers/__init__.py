@@ -1,0 +1,52 @@
+"""Loaders that a user would otherwise choose, each as its own documentation recommends, with the same augmentation.
+
+They draw their own randomness, so they cannot execute a plan and are no backends: here they are only timed. All of
+them end with normalised float32 views (b, 3, size, size).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol
+
+from pipeline.views import ViewSpec
+from sharding.manifest import ShardSet
+
+
+@dataclass(frozen=True)
+class PeerOptions:
+    shards: ShardSet
+    specs: tuple[ViewSpec, ...]  # one per view
+    batch_size: int
+    num_threads: int  # threads, or worker processes where the peer works with processes
+    prefetch: int  # batches that each of them may make ahead
+
+
+class Peer(Protocol):
+    """An endless stream of batches in an order of its own."""
+
+    def next_batch(self) -> int:
+        """Wait for a batch; returns the number of images in it."""
+        ...
+
+    def close(self) -> None: ...
+
+
+# name -> "module:builder", imported when chosen; a builder takes PeerOptions and returns a Peer
+PEERS = {
+    "decode-only": "benchmarks.peers.decode:build",
+    "imagefolder": "benchmarks.peers.imagefolder:build",
+    "webdataset": "benchmarks.peers.webdataset:build",
+    "huggingface": "benchmarks.peers.huggingface:build",
+    "dali-native": "benchmarks.peers.dali:build",
+    "kornia": "benchmarks.peers.kornia:build",
+}
+
+
+def build_peer(name: str, options: PeerOptions) -> Peer:
+    """Raises ValueError for an unknown name, and ImportError where the peer is not installed."""
+    if name not in PEERS:
+        raise ValueError(f"peer: expected one of {', '.join(PEERS)}, found {name!r}")
+    module, builder = PEERS[name].split(":")
+    build: Callable[[PeerOptions], Peer] = getattr(import_module(module), builder)
+    return build(options)

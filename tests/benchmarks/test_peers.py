@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from benchmarks.peers import PEERS, PeerOptions, build_peer
+from pipeline.views import ViewSpec, flatten
+from sharding.manifest import ShardSet
+from tests.census import census
+
+SPECS = (ViewSpec(count=2, size=32, kernel=5), ViewSpec(size=16, scale=(0.05, 0.3), kernel=3, solarize=0.5))
+
+
+def options(shards: ShardSet) -> PeerOptions:
+    return PeerOptions(shards, flatten(SPECS), batch_size=8, num_threads=1, prefetch=2)
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_a_peer_makes_batches_without_end_and_leaves_nothing(name: str, shard_set: ShardSet) -> None:
+    before, files = census(), sorted(shard_set.root.parent.iterdir())
+    try:
+        peer = build_peer(name, options(shard_set))
+    except ImportError as error:
+        pytest.skip(str(error))
+    assert [peer.next_batch() for _ in range(14)] == 14 * [8]  # more than a pass over 92 samples
+    peer.close()
+    del peer
+    assert census()[1] == before[1]
+    assert sorted(shard_set.root.parent.iterdir()) == files
+
+
+def test_an_unknown_peer_is_refused(shard_set: ShardSet) -> None:
+    with pytest.raises(ValueError, match="one of decode-only, imagefolder"):
+        build_peer("magic", options(shard_set))
+
+
+def test_torchvisions_views_are_normalised_tensors_of_the_specs_sizes() -> None:
+    from PIL import Image
+
+    from benchmarks.peers.transforms import MakeViews
+
+    views = MakeViews(flatten(SPECS))(Image.new("L", (60, 50), 128))
+    assert [tuple(view.shape) for view in views] == [(3, 32, 32), (3, 32, 32), (3, 16, 16)]
+    assert all(view.dtype == torch.float32 and -3 < view.min() < view.max() + 1e-6 < 3 for view in views)
