@@ -49,13 +49,13 @@ def brightness(view: Planes, factor: float) -> None:
 @njit(nogil=True, cache=True)
 def contrast(view: Planes, factor: float) -> None:
     """About the image's own mean grey value, rounded."""
-    size, total = view.shape[2], np.int64(0)
+    total = np.int64(0)
     for y in range(view.shape[1]):
-        row = np.int32(0)  # summed in 32 bits, which vectorises better than 64
-        for x in range(size):
-            row += _grey(view[0, y, x], view[1, y, x], view[2, y, x])
+        r, g, b, row = view[0, y], view[1, y], view[2, y], np.int32(0)
+        for x in range(len(r)):
+            row += _grey(r[x], g[x], b[x])  # in 32 bits, which vectorises better than 64
         total += row
-    _blend(view, int(total / (view.shape[1] * size) + 0.5), factor)
+    _blend(view, int(total / view[0].size + 0.5), factor)
 
 
 @njit(nogil=True, cache=True)
@@ -206,9 +206,9 @@ def blur(view: Planes, sigma: float, kernel: int) -> None:
 @njit(nogil=True, cache=True)
 def interleave(view: Planes, out: Bytes) -> None:
     """Planes (3, size, size) into pixels (size, size, 3)."""
-    for y in range(out.shape[0]):
-        for x in range(out.shape[1]):
-            out[y, x, 0], out[y, x, 1], out[y, x, 2] = view[0, y, x], view[1, y, x], view[2, y, x]
+    r, g, b, flat = view[0].reshape(-1), view[1].reshape(-1), view[2].reshape(-1), out.reshape(-1)
+    for i in range(r.size):
+        flat[3 * i], flat[3 * i + 1], flat[3 * i + 2] = r[i], g[i], b[i]
 
 
 @njit(nogil=True, cache=True)

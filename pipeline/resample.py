@@ -90,6 +90,11 @@ def _combine(rows: Bytes, begin: int, taps: Taps, width: int, sums: Int32s, out:
             for i in range(width):
                 total = np.int32(_times(rows[b, i], v) + np.int32(_times(rows[c, i], w) + _HALF))
                 out[j, i] = np.int32(_times(rows[a, i], u) + total) >> _SHIFT
+        elif most == 4:
+            for i in range(width):
+                total = np.int32(_times(rows[c, i], w) + np.int32(_times(rows[d, i], z) + _HALF))
+                total = np.int32(_times(rows[a, i], u) + np.int32(_times(rows[b, i], v) + total))
+                out[j, i] = total >> _SHIFT
         else:
             for i in range(width):
                 total = np.int32(_times(rows[c, i], w) + np.int32(_times(rows[d, i], z) + _HALF))
@@ -136,11 +141,11 @@ def _resize_columns(rows: Bytes, begin: int, taps: Taps, out: Pixels) -> None:
 
 @njit(nogil=True, cache=True)
 def _split(pixels: Pixels, planes: Bytes) -> None:
-    for y in range(pixels.shape[0]):
-        for x in range(pixels.shape[1]):
-            planes[0, y, x] = np.uint8(pixels[y, x])
-            planes[1, y, x] = np.uint8(pixels[y, x] >> np.uint32(8))
-            planes[2, y, x] = np.uint8(pixels[y, x] >> np.uint32(16))
+    flat, r, g, b = pixels.reshape(-1), planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
+    for i in range(flat.size):
+        r[i] = np.uint8(flat[i])
+        g[i] = np.uint8(flat[i] >> np.uint32(8))
+        b[i] = np.uint8(flat[i] >> np.uint32(16))
 
 
 @njit(nogil=True, cache=True)
