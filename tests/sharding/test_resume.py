@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from sharding import build as build_module
 from sharding.build import BuildError, main
 from sharding.manifest import ShardError, open_shards
 from sharding.storage import Directory
@@ -210,3 +211,54 @@ def is_worker(process: int) -> bool:
     stat = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     parent = Path(f"/proc/{stat[1]}/cmdline").read_bytes()
     return b"forkserver" in parent
+
+
+def test_a_finished_shard_that_was_damaged_meanwhile_is_made_again(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "finish", refuse)
+        assert main(command(source, out)) == 2
+    (out / "lane-00/train-000000.tar").write_bytes(b"cut short")
+    (out / "lane-01/train-000000.tar").unlink()
+    assert main(command(source, out)) == 0
+    assert files(out) == expected
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise OSError("pulled the plug")
+
+
+@pytest.mark.parametrize("moment", range(0, 10, 3))
+def test_shards_of_equal_size_are_not_taken_for_each_other(
+    tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while new last shards are moved over old ones that have the same size but other samples."""
+    images = [padded(jpeg(row), 2000) for row in range(24)]
+    images[3] = images[3][:-30]
+    source = write_parquet(tmp_path / "source", images, [0] * 24)
+    build_shards(source, tmp_path / "expected", lanes=3, max_quarantine=1)
+    left = [moment]
+
+    def failing(self: Directory, old: str, new: str) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError("pulled the plug")
+        rename(self, old, new)
+
+    rename = Directory.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(Directory, "rename", failing)
+        try:
+            build_shards(source, tmp_path / "out", lanes=3, max_quarantine=1)
+        except OSError:
+            assert (tmp_path / "out/.build/tail.json").exists()
+    build_shards(source, tmp_path / "out", lanes=3, max_quarantine=1)
+    assert files(tmp_path / "out") == files(tmp_path / "expected")
+
+
+def padded(data: bytes, size: int) -> bytes:
+    """The same picture in `size` bytes, by a comment segment."""
+    length = size - len(data) - 2
+    return data[:2] + b"\xff\xfe" + length.to_bytes(2, "big") + bytes(length - 2) + data[2:]
