@@ -11,6 +11,7 @@ Distances and coordinates are in units of the object's radius; images are float3
 
 import argparse
 import io
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ def _rng(split: str, seed: int, i: int, stage: int) -> Draws:
 
 def _heart(u: Array, v: Array) -> Array:
     side, v = np.abs(u), v + 0.12
-    square = (side + np.abs(v) - 0.75) / np.sqrt(2, dtype=np.float32)
+    square = (side + np.abs(v) - 0.75) / math.sqrt(2)
     return np.minimum(square, np.hypot(side - 0.375, v - 0.375) - 0.53)
 
 
@@ -172,8 +173,8 @@ _CLUTTER: tuple[Shape, Marking] = (
 def _light(rng: Draws) -> Array:
     """The direction towards the light, a unit vector (x right, y up, z towards the viewer), from above."""
     angle, height = np.pi / 2 + rng.uniform(-1, 1), rng.uniform(0.45, 0.85)
-    flat = np.sqrt(1 - height**2)
-    return np.array([flat * np.cos(angle), flat * np.sin(angle), height], np.float32)
+    flat = math.sqrt(1 - height**2)
+    return np.array([flat * math.cos(angle), flat * math.sin(angle), height], np.float32)
 
 
 def _colour(rng: Draws, value: tuple[float, float]) -> Array:
@@ -201,7 +202,7 @@ def _clouds(rng: Draws, cells: int, octaves: int) -> Array:
 def _background(rng: Draws) -> Array:
     """Two colours, mixed by a gradient, clouds, stripes or dots, under a faint cloud layer."""
     angle, period = rng.uniform(0, np.pi), rng.uniform(8, 30)
-    u, v = _X * np.cos(angle) + _Y * np.sin(angle), _Y * np.cos(angle) - _X * np.sin(angle)
+    u, v = _X * math.cos(angle) + _Y * math.sin(angle), _Y * math.cos(angle) - _X * math.sin(angle)
     kind = rng.integers(8)
     if kind <= 3:
         pattern = 0.5 + 0.5 * u
@@ -244,9 +245,9 @@ def _pose(rng: Draws, radius: float, reach: float) -> tuple[Array, Array]:
     x = (_X - rng.uniform(-reach, reach)) / radius
     y = (_Y - rng.uniform(-reach, reach)) / radius
     turn, axis, tilt = rng.uniform(-0.5, 0.5), rng.uniform(0, np.pi), rng.uniform(1, 1.2)
-    along, across = x * np.cos(axis) + y * np.sin(axis), (y * np.cos(axis) - x * np.sin(axis)) * tilt
+    along, across = x * math.cos(axis) + y * math.sin(axis), (y * math.cos(axis) - x * math.sin(axis)) * tilt
     back = turn - axis
-    u, v = along * np.cos(back) + across * np.sin(back), across * np.cos(back) - along * np.sin(back)
+    u, v = along * math.cos(back) + across * math.sin(back), across * math.cos(back) - along * math.sin(back)
     mirrored = rng.random() < 0.5
     return (-u if mirrored else u).astype(np.float32), v.astype(np.float32)
 
@@ -265,9 +266,9 @@ def _shade(colour: Array, distance: Array, pattern: Array, light: Array, pixel: 
 def _photograph(canvas: Array, rng: Draws) -> Array:
     """Uneven light, exposure, white balance and sensor noise."""
     angle = rng.uniform(0, 2 * np.pi)
-    falloff = 1 + rng.uniform(0, 0.4) * (_X * np.cos(angle) + _Y * np.sin(angle))
-    tint = rng.uniform(0.85, 1.15, 3) * rng.uniform(0.8, 1.2)
-    noise = rng.normal(0, rng.uniform(0.005, 0.02), canvas.shape)
+    falloff = 1 + rng.uniform(0, 0.4) * (_X * math.cos(angle) + _Y * math.sin(angle))
+    tint = (rng.uniform(0.85, 1.15, 3) * rng.uniform(0.8, 1.2)).astype(np.float32)
+    noise = rng.uniform(0.005, 0.02) * rng.standard_normal(canvas.shape, np.float32)
     return np.clip(canvas * falloff[..., None] * tint + noise, 0, 1).astype(np.float32)
 
 
