@@ -9,48 +9,14 @@ on; every sample occurs exactly once in a pass.
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.random import Word, key_from_seed, philox_block
+from pipeline.random import key_from_seed, permute
 
 Ids = NDArray[np.int64]
 
 # The third counter word of every draw made for the order; views use small numbers there.
 _ORDER_STREAM = 1 << 31
-_FEISTEL_ROUNDS = 8
-
-
-def permute(positions: Ids, size: int, key: tuple[int, int], stream: int, epoch: int) -> Ids:
-    """Images of ``positions`` under a pseudo-random permutation of ``range(size)`` chosen by (key, stream, epoch).
-
-    A Feistel network over the next even power of two with Philox as its round function, walked until the value
-    falls inside the range (Black & Rogaway, "Ciphers with arbitrary finite domains", 2002): constant memory, any
-    position at any time.
-    """
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    values = np.asarray(positions, dtype=np.uint64).copy()
-    k0, k1 = Word(key[0]), Word(key[1])
-    _walk(values, Word(size), Word(half_bits), k0, k1, Word(epoch), Word(_ORDER_STREAM + stream))
-    return values.astype(np.int64)
-
-
-@njit(nogil=True, cache=True)
-def _walk(
-    values: NDArray[np.uint64], size: Word, half_bits: Word, k0: Word, k1: Word, epoch: Word, stream: Word
-) -> None:
-    mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    for i in range(len(values)):
-        value = values[i]
-        while True:
-            left, right = value >> half_bits, value & mask
-            for j in range(_FEISTEL_ROUNDS):
-                word = philox_block(k0, k1, epoch, right, stream, np.uint64(j))[0]
-                left, right = right, left ^ (word & mask)
-            value = left << half_bits | right
-            if value < size:
-                break
-        values[i] = value
 
 
 @dataclass(frozen=True)
@@ -105,9 +71,9 @@ class Order:
     def _shuffled_in_epoch(self, lane: int, epoch: int, offsets: Ids) -> Ids:
         key = key_from_seed(self.seed)
         if self.window is None:
-            return permute(offsets, self.samples_per_lane, key, lane, epoch)
+            return permute(offsets, self.samples_per_lane, key, _ORDER_STREAM + lane, epoch)
         sizes = self.shard_sizes[lane]
-        shards = permute(np.arange(len(sizes)), len(sizes), key, lane, epoch)
+        shards = permute(np.arange(len(sizes)), len(sizes), key, _ORDER_STREAM + lane, epoch)
         windows = [shards[i : i + self.window] for i in range(0, len(shards), self.window)]
         ends = np.cumsum([sum(sizes[s] for s in window) for window in windows])
         shuffled = np.empty_like(offsets)
@@ -117,7 +83,7 @@ class Order:
             inside = chosen == w
             positions = offsets[inside] - (ends[w] - len(members))
             # The lanes' own permutations use streams 0 to L - 1, their windows those above.
-            stream = len(self.shard_sizes) * (int(w) + 1) + lane
+            stream = _ORDER_STREAM + len(self.shard_sizes) * (int(w) + 1) + lane
             shuffled[inside] = members[permute(positions, len(members), key, stream, epoch)]
         return shuffled
 

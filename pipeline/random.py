@@ -14,6 +14,7 @@ Word = np.uint64  # that holds 32 bits
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _ROUNDS = 10
+_FEISTEL_ROUNDS = 8
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
@@ -56,6 +57,41 @@ def _fill(
 ) -> None:
     for i in range(len(words)):
         words[i, 0], words[i, 1], words[i, 2], words[i, 3] = philox_block(k0, k1, c0[i], c1[i], c2[i], c3[i])
+
+
+def permute(
+    positions: NDArray[np.int64], size: int, key: tuple[int, int], stream: int, epoch: int
+) -> NDArray[np.int64]:
+    """Images of ``positions`` under a pseudo-random permutation of ``range(size)`` chosen by (key, stream, epoch).
+
+    A Feistel network over the next even power of two with Philox as its round function, walked until the value
+    falls inside the range (Black & Rogaway, "Ciphers with arbitrary finite domains", 2002): constant memory, any
+    position at any time. ``stream`` is a counter word. It stands here beside the generator because Numba's cache of
+    compiled code would not notice a change in a function of another file.
+    """
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    values = np.asarray(positions, dtype=np.uint64).copy()
+    k0, k1 = Word(key[0]), Word(key[1])
+    _walk(values, Word(size), Word(half_bits), k0, k1, Word(epoch), Word(stream))
+    return values.astype(np.int64)
+
+
+@njit(nogil=True, cache=True)
+def _walk(
+    values: NDArray[np.uint64], size: Word, half_bits: Word, k0: Word, k1: Word, epoch: Word, stream: Word
+) -> None:
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    for i in range(len(values)):
+        value = values[i]
+        while True:
+            left, right = value >> half_bits, value & mask
+            for j in range(_FEISTEL_ROUNDS):
+                word = philox_block(k0, k1, epoch, right, stream, np.uint64(j))[0]
+                left, right = right, left ^ (word & mask)
+            value = left << half_bits | right
+            if value < size:
+                break
+        values[i] = value
 
 
 def to_unit(words: UInt32) -> NDArray[np.float64]:

@@ -5,7 +5,8 @@ import pytest
 from numpy.testing import assert_array_equal
 from scipy.stats import chisquare
 
-from pipeline.order import Order, permute
+from pipeline.order import Order
+from pipeline.random import permute
 
 UNEVEN = ((7, 5, 8), (4, 4, 12), (20,), (1, 18, 1))  # four lanes of 20 samples
 
