@@ -19,13 +19,15 @@ from pipeline.views import PRESETS, ViewSpec, preset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from pipeline.plan import BatchPlan, ViewPlan
-    from sharding.manifest import ShardSet
+    from pipeline.reader import Reader
 
 Picture = NDArray[np.uint8]
 
-_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+_GAIN = 64  # of differences, which are hardly visible otherwise
+_OPERATIONS = ("light", "contrast", "colour", "hue")  # BRIGHTNESS to HUE of `pipeline.plan`, short
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,101 +57,119 @@ def read_views(name: str) -> tuple[ViewSpec, ...]:
 
 
 def draw_sheet(options: argparse.Namespace, specs: tuple[ViewSpec, ...]) -> None:
-    """One row an image: the original with its crops, then its views and what was drawn for them."""
+    """One row an image: the original with its crops, then each view in the colour of its crop and what was drawn for
+    it; for two backends the view of either, and their difference.
+    """
+    from pipeline.reader import Reader
     from sharding.manifest import open_shards
 
-    shards = open_shards(options.shards)
     backends = options.compare or [options.backend]
-    made = {name: make_batch(shards, specs, options, name) for name in backends}
-    plan = made[backends[0]][0]
-    columns = [(name, view) for view in range(len(plan.views)) for name in backends]
-    figure, grid = _grid(len(plan), 1 + len(columns) + (len(plan.views) if options.compare else 0))
-    for row in range(len(plan)):
-        _draw_original(grid[row, 0], shards, plan, row)
-        for column, (name, view) in enumerate(columns, start=1):
-            _show(grid[row, column], made[name][1][view][row])
-            grid[row, column].set_title(f"{name}, view {view}", fontsize=6)
-            grid[row, column].set_xlabel(describe(plan.views[view], row), fontsize=5)
-        if options.compare:
-            for view in range(len(plan.views)):
-                pair = [made[name][1][view][row].astype(int) for name in backends]
-                _draw_difference(grid[row, 1 + len(columns) + view], pair[0], pair[1])
+    reader = Reader(open_shards(options.shards))
+    try:
+        plan = make_plan(reader, specs, options)
+        made = [make_views(name, reader, plan) for name in backends]
+        per_view = len(backends) + bool(options.compare)
+        figure, grid = _grid(len(plan), 1 + per_view * len(plan.views))
+        for row, cells in enumerate(grid):
+            _draw_original(cells[0], reader, plan, row)
+            for number, view in enumerate(plan.views):
+                group = cells[1 + number * per_view :][:per_view]
+                pictures = [views[number][row] for views in made]
+                for axes, name, picture in zip(group, backends, pictures, strict=False):
+                    _show(axes, picture, f"C{number}")
+                    axes.set_title(f"view {number}, {name}", fontsize=6)
+                    axes.set_xlabel(describe(view, row), fontsize=5)
+                if options.compare:
+                    _draw_difference(group[-1], *pictures)
+    finally:
+        reader.close()
     figure.savefig(options.out, dpi=150)
 
 
-def make_batch(
-    shards: "ShardSet", specs: tuple[ViewSpec, ...], options: argparse.Namespace, backend: str
-) -> tuple["BatchPlan", list[Picture]]:
-    """The plan and the uint8 views (n, size, size, 3) of the first ``--images`` samples of a step."""
+def make_plan(reader: "Reader", specs: tuple[ViewSpec, ...], options: argparse.Namespace) -> "BatchPlan":
+    """The plan of the first ``--images`` samples of a step, in batches hardly larger than that."""
+    from pipeline.loader import lane_shard_sizes, plan_samples
+    from pipeline.order import Order
+
+    if min(options.images - 1, options.step) < 0:
+        raise ValueError(f"expected --images >= 1 and --step >= 0, found {options.images} and {options.step}")
+    lanes = reader.shards.manifest.num_lanes
+    batch_size = -(-options.images // lanes) * lanes
+    order = Order(lane_shard_sizes(reader.shards), options.seed, batch_size)
+    # Evenly spaced over the batch, so that all lanes show.
+    rows = np.linspace(0, batch_size - 1, options.images).round().astype(int)
+    ids, epochs = (values[rows] for values in order.ids(options.step))
+    return plan_samples(reader.shards, specs, options.seed, options.step, ids, epochs)
+
+
+def make_views(backend: str, reader: "Reader", plan: "BatchPlan") -> list[Picture]:
+    """A view number to its pictures (n, size, size, 3)."""
     import torch
 
     from pipeline.backends import BackendOptions, build_backend
-    from pipeline.loader import lane_shard_sizes, plan_samples
-    from pipeline.order import Order
-    from pipeline.reader import Reader
-    from pipeline.views import flatten
 
-    lanes = shards.manifest.num_lanes
-    batch_size = -(-options.images // lanes) * lanes
-    order = Order(lane_shard_sizes(shards), options.seed, batch_size)
-    ids, epochs = (values[: options.images] for values in order.ids(options.step))
-    plan = plan_samples(shards, specs, options.seed, options.step, ids, epochs)
     device = torch.device("cuda" if backend == "dali" and torch.cuda.is_available() else "cpu")
-    built = build_backend(backend, BackendOptions(Reader(shards), flatten(specs), len(plan), 2, 1, device))
+    specs = tuple(view.spec for view in plan.views)
+    built = build_backend(backend, BackendOptions(reader, specs, len(plan), 2, 1, device))
     try:
-        views = [view.cpu().numpy() for view in built.submit(plan).result()]
+        return [view.cpu().numpy() for view in built.submit(plan).result()]
     finally:
         built.close()
-    return plan, views
 
 
 def describe(view: "ViewPlan", row: int) -> str:
-    """What was drawn for one view of one image, in the order in which it is applied."""
+    """What was drawn for one view of one image, in the order in which it is applied, a line for each kind."""
     top, left, height, width = view.box[row]
-    parts = [f"{height:.0f}x{width:.0f} at {top:.0f},{left:.0f}" + (", flipped" if view.flip[row] else "")]
+    lines = [f"{width:.0f} x {height:.0f} at {left:.0f}, {top:.0f}" + (", flipped" if view.flip[row] else "")]
     if view.jitter[row]:
-        factors = view.factors[row]
-        parts.append(" ".join(f"{_OPERATIONS[op][:3]} {factors[op]:+.2f}" for op in view.order[row]))
-    flags = ["grey"] * bool(view.grey[row]) + [f"blur {view.sigma[row]:.2f}"] * bool(view.sigma[row] > 0)
-    flags += ["solarized"] * bool(view.solarize[row])
-    return "\n".join([*parts, ", ".join(flags)]).strip()
+        steps = [_describe_jitter(int(op), float(view.factors[row, op])) for op in view.order[row]]
+        lines += [", ".join(steps[:2]), ", ".join(steps[2:])]
+    rest = ["grey"] * bool(view.grey[row]) + [f"blur {view.sigma[row]:.2f} px"] * bool(view.sigma[row] > 0)
+    rest += ["solarized"] * bool(view.solarize[row])
+    return "\n".join([*lines, *([", ".join(rest)] if rest else [])])
 
 
-def _grid(rows: int, columns: int) -> tuple[Any, NDArray[Any]]:
+def _describe_jitter(operation: int, factor: float) -> str:
+    name = _OPERATIONS[operation]
+    return (
+        f"{name} {360 * factor:+.0f}\N{DEGREE SIGN}" if name == "hue" else f"{name} \N{MULTIPLICATION SIGN}{factor:.2f}"
+    )
+
+
+def _grid(rows: int, columns: int) -> tuple["Figure", NDArray[Any]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.6 * columns, 1.9 * rows), layout="constrained")
+    figure = Figure(figsize=(1.7 * columns, 2.0 * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _show(axes: "Axes", picture: Picture) -> None:
+def _show(axes: "Axes", picture: Picture, color: str = "white") -> None:
     axes.imshow(picture)
     axes.set_xticks([])
     axes.set_yticks([])
+    axes.spines[:].set(color=color, linewidth=1.5)
 
 
-def _draw_original(axes: "Axes", shards: "ShardSet", plan: "BatchPlan", row: int) -> None:
+def _draw_original(axes: "Axes", reader: "Reader", plan: "BatchPlan", row: int) -> None:
     from matplotlib.patches import Rectangle
     from PIL import Image
 
-    from pipeline.reader import Reader
-
     sample = int(plan.ids[row])
-    with Image.open(io.BytesIO(Reader(shards).read(sample).tobytes())) as image:
+    with Image.open(io.BytesIO(reader.read(sample).tobytes())) as image:
         _show(axes, np.asarray(image.convert("RGB")))
     for number, view in enumerate(plan.views):
         top, left, height, width = view.box[row]
-        axes.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=f"C{number}", linewidth=1))
-    label = int(shards.index.label[sample])
-    names = shards.manifest.class_names
+        axes.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=f"C{number}", linewidth=1.5))
+    label = int(reader.shards.index.label[sample])
+    names = reader.shards.manifest.class_names
     axes.set_title(f"{sample}: {names[label] if 0 <= label < len(names) else label}"[:28], fontsize=6)
 
 
-def _draw_difference(axes: "Axes", first: NDArray[Any], second: NDArray[Any]) -> None:
-    difference = np.abs(first - second)
-    _show(axes, np.minimum(255, 32 * difference).astype(np.uint8))
-    axes.set_title("difference x 32", fontsize=6)
-    axes.set_xlabel(f"mean {difference.mean():.3f}, largest {difference.max()}", fontsize=5)
+def _draw_difference(axes: "Axes", first: Picture, second: Picture) -> None:
+    difference = np.abs(first.astype(int) - second)
+    _show(axes, np.minimum(255, _GAIN * difference).astype(np.uint8))
+    axes.set_title(f"difference, {_GAIN} times", fontsize=6)
+    axes.set_xlabel(f"mean {difference.mean():.4f}, largest {difference.max()} of 255", fontsize=5)
 
 
 def _parser() -> argparse.ArgumentParser:

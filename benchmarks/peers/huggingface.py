@@ -6,7 +6,7 @@ https://huggingface.co/docs/datasets/use_with_pytorch
 from collections.abc import Iterator
 from typing import Any
 
-from datasets import Dataset, Features, Image, Value, load_from_disk
+from datasets import Dataset, Features, Image, Value, disable_progress_bars, load_from_disk
 
 from benchmarks.peers import PeerOptions
 from benchmarks.peers.dataloader import DataLoaderPeer, over, temporary_directory
@@ -16,6 +16,7 @@ from sharding.manifest import ShardSet
 
 
 def build(options: PeerOptions) -> DataLoaderPeer:
+    disable_progress_bars()
     directory = temporary_directory(options)
     features = Features({"image": Image(), "label": Value("int64")})
     cache = f"{directory.name}/cache"

@@ -1,0 +1,36 @@
+import pytest
+
+from benchmarks.measure import Rate, interleave, interleaved_names, rate_of
+
+
+def test_every_contestant_runs_once_a_round_and_rounds_turn_round() -> None:
+    assert list(interleaved_names(["a", "b", "c"], 3)) == ["a", "b", "c", "c", "b", "a", "a", "b", "c"]
+
+
+def test_rates_are_kept_by_round() -> None:
+    values = {"a": iter([1.0, 2.0, 9.0]), "b": iter([2.0, 4.0, 3.0])}
+    rates = interleave({name: lambda it=it: next(it) for name, it in values.items()}, 3)  # type: ignore[misc]
+    assert rates["a"].rounds == (1.0, 2.0, 9.0)
+    assert rates["b"].ratio(rates["a"]).rounds == (2.0, 2.0, 3 / 9)
+    assert rates["a"].median == 2.0
+    assert str(rates["a"]) == "2 (1 to 9)"
+
+
+def test_rounds_of_different_number_have_no_ratio() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        Rate((1.0, 2.0)).ratio(Rate((1.0,)))
+
+
+def test_the_rate_counts_units_after_the_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    calls: list[float] = []
+
+    def work() -> int:
+        nonlocal now
+        now += 100.0 if len(calls) < 2 else 0.5  # the first calls are slow
+        calls.append(now)
+        return 10
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    assert rate_of(work, seconds=3.0, warmup=2) == 20.0
+    assert len(calls) == 2 + 6

@@ -1,0 +1,105 @@
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.plan import plan_view
+from pipeline.preview import describe, main, make_plan, make_views, read_views
+from pipeline.reader import Reader
+from pipeline.views import ViewSpec, preset
+from sharding.manifest import ShardSet
+
+SMALL = "views:\n- {size: 32, kernel: 5}\n- {size: 24, kernel: 5, solarize: 1.0}\n"
+
+
+@pytest.fixture
+def views_file(tmp_path: Path) -> str:
+    path = tmp_path / "views.yaml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+def arguments(shards: ShardSet, out: Path, *more: str) -> list[str]:
+    return ["--shards", str(shards.root), "--out", str(out), "--images", "3", *more]
+
+
+def test_draws_a_row_per_image_and_a_column_per_view(
+    shard_set: ShardSet, tmp_path: Path, views_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "views.png"
+    assert main(arguments(shard_set, out, "--views", views_file)) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    with Image.open(out) as picture:
+        width, height = picture.size
+        colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    assert width / height == pytest.approx(3 * 1.7 / (3 * 2.0), rel=0.01)
+    for frame in ((31, 119, 180), (255, 127, 14)):  # of the views, and of their crops in the original
+        assert (colours == frame).all(axis=1).sum() > 1000
+
+
+def test_compares_two_backends_view_by_view(shard_set: ShardSet, tmp_path: Path, views_file: str) -> None:
+    out = tmp_path / "compared.png"
+    assert main(arguments(shard_set, out, "--views", views_file, "--compare", "cpu", "dali")) == 0
+    with Image.open(out) as picture:
+        assert picture.size[0] / picture.size[1] == pytest.approx(7 * 1.7 / (3 * 2.0), rel=0.01)
+
+
+def test_shows_the_samples_of_all_lanes_as_the_backend_makes_them(shard_set: ShardSet) -> None:
+    reader, specs = Reader(shard_set), (ViewSpec(size=32, kernel=5),)
+    options = argparse.Namespace(images=5, seed=1, step=2)
+    plan = make_plan(reader, specs, options)
+    assert set((plan.ids // 23).tolist()) == {0, 1, 2, 3}
+    (views,) = make_views("cpu", reader, plan)
+    assert views.shape == (5, 32, 32, 3)
+    assert views.std() > 20
+    reader.close()
+
+
+def test_describes_what_was_drawn() -> None:
+    n = 50
+    numbers = np.arange(n)
+    spec = ViewSpec(size=32, kernel=5, solarize=0.5)
+    view = plan_view(spec, 0, 0, numbers, numbers * 0, numbers * 0 + 60, numbers * 0 + 80)
+    for row in range(n):
+        lines = describe(view, row).split("\n")
+        top, left, height, width = view.edge[row]
+        assert lines[0].startswith(f"{width} x {height} at {left}, {top}")
+        assert lines[0].endswith("flipped") == view.flip[row]
+        text = " ".join(lines[1:])
+        assert ("hue" in text) == ("contrast \N{MULTIPLICATION SIGN}" in text) == view.jitter[row]
+        assert ("grey" in text, "blur" in text, "solarized" in text) == (
+            view.grey[row],
+            view.sigma[row] > 0,
+            view.solarize[row],
+        )
+
+
+def test_reads_presets_and_files(views_file: str, tmp_path: Path) -> None:
+    assert read_views("dino") == preset("dino")
+    assert [spec.size for spec in read_views(views_file)] == [32, 24]
+    run = tmp_path / "run.yml"
+    run.write_text("views: byol\n")
+    assert read_views(str(run)) == preset("byol")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--views", "nothing"], "expected one of simclr"),
+        (["--views", "missing.yaml"], "missing.yaml"),
+        (["--backend", "nothing"], "expected one of cpu"),
+        (["--shards", "/nowhere"], "/nowhere: no such directory"),
+        (["--images", "0"], "--images >= 1"),
+    ],
+    ids=["views", "file", "backend", "shards", "images"],
+)
+def test_wrong_arguments_are_one_clear_message(
+    shard_set: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    assert main(arguments(shard_set, tmp_path / "x.png", *more)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pipeline.preview: ")
+    assert message in error
+    assert error.count("\n") == 1
