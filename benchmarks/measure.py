@@ -1,10 +1,15 @@
 """How Parallax measures: rates of several contestants in interleaved rounds, so that a machine whose speed drifts is
 as unkind to one as to another; medians with their spread, and ratios taken round by round."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+_IDLE = 0.05  # of a core
+_IDLE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -26,9 +31,13 @@ class Rate:
 
 
 def interleave(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Rate]:
-    """Call every contestant once a round, in turn; each returns its rate in that round."""
+    """Call every contestant once a round, in turn; each returns its rate in that round.
+
+    Loaders go on filling their queues after their turn, so each turn begins when the one before has come to rest.
+    """
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for name in interleaved_names(list(contestants), rounds):
+        come_to_rest()
         rates[name].append(contestants[name]())
     return {name: Rate(tuple(values)) for name, values in rates.items()}
 
@@ -47,3 +56,30 @@ def rate_of(work: Callable[[], int], seconds: float, warmup: int) -> float:
     while (elapsed := time.perf_counter() - start) < seconds:
         done += work()
     return done / elapsed
+
+
+def come_to_rest(limit_seconds: float = 60.0) -> None:
+    """Wait until this process and its descendants no longer compute. Raises TimeoutError when they go on."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < limit_seconds:
+        before = _cpu_seconds()
+        time.sleep(_IDLE_SECONDS)
+        if _cpu_seconds() - before <= _IDLE * _IDLE_SECONDS:
+            return
+    raise TimeoutError(f"still computing {limit_seconds:.0f} s after a measurement ended")
+
+
+def _cpu_seconds() -> float:
+    """Spent so far by this process and its living descendants."""
+    processes = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # After the name, which may hold anything: state, parent, ...; fields 14 and 15 are user and system time.
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        processes[int(path.parent.name)] = int(fields[1]), int(fields[11]) + int(fields[12])
+    family = {os.getpid()}
+    while children := {pid for pid, (parent, _) in processes.items() if parent in family} - family:
+        family |= children
+    return sum(ticks for pid, (_, ticks) in processes.items() if pid in family) / os.sysconf("SC_CLK_TCK")

@@ -1,6 +1,11 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from benchmarks.measure import Rate, interleave, interleaved_names, rate_of
+from benchmarks.measure import Rate, come_to_rest, interleave, interleaved_names, rate_of
 
 
 def test_every_contestant_runs_once_a_round_and_rounds_turn_round() -> None:
@@ -34,3 +39,18 @@ def test_the_rate_counts_units_after_the_warmup(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("time.perf_counter", lambda: now)
     assert rate_of(work, seconds=3.0, warmup=2) == 20.0
     assert len(calls) == 2 + 6
+
+
+def test_rest_is_waited_for_also_in_child_processes() -> None:
+    """A child that computes for a while delays the return until it is done."""
+    code = "import time\nend = time.process_time() + 0.6\nwhile time.process_time() < end: pass\ntime.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        with pytest.raises(TimeoutError, match="still computing"):
+            come_to_rest(limit_seconds=0.3)
+        come_to_rest()
+        ticks = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        assert sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK") > 0.55
+    finally:
+        child.kill()
+        child.wait()
