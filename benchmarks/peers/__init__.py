@@ -44,7 +44,7 @@ PEERS = {
 
 
 def build_peer(name: str, options: PeerOptions) -> Peer:
-    """Raises ValueError for an unknown name, and ImportError where the peer is not installed."""
+    """Raises ValueError for an unknown name, and ImportError for one that is not installed (extra ``peers``)."""
     if name not in PEERS:
         raise ValueError(f"peer: expected one of {', '.join(PEERS)}, found {name!r}")
     module, builder = PEERS[name].split(":")

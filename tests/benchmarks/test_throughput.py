@@ -1,7 +1,9 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.throughput import main
 from sharding.manifest import ShardSet
@@ -22,6 +24,16 @@ def test_compares_backends_and_peers_and_saves_every_round(
     assert "92 samples" in capsys.readouterr().out
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """OpenMP's threads wait for each other at length where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_times_the_train_step_and_says_what_bounds_it(shard_set: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--shards", str(shard_set.root), *QUICK, "--backends", "cpu", "--step", "resnet18"]) == 0
     printed = capsys.readouterr().out
