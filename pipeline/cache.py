@@ -93,7 +93,8 @@ class ShardCache:
             self._make_room()
             self._source.fs.get_file(self._source.path(shard.path), str(part))
             self._check(part, shard)
-            part.replace(path)
+            with self._directory_lock():
+                part.replace(path)
         with self._lock:
             self._fetched_bytes += shard.num_bytes
             self._fetch_seconds += time.perf_counter() - start
@@ -109,8 +110,7 @@ class ShardCache:
 
     def _make_room(self) -> None:
         """Delete what was opened longest ago until the rest fits, files that are being fetched at their full size."""
-        with (self._options.directory / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._directory_lock():
             files = sorted(self._files())
             total = sum(num_bytes for _, num_bytes, _ in files)
             for _, num_bytes, path in files:
@@ -118,6 +118,13 @@ class ShardCache:
                     break
                 path.unlink(missing_ok=True)
                 total -= num_bytes
+
+    @contextlib.contextmanager
+    def _directory_lock(self) -> Iterator[None]:
+        """Nothing is renamed or deleted meanwhile: a file seen under both its names would be counted twice."""
+        with (self._options.directory / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
         """When each file was last opened or written, its bytes, its path."""
