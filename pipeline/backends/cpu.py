@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.backends import BackendOptions, Pending
 from pipeline.backends.pool import Done, PooledBatch, chunks
+from pipeline.memory import recycler
 from pipeline.plan import BatchPlan
 from pipeline.render import render
 from pipeline.resample import Pixels
@@ -38,7 +39,7 @@ class CpuBackend:
         self._total = Done()
 
     def submit(self, plan: BatchPlan) -> Pending:
-        views = [torch.empty((len(plan), v.spec.size, v.spec.size, 3), dtype=torch.uint8) for v in plan.views]
+        views = [recycler.empty((len(plan), v.spec.size, v.spec.size, 3), torch.uint8) for v in plan.views]
         arrays = [view.numpy() for view in views]
         futures = [self._pool.submit(self._work, plan, rows, arrays) for rows in chunks(len(plan), self._num_threads)]
         return PooledBatch(views, futures, self._collect)

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from pipeline.backends import BackendOptions, UndecodableError, Views
 from pipeline.backends.pool import chunks
 from pipeline.dali_decode import Decoder, Encoded, Regions, find_fault, needed_regions
+from pipeline.memory import recycler
 from pipeline.plan import BatchPlan
 from pipeline.render import render
 from pipeline.resample import Pixels
-from pipeline.transfer import empty
 
 # Jobs of the driving thread, the most urgent first: DALI is to have work before anything is waited for.
 _STOP, _SCHEDULE, _COLLECT = range(3)
@@ -173,7 +173,7 @@ class CpuRenderer:
 
     def start(self, images: Any, regions: Regions, plan: BatchPlan) -> Callable[[], Views]:
         shapes = [(len(plan), view.spec.size, view.spec.size, 3) for view in plan.views]
-        views = [empty(shape, torch.uint8, torch.device("cpu")) for shape in shapes]
+        views = [recycler.empty(shape, torch.uint8) for shape in shapes]
         outs = [view.numpy() for view in views]
         parts = chunks(len(plan), self._num_threads)
         tasks = [self._pool.submit(_render_rows, images, regions, plan, rows, outs) for rows in parts]

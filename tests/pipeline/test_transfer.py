@@ -4,7 +4,7 @@ import torch
 from torchvision.transforms import functional as F
 
 from pipeline.plan import BatchPlan, plan_batch
-from pipeline.transfer import empty, normalize, to_batch, to_device
+from pipeline.transfer import normalize, to_batch, to_device
 from pipeline.views import ViewSpec
 
 CPU = torch.device("cpu")
@@ -54,13 +54,6 @@ def test_copies_to_a_gpu() -> None:
     for view, copy in zip(views, to_device(views, torch.device("cuda")), strict=True):
         assert copy.device.type == "cuda"
         assert torch.equal(copy.cpu(), view)
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_empty_is_writable_memory_of_the_shape(dtype: torch.dtype) -> None:
-    tensor = empty((2, 3, 5), dtype, CPU)
-    assert (tensor.shape, tensor.dtype) == ((2, 3, 5), dtype)
-    assert tensor.fill_(7).sum() == 210
 
 
 def two_images(specs: tuple[ViewSpec, ...]) -> BatchPlan:
