@@ -10,7 +10,8 @@ num_threads       that the loader was given; what follows is summed over them, s
                   and the elapsed time it is the share of the threads' time
 read_seconds      reading encoded images; some 0.03 ms each from the page cache, more: the disk is waited for
 decode_seconds    decoding, reading included
-views_seconds     geometry and photometric operations
+geometry_seconds  cutting, resizing and mirroring the views; not measured on a GPU, whose host does not wait
+photometric_seconds  jitter, grey, blur and solarize; likewise
 replaced_samples  that could not be decoded; the log names each
 fetch_seconds     copying shards to the cache, summed over its own threads, and fetched_bytes: how much it was
 """
@@ -48,7 +49,8 @@ def thread_shares(spent: Stats, seconds: float) -> dict[str, float]:
     busy = {
         "reading": reading,
         "decoding": max(0.0, spent.get("decode_seconds", 0.0) - reading),
-        "making views": spent.get("views_seconds", 0.0),
+        "resizing": spent.get("geometry_seconds", 0.0),
+        "changing colours": spent.get("photometric_seconds", 0.0),
     }
     shares = {name: value / available for name, value in busy.items()}
     return {**shares, "idle": max(0.0, 1 - sum(shares.values()))}

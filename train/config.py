@@ -1,7 +1,6 @@
 """The configuration of a run: defaults, then a YAML file, then ``a.b=c`` overrides, strictly validated."""
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -116,8 +115,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator or not name:
         raise ConfigError(f"override {override!r}: expected section.field=value, e.g. optim.epochs=200")
-    # YAML 1.1 reads 1e-4 as a string; everybody means a number.
-    value = float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", text) else yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: expected a value in YAML, found {text!r}") from None
     *parents, last = name.split(".")
     if name == "views":
         tree["views"] = _preset_groups(value) if isinstance(value, str) else value

@@ -51,7 +51,7 @@ class Backend(Protocol):
         ...
 
     def stats(self) -> dict[str, float]:
-        """Seconds spent so far, summed over threads, by stage: ``decode_seconds``, ``views_seconds``, ..."""
+        """Seconds spent so far, summed over threads, by stage: ``decode_seconds``, ``geometry_seconds``, ..."""
         ...
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ def build(options: BackendOptions) -> "CpuBackend":
 class CpuBackend:
     """``num_threads`` threads, each of which decodes a sample once and renders all its views into the batch.
 
-    ``decode_seconds`` (reading included) and ``views_seconds`` of `stats` are summed over the threads: divided by
+    ``decode_seconds`` (reading included) and those of the views in `stats` are summed over the threads: divided by
     their number and by the elapsed time they are the share of it that each stage takes; what is missing to 1 was idle.
     """
 
@@ -65,11 +65,9 @@ class CpuBackend:
             except ValueError as error:
                 done.reasons[sample] = str(error)
                 continue
-            decoded = time.perf_counter()
+            done.spend(decode=time.perf_counter() - start)
             for view, out in zip(plan.views, views, strict=True):
-                render(image, 0, 0, view, row, out[row])
-            done.decode_seconds += decoded - start
-            done.views_seconds += time.perf_counter() - decoded
+                done.spend(**render(image, 0, 0, view, row, out[row]))
         return done
 
     def _decode(self, sample: int) -> Pixels:

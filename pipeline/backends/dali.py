@@ -21,7 +21,7 @@ from numba import njit, uint32
 from numpy.typing import NDArray
 
 from pipeline.backends import BackendOptions, UndecodableError, Views
-from pipeline.backends.pool import chunks
+from pipeline.backends.pool import Done, chunks
 from pipeline.dali_decode import Decoder, Encoded, Regions, find_fault, needed_regions
 from pipeline.memory import recycler
 from pipeline.plan import BatchPlan
@@ -169,7 +169,7 @@ class CpuRenderer:
     def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="dali-views")
-        self._seconds = 0.0
+        self._total = Done()
 
     def start(self, images: Any, regions: Regions, plan: BatchPlan) -> Callable[[], Views]:
         shapes = [(len(plan), view.spec.size, view.spec.size, 3) for view in plan.views]
@@ -179,28 +179,32 @@ class CpuRenderer:
         tasks = [self._pool.submit(_render_rows, images, regions, plan, rows, outs) for rows in parts]
 
         def wait() -> Views:
-            self._seconds += sum(task.result() for task in tasks)
+            for task in tasks:
+                self._total.add(task.result())
             return views
 
         return wait
 
     def stats(self) -> dict[str, float]:
-        """``views_seconds``: of all threads."""
-        return {"views_seconds": self._seconds}
+        """Of all threads; copying DALI's image into the kernels' layout counts as geometry."""
+        seconds = self._total.seconds
+        return {"geometry_seconds": seconds["geometry"], "photometric_seconds": seconds["photometric"]}
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _render_rows(images: Any, regions: Regions, plan: BatchPlan, rows: slice, outs: list[NDArray[np.uint8]]) -> float:
-    """Some rows of all views; returns the seconds that it took."""
-    start = time.perf_counter()
+def _render_rows(images: Any, regions: Regions, plan: BatchPlan, rows: slice, outs: list[NDArray[np.uint8]]) -> Done:
+    """Some rows of all views."""
+    done = Done()
     for row in range(rows.start, rows.stop):
+        start = time.perf_counter()
         image = _pack(np.asarray(images[row]))
+        done.spend(geometry=time.perf_counter() - start)
         top, left = regions[row, :2].tolist()
         for view, out in zip(plan.views, outs, strict=True):
-            render(image, top, left, view, row, out[row])
-    return time.perf_counter() - start
+            done.spend(**render(image, top, left, view, row, out[row]))
+    return done
 
 
 @njit(nogil=True, cache=True)

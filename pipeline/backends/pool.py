@@ -9,21 +9,26 @@ from pipeline.backends import UndecodableError, Views
 _CHUNKS_PER_WORKER = 4  # so that the last worker of a batch is not far behind the others
 
 
+STAGES = "decode", "geometry", "photometric"
+
+
 @dataclass
 class Done:
     """What a worker says of a chunk, and the sum of it: ``reasons`` of undecodable samples by id, seconds by stage."""
 
     reasons: dict[int, str] = field(default_factory=dict)
-    decode_seconds: float = 0.0
-    views_seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     def add(self, other: "Done") -> None:
         self.reasons |= other.reasons
-        self.decode_seconds += other.decode_seconds
-        self.views_seconds += other.views_seconds
+        self.spend(**other.seconds)
+
+    def spend(self, **seconds: float) -> None:
+        for stage, value in seconds.items():
+            self.seconds[stage] += value
 
     def stats(self) -> dict[str, float]:
-        return {"decode_seconds": self.decode_seconds, "views_seconds": self.views_seconds}
+        return {f"{stage}_seconds": self.seconds[stage] for stage in STAGES}
 
 
 def chunks(num_rows: int, num_workers: int) -> list[slice]:

@@ -37,7 +37,7 @@ def build(options: BackendOptions) -> "TorchvisionBackend":
 class TorchvisionBackend:
     """``num_threads`` worker processes.
 
-    ``decode_seconds`` and ``views_seconds`` of `stats` are summed over the workers: divided by their number and by the
+    The seconds of `stats` (decoding includes reading) are summed over the workers: divided by their number and by the
     elapsed time they are the share of it that each stage takes.
     """
 
@@ -86,11 +86,13 @@ def _work(ids: Ints, plans: list[ViewPlan]) -> tuple[Arrays, Done]:
         except ValueError as error:
             done.reasons[sample] = str(error)
             continue
-        decoded = time.perf_counter()
+        done.spend(decode=time.perf_counter() - start)
         for plan, array in zip(plans, arrays, strict=True):
-            array[row] = np.asarray(apply(image, plan, row))
-        done.decode_seconds += decoded - start
-        done.views_seconds += time.perf_counter() - decoded
+            start = time.perf_counter()
+            view = cut(image, plan, row)
+            resampled = time.perf_counter()
+            array[row] = np.asarray(adjust(view, plan, row))
+            done.spend(geometry=resampled - start, photometric=time.perf_counter() - resampled)
     return arrays, done
 
 
@@ -104,9 +106,11 @@ def decode(data: NDArray[np.uint8]) -> Image.Image:
 
 def apply(image: Image.Image, plan: ViewPlan, row: int) -> Image.Image:
     """Row ``row`` of a plan."""
-    view = _cut(image, plan, row)
-    if plan.flip[row]:
-        view = F.hflip(view)
+    return adjust(cut(image, plan, row), plan, row)
+
+
+def adjust(view: Image.Image, plan: ViewPlan, row: int) -> Image.Image:
+    """The photometric operations."""
     if plan.jitter[row]:
         view = _jitter(view, plan, row)
     if plan.grey[row]:
@@ -127,9 +131,12 @@ def _jitter(view: Image.Image, plan: ViewPlan, row: int) -> Image.Image:
     return view
 
 
-def _cut(image: Image.Image, plan: ViewPlan, row: int) -> Image.Image:
+def cut(image: Image.Image, plan: ViewPlan, row: int) -> Image.Image:
+    """The geometry."""
     spec = plan.spec
     if spec.crop == "center":
-        return F.center_crop(F.resize(image, [spec.resize], antialias=True), [spec.size])
-    top, left, height, width = plan.edge[row].tolist()
-    return F.resized_crop(image, top, left, height, width, [spec.size] * 2, antialias=True)
+        view = F.center_crop(F.resize(image, [spec.resize], antialias=True), [spec.size])
+    else:
+        top, left, height, width = plan.edge[row].tolist()
+        view = F.resized_crop(image, top, left, height, width, [spec.size] * 2, antialias=True)
+    return F.hflip(view) if plan.flip[row] else view

@@ -235,7 +235,8 @@ def test_statistics_account_for_the_time(shard_set: ShardSet) -> None:
     assert stats["num_batches"] == 10
     assert stats["wait_seconds"] > stats["plan_seconds"] + stats["copy_seconds"] > 0
     assert stats["decode_seconds"] > stats["read_seconds"] > 0
-    assert stats["views_seconds"] > 0
+    assert stats["geometry_seconds"] > 0
+    assert stats["photometric_seconds"] > 0
     assert 0 <= stats["queue_occupancy"] <= 1
 
 

@@ -10,7 +10,8 @@ QUIET = {
     "copy_seconds": 0.01,
     "read_seconds": 0.1,
     "decode_seconds": 1.0,
-    "views_seconds": 2.0,
+    "geometry_seconds": 0.5,
+    "photometric_seconds": 1.5,
     "num_threads": 2,
 }
 
@@ -19,13 +20,14 @@ QUIET = {
     ("spent", "sentence"),
     [
         ({"wait_seconds": 0.1}, "bound by the train step: 1.0% of the time is spent waiting for data"),
-        ({"wait_seconds": 5, "views_seconds": 12}, r"bound by the loader \(50% .* \(60%\) making views"),
-        ({"wait_seconds": 9, "decode_seconds": 18, "views_seconds": 1}, r"\(89%\) decoding"),
+        ({"wait_seconds": 5, "geometry_seconds": 12}, r"bound by the loader \(50% .* \(60%\) resizing"),
+        ({"wait_seconds": 5, "photometric_seconds": 12}, r"\(60%\) changing colours"),
+        ({"wait_seconds": 9, "decode_seconds": 18}, r"\(89%\) decoding"),
         ({"wait_seconds": 9, "decode_seconds": 18, "read_seconds": 16}, r"\(80%\) reading"),
-        ({"wait_seconds": 9, "decode_seconds": 0, "views_seconds": 0, "read_seconds": 0}, r"\(100%\) idle"),
+        (dict.fromkeys(QUIET, 0) | {"wait_seconds": 9, "num_threads": 2}, r"\(100%\) idle"),
         ({"wait_seconds": 6, "copy_seconds": 5}, r"\(60% of the time\), in its own thread"),
     ],
-    ids=["network", "views", "decoding", "disk", "idle", "copy"],
+    ids=["network", "geometry", "photometric", "decoding", "disk", "idle", "copy"],
 )
 def test_names_what_bounds_ten_seconds(spent: dict[str, float], sentence: str) -> None:
     assert re.search(sentence, bound({**QUIET, **spent}, 10.0))
@@ -33,12 +35,14 @@ def test_names_what_bounds_ten_seconds(spent: dict[str, float], sentence: str) -
 
 def test_shares_count_reading_once_and_add_up() -> None:
     shares = thread_shares(QUIET, 10.0)
-    assert shares == pytest.approx({"reading": 0.005, "decoding": 0.045, "making views": 0.1, "idle": 0.85})
+    assert shares == pytest.approx(
+        {"reading": 0.005, "decoding": 0.045, "resizing": 0.025, "changing colours": 0.075, "idle": 0.85}
+    )
 
 
 def test_difference_keeps_means() -> None:
     before = {**QUIET, "queue_occupancy": 0.5}
-    after = {**QUIET, "queue_occupancy": 0.75, "views_seconds": 5.0, "fetch_seconds": 1.0}
+    after = {**QUIET, "queue_occupancy": 0.75, "geometry_seconds": 3.5, "fetch_seconds": 1.0}
     found = difference(after, before)
-    assert (found["views_seconds"], found["queue_occupancy"], found["fetch_seconds"]) == (3.0, 0.75, 1.0)
+    assert (found["geometry_seconds"], found["queue_occupancy"], found["fetch_seconds"]) == (3.0, 0.75, 1.0)
     assert (found["decode_seconds"], found["num_threads"]) == (0.0, 2)

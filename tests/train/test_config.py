@@ -51,6 +51,7 @@ def test_saved_configuration_is_the_same(tmp_path: Path) -> None:
         ("data.backend=magic", "data.backend"),
         ("optim", "expected section.field=value"),
         ("optim.epochs.x=1", "optim.epochs"),
+        ("views.scale=[0.5", r"expected a value in YAML, found '\[0.5'"),
     ],
 )
 def test_errors_name_the_field(override: str, message: str) -> None:
