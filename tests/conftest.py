@@ -3,7 +3,7 @@
 import io
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -25,6 +25,23 @@ if not torch.cuda.is_available():
 NUM_LANES = 4
 _NUM_IMAGES = 92
 _CLASSES = ["disc", "stripes", "checks"]
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[None]:
+    """An S3 server on loopback, which the environment names. One for all tests: s3fs keeps its first connection."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'parallax-ssl[s3]'")
+    moto_server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[server]'")
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            environment.setenv(name, "testing")
+        yield
+    server.stop()
 
 
 @pytest.fixture(scope="session")

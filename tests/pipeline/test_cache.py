@@ -162,22 +162,12 @@ def test_local_shards_need_no_cache_and_use_none(shard_set: ShardSet, tmp_path: 
     assert not (tmp_path / "cache").exists()
 
 
-def test_worker_processes_read_shards_on_s3_through_the_cache(
-    shard_set: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'parallax-ssl[s3]'")
-    moto_server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[server]'")
-    server = moto_server.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
+@pytest.mark.usefixtures("s3")
+def test_worker_processes_read_shards_on_s3_through_the_cache(shard_set: ShardSet, tmp_path: Path) -> None:
     fsspec.filesystem("s3").mkdir("loader")
     fsspec.filesystem("s3").put(str(shard_set.root), "loader/shards", recursive=True)
     remote = open_shards("s3://loader/shards")
     settings = {"window": 1, "cache": options(tmp_path, sum(shard_bytes(remote)))}
     found = batches(remote, 4, backend="torchvision", num_threads=1, **settings)
-    server.stop()
     for batch, expected in zip(found, batches(shard_set, 4, window=1), strict=True):
         torch.testing.assert_close(batch.views[0], expected.views[0], rtol=0, atol=0.04)  # another backend

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -16,23 +15,11 @@ from sharding.storage import Directory
 from sharding.verify import main as verify
 from tests.sharding.conftest import build_shards, files
 
-pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'parallax-ssl[s3]'")
-moto_server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[server]'")
-
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as environment:
-        server = moto_server.ThreadedMotoServer(port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        environment.setenv("AWS_ACCESS_KEY_ID", "testing")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.filesystem("s3").mkdir("data")
-        yield "s3://data"
-        server.stop()
+def bucket(s3: None) -> str:  # noqa: ARG001
+    fsspec.filesystem("s3").mkdir("data")
+    return "s3://data"
 
 
 def contents(url: str) -> dict[str, bytes]:

@@ -42,11 +42,16 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
+    def heed_ctrl_c() -> None:
+        """Also where the tests run in the background of a shell, which has its children ignore it."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     return subprocess.Popen(
         [sys.executable, "-m", "sharding.build", *arguments],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )
 
 
