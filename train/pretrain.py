@@ -30,7 +30,7 @@ from train.distributed import World, session, synchronize_batchnorm
 from train.methods import build_method
 from train.monitor import Monitor
 from train.optim import build_optimizer
-from train.step import TrainStep
+from train.step import NonFiniteGradientError, TrainStep
 
 log = logging.getLogger("train")
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         with session() as world:
             pretrain(config, world)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, NonFiniteGradientError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train.pretrain: {error}", file=sys.stderr)
         return 2

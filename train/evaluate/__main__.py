@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.backends import UndecodableError
 from pipeline.plan import Ints
 from pipeline.views import ViewSpec, preset
 from sharding.manifest import ShardSet, open_shards
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         results = evaluate(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, UndecodableError) as error:
         print(f"train.evaluate: {error}", file=sys.stderr)
         return 2
     _show(results)
