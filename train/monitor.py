@@ -10,12 +10,10 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-_TEXT = (
-    "{images_per_second:7.1f} images/s  loss {loss:.4f}  lr {learning_rate:.4g}  data wait {data_wait_percent:.1f} %"
-)
+_TEXT = "{images_per_second:.1f} images/s  loss {loss:.3f}  lr {learning_rate:.3g}  wait {data_wait_percent:.1f}%"
 
 
 class Monitor:
@@ -26,12 +24,10 @@ class Monitor:
         directory.mkdir(parents=True, exist_ok=True)
         self._file = (directory / "metrics.jsonl").open("a", buffering=1)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step)
-        self._progress = Progress(
-            TextColumn("pretrain"),
-            BarColumn(),
+        self._progress = Progress(  # 80 columns wide at most
             MofNCompleteColumn(),
+            BarColumn(bar_width=6),
             TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
