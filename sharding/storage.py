@@ -82,13 +82,13 @@ class Directory:
             path = Path(staging) / Path(name).name
             yield path
             if self.is_local:
-                _rename_durably(path, self.local_path(name))
+                rename_durably(path, self.local_path(name))
             else:
                 self.fs.put_file(str(path), self.path(name))
 
     def rename(self, old: str, new: str) -> None:
         if self.is_local:
-            _rename_durably(self.local_path(old), self.local_path(new))
+            rename_durably(self.local_path(old), self.local_path(new))
         else:
             self.fs.mv(self.path(old), self.path(new))
 
@@ -141,7 +141,8 @@ def checksum(file: BinaryIO) -> str:
     return hashed.hexdigest()
 
 
-def _rename_durably(old: Path, new: Path) -> None:
+def rename_durably(old: Path, new: Path) -> None:
+    """`new` is `old`'s content, on the disk, or as it was before."""
     _fsync(old)
     new.parent.mkdir(parents=True, exist_ok=True)
     old.replace(new)

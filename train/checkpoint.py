@@ -5,7 +5,6 @@ What the stream of batches depends on (`Identity`) is stored and must agree on r
 """
 
 import logging
-import os
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from sharding.manifest import Manifest
+from sharding.storage import rename_durably
 from train.config import Config
 
 log = logging.getLogger(__name__)
@@ -60,13 +60,10 @@ def save(directory: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     try:
         with temporary.open("wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        rename_durably(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's zip writer
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: the checkpoint could not be written ({error}); free space or change run.dir") from error
-    temporary.rename(path)
-    _sync_directory(directory)
     for old in checkpoints(directory)[:-keep]:
         old.unlink()
     return path
@@ -122,11 +119,3 @@ _FIELD_NAMES = {
     "global_batch_size": "run.global_batch_size",
     "window": "data.window",
 }
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

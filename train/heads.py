@@ -3,18 +3,14 @@
 from torch import nn
 
 
-def mlp(
-    num_features: int, hidden: int, out: int, layers: int = 2, *, last_batchnorm: bool = True, last_bias: bool = False
-) -> nn.Sequential:
-    """``layers`` linear layers, ``hidden`` wide, each but the last followed by BatchNorm and ReLU.
+def mlp(num_features: int, hidden: int, out: int, layers: int = 2) -> nn.Sequential:
+    """``layers`` linear layers, ``hidden`` wide, each followed by BatchNorm and all but the last by ReLU.
 
-    SimCLR's heads end in a BatchNorm (google-research/simclr); ``last_bias`` is for heads without it.
+    The BatchNorm at the end is SimCLR's (google-research/simclr).
     """
     modules: list[nn.Module] = []
     for _ in range(layers - 1):
         modules += [nn.Linear(num_features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
         num_features = hidden
-    modules.append(nn.Linear(num_features, out, bias=last_bias))
-    if last_batchnorm:
-        modules.append(nn.BatchNorm1d(out))
+    modules += [nn.Linear(num_features, out, bias=False), nn.BatchNorm1d(out)]
     return nn.Sequential(*modules)
