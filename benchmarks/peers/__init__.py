@@ -6,7 +6,7 @@ them end with normalised float32 views (b, 3, size, size).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Protocol
 
 from pipeline.views import ViewSpec
@@ -47,6 +47,5 @@ def build_peer(name: str, options: PeerOptions) -> Peer:
     """Raises ValueError for an unknown name, and ImportError for one that is not installed (extra ``peers``)."""
     if name not in PEERS:
         raise ValueError(f"peer: expected one of {', '.join(PEERS)}, found {name!r}")
-    module, builder = PEERS[name].split(":")
-    build: Callable[[PeerOptions], Peer] = getattr(import_module(module), builder)
+    build: Callable[[PeerOptions], Peer] = resolve_name(PEERS[name])
     return build(options)

@@ -6,7 +6,7 @@ device are the same for all of them (`pipeline.transfer`).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Protocol
 
 import torch
@@ -84,6 +84,5 @@ def build_backend(name: str, options: BackendOptions) -> Backend:
     """Raises ValueError for an unknown name, and ImportError naming the extra of an optional one not installed."""
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {name!r}")
-    module, builder = BACKENDS[name].split(":")
-    build: Callable[[BackendOptions], Backend] = getattr(import_module(module), builder)
+    build: Callable[[BackendOptions], Backend] = resolve_name(BACKENDS[name])
     return build(options)

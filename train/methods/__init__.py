@@ -1,7 +1,7 @@
 """Methods of self-supervised learning, one file each."""
 
 from collections.abc import Callable
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Protocol
 
 import torch
@@ -39,6 +39,5 @@ class Method(Protocol):
 
 def build_method(config: MethodConfig, encoder: EncoderConfig, gather: Gather, rank: int) -> nn.Module:
     """The method on its freshly initialised encoder; the caller seeds torch's generator."""
-    module, builder = METHODS[config.name].split(":")
-    method: nn.Module = getattr(import_module(module), builder)(config, encoder, gather, rank)
+    method: nn.Module = resolve_name(METHODS[config.name])(config, encoder, gather, rank)
     return method
