@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
 
@@ -40,6 +41,7 @@ def processes(num_workers: int) -> Engine:
     def run(task: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["datasets", "sharding.part"])
+        _start_forkserver()
         alive, ours = context.Pipe(duplex=False)
         queue = iter(items)
         with alive, ours, ProcessPoolExecutor(num_workers, context, _start, (task, shared, alive)) as pool:
@@ -56,6 +58,15 @@ def processes(num_workers: int) -> Engine:
     return run
 
 
+def _start_forkserver() -> None:
+    """With SIGINT blocked, which its children inherit, so that from their first instruction on Ctrl-C is left to the
+    caller, which ends them."""
+    resource_tracker.ensure_running()  # first, because it unblocks the signal
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _results(done: set[Future[R]]) -> Iterator[R]:
     for future in done:
         yield future.result()
@@ -67,7 +78,6 @@ _worker: tuple[Callable[[Any, Any], Any], Any] | None = None  # of this process,
 def _start(task: Callable[[Any, Any], Any], shared: Any, caller: Connection) -> None:
     global _worker
     _worker = (task, shared)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the caller, which ends its workers
     threading.Thread(target=_exit_with, args=(caller,), daemon=True).start()
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 
 import pytest
@@ -31,6 +32,15 @@ def test_workers_are_other_processes_and_gone_afterwards() -> None:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
     assert threading.active_count() == threads
+
+
+def test_ctrl_c_is_left_to_the_caller() -> None:
+    assert list(processes(2)(blocks_sigint, None, range(4))) == 4 * [True]
+    assert not blocks_sigint(None, 0)
+
+
+def blocks_sigint(_: None, __: int) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_results_can_be_left_unread() -> None:
