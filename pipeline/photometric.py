@@ -154,9 +154,9 @@ def _convolve(source: Floats, stride: int, weights: Floats, out: Floats) -> None
 @njit(nogil=True, cache=True)
 def _load_row(row: Bytes, radius: int, out: Floats) -> None:
     """A row with ``radius`` pixels reflected at either end."""
-    n = len(row)
+    n, centre = len(row), out[radius:]  # a slice: see `_convolve`
     for x in range(n):
-        out[radius + x] = row[x]
+        centre[x] = row[x]
     for x in range(1, radius + 1):
         out[radius - x], out[radius + n - 1 + x] = row[x], row[n - 1 - x]
 
