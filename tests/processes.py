@@ -1,4 +1,4 @@
-"""Real processes over gloo, for tests of what several ranks do together."""
+"""Real processes over gloo, for tests of what several ranks do together, also where there are fewer GPUs than ranks."""
 
 import os
 import tempfile
@@ -10,6 +10,8 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from train.distributed import session
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # environment in which torch finds none
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
@@ -27,7 +29,7 @@ def _rank(
     rank: int, world_size: int, port: int, directory: str, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **NO_GPU}
     torch.set_num_threads(1)
     with session() as world:
         torch.save(function(world, *arguments), Path(directory) / f"{rank}.pt")

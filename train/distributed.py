@@ -62,7 +62,11 @@ class World:
 
 @contextmanager
 def session() -> Iterator[World]:
-    """The world that `torchrun` describes in the environment, else a single process; the group ends with the block."""
+    """The world that `torchrun` describes in the environment, else a single process.
+
+    The group ends with the block, but not after an error: NCCL would first wait for collectives that the other ranks
+    never join, and `torchrun`, which ends them when this process ends, would wait as well.
+    """
     rank, size, local_rank = (int(os.environ.get(name, d)) for name, d in _VARIABLES.items())
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -76,11 +80,12 @@ def session() -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield World(rank, size, local_rank, device)
-    finally:
-        dist.destroy_process_group()
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    yield World(rank, size, local_rank, device)
+    dist.destroy_process_group()
 
 
 _VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -89,9 +94,10 @@ _VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.contiguous()  # and with them `empty_like`: NCCL fills memory, whatever its strides mean
         ctx.num_rows = len(rows)
         gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, rows.contiguous())
+        dist.all_gather(gathered, rows)
         return torch.cat(gathered)
 
     @staticmethod

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sharding.build import main as build_shards
-from tests.processes import run_ranks
+from tests.processes import NO_GPU, run_ranks
 from train.checkpoint import checkpoints
 from train.config import load_config
 from train.curves import read_metrics
@@ -74,7 +74,8 @@ def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[fl
 def test_a_killed_run_continues_exactly(shards: Path, reference: list[float], tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "train.pretrain", *settings(shards, run)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    environment = {**os.environ, **NO_GPU}  # on the CPU losses repeat to the bit
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while not checkpoints(run) and process.poll() is None:
         time.sleep(0.005)
     process.kill()

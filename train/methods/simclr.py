@@ -40,7 +40,7 @@ class SimCLR(nn.Module):
 
     def forward(self, views: list[torch.Tensor]) -> torch.Tensor:
         h = torch.cat([self.encoder(torch.cat(group)) for group in same_size(views)])
-        z: torch.Tensor = self.projector(h)
+        z: torch.Tensor = self.projector(h).float()  # as gradients of gathered embeddings are summed over ranks
         return z.view(len(views), len(views[0]), -1)
 
     def loss(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
