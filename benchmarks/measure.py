@@ -48,14 +48,20 @@ def interleaved_names(names: Sequence[str], rounds: int) -> Iterator[str]:
         yield from names if i % 2 == 0 else reversed(names)
 
 
-def rate_of(work: Callable[[], int], seconds: float, warmup: int) -> float:
-    """Units per second of repeated ``work()``, which returns the units it did; ``warmup`` calls are not timed."""
+def rate_of(work: Callable[[], int], seconds: float, warmup: int, finish: Callable[[], None] = lambda: None) -> float:
+    """Units per second of repeated ``work()``, which returns the units it did; ``warmup`` calls are not timed.
+
+    ``finish`` waits for what a device still has to do. The clock starts after that, and stops after that: to wait for
+    each unit would keep the host from working ahead, as it does in a real run.
+    """
     for _ in range(warmup):
         work()
+    finish()
     done, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
+    while time.perf_counter() - start < seconds:
         done += work()
-    return done / elapsed
+    finish()
+    return done / (time.perf_counter() - start)
 
 
 def come_to_rest(limit_seconds: float = 60.0) -> None:

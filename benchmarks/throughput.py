@@ -5,8 +5,9 @@
 
 All contestants make the same kind of views of the same samples, in interleaved rounds; our own make the same views.
 An image counts once, however many views it has. ``decode-only`` (of --peers) is what no loader that decodes whole
-images can exceed, ``synthetic`` what the rest of the program could use at most; a train step that is as fast with a
-real loader as with it is bound by the network.
+images by libjpeg-turbo can exceed, ``decode-only-dali`` the same for DALI, on a GPU if there is one; ``synthetic`` is
+what the rest of the program could use at most: a train step that is as fast with a real loader as with it is bound by
+the network.
 """
 
 import argparse
@@ -76,15 +77,14 @@ def _enter_peer(
         return {}
     stack.callback(peer.close)
     # A worker process makes whole batches, so that many are ready when a round begins.
-    return {_label(name, threads): partial(rate_of, peer.next_batch, options.seconds, warmup=2 * threads + 1)}
+    warmup = 2 * threads + 1
+    return {_label(name, threads): partial(rate_of, peer.next_batch, options.seconds, warmup, finish=_finish)}
 
 
 def _loader_rate(loader: Loader, options: argparse.Namespace) -> float:
-    def work() -> int:
-        return len(_finished(next(loader).labels))
-
     # What was prefetched while other contestants ran is not this round's work.
-    return rate_of(work, options.seconds, warmup=options.prefetch + 1)
+    warmup = options.prefetch + 1
+    return rate_of(lambda: len(next(loader).labels), options.seconds, warmup, finish=_finish)
 
 
 def _label(name: str, threads: int) -> str:
@@ -114,7 +114,7 @@ def _step_rate(
     """Also notes what bounded the round, the last one's remains."""
     step(loader)
     before, start = loader.stats(), time.perf_counter()
-    rate = rate_of(partial(step, loader), options.seconds, warmup=0)
+    rate = rate_of(partial(step, loader), options.seconds, warmup=0, finish=_finish)
     bounds[name] = bound(difference(loader.stats(), before), time.perf_counter() - start)
     return rate
 
@@ -130,23 +130,20 @@ def _build_step(options: argparse.Namespace) -> Callable[[Loader], int]:
     world = World(device=_device())
     method: Any = build_method(SimCLRConfig(), EncoderConfig(name=options.step), world.gather, 0)
     method.to(world.device, memory_format=torch.channels_last)
-    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    train_step = TrainStep(method, method, build_optimizer(OptimConfig(), method), dtype)
+    train_step = TrainStep(method, method, build_optimizer(OptimConfig(), method), _dtype())
 
     def step(loader: Loader) -> int:
         batch = next(loader)
-        loss, _ = train_step(batch.views, 0.01, 0.5)
-        _finished(loss)
+        train_step(batch.views, 0.01, 0.5)
         return len(batch.labels)
 
     return step
 
 
-def _finished(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, once the device has made it."""
-    if tensor.is_cuda:
+def _finish() -> None:
+    """Wait for the device: also for batches that are prefetched on it, of which there are as many before and after."""
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return tensor
 
 
 def _loader(options: argparse.Namespace, shards: ShardSet, backend: str, threads: int) -> Loader:
@@ -159,6 +156,7 @@ def _loader(options: argparse.Namespace, shards: ShardSet, backend: str, threads
         num_threads=threads,
         prefetch=options.prefetch,
         device=_device(),
+        dtype=_dtype(),
     )
 
 
@@ -168,6 +166,11 @@ def _specs(options: argparse.Namespace) -> tuple[ViewSpec, ...]:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype() -> torch.dtype:
+    """What training computes in on that device."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def _generated_shards(stack: ExitStack) -> Path:

@@ -34,7 +34,8 @@ class Peer(Protocol):
 
 # name -> "module:builder", imported when chosen; a builder takes PeerOptions and returns a Peer
 PEERS = {
-    "decode-only": "benchmarks.peers.decode:build",
+    "decode-only": "benchmarks.peers.decode:DecodeOnly",
+    "decode-only-dali": "benchmarks.peers.decode:DaliDecodeOnly",
     "imagefolder": "benchmarks.peers.imagefolder:build",
     "webdataset": "benchmarks.peers.webdataset:build",
     "huggingface": "benchmarks.peers.huggingface:build",

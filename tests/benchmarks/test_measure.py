@@ -41,6 +41,22 @@ def test_the_rate_counts_units_after_the_warmup(monkeypatch: pytest.MonkeyPatch)
     assert len(calls) == 2 + 6
 
 
+def test_the_rate_waits_for_the_device_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, queued = 0.0, 0
+
+    def work() -> int:
+        nonlocal now, queued
+        now, queued = now + 0.25, queued + 1
+        return 10
+
+    def finish() -> None:
+        nonlocal now, queued
+        now, queued = now + queued, 0  # a second each
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    assert rate_of(work, seconds=1.0, warmup=3, finish=finish) == 40 / 5
+
+
 def test_rest_is_waited_for_also_in_child_processes() -> None:
     """A child that computes for a while delays the return until it is done."""
     code = "import time\nend = time.process_time() + 0.6\nwhile time.process_time() < end: pass\ntime.sleep(60)"
