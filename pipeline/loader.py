@@ -17,7 +17,7 @@ from pipeline.order import Ids, Order
 from pipeline.plan import BatchPlan, plan_batch
 from pipeline.random import key_from_seed, philox, to_integer
 from pipeline.reader import Reader
-from pipeline.transfer import to_batch
+from pipeline.transfer import to_batch, upload
 from pipeline.views import ViewSpec, flatten
 from sharding.manifest import ShardSet
 
@@ -167,12 +167,12 @@ class Loader:
         self._pending.append((plan, self._backend.submit(plan)))
 
     def _to_batch(self, plan: BatchPlan, views: Views) -> Batch:
-        labels = torch.from_numpy(self._shards.index.label[plan.ids].astype(np.int64))
+        labels = self._shards.index.label[plan.ids].astype(np.int64)
         return Batch(
             plan.step,
             to_batch(views, plan, self._device, self._dtype),
-            labels.to(self._device, non_blocking=True),
-            torch.from_numpy(plan.ids).to(self._device, non_blocking=True),
+            upload(labels, self._device),
+            upload(plan.ids, self._device),
         )
 
     def _collect(self) -> tuple[BatchPlan, Views]:

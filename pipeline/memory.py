@@ -1,4 +1,4 @@
-"""Memory for batches on the CPU, used again as soon as nothing refers to it.
+"""Memory for batches on the host, used again as soon as nothing refers to it.
 
 Fresh memory costs more than what is done with it: the kernel clears each page at its first touch, which takes two
 thirds of the time of normalising a batch into it. NumPy's large arrays ask for huge pages, torch's do not.
@@ -56,3 +56,11 @@ class _Block:
 
 
 recycler = Recycler()  # of this process
+
+
+def empty_views(shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Uninitialised uint8 on the host, on its way to ``device``. For a GPU in pinned memory of torch's, which is used
+    again once the copies from it are done as well; pinning the views later would copy them first."""
+    if device.type == "cuda":
+        return torch.empty(tuple(shape), dtype=torch.uint8, pin_memory=True)
+    return recycler.empty(shape, torch.uint8)

@@ -24,7 +24,8 @@ def to_batch(views: Views, plan: BatchPlan, device: torch.device, dtype: torch.d
 def to_device(views: Views, device: torch.device) -> Views:
     """The views on ``device``, not waiting for the copy; the caller's stream does.
 
-    The copy runs on a stream of its own, so that it overlaps with what the caller's stream still has to do.
+    The copy runs on a stream of its own, so that it overlaps with what the caller's stream still has to do. torch keeps
+    the pinned memory (from which it must start to be asynchronous) until the copy is done.
     """
     if all(images.device.type == device.type for images in views):
         return views

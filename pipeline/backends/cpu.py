@@ -7,12 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import simplejpeg
-import torch
 from numpy.typing import NDArray
 
 from pipeline.backends import BackendOptions, Pending
 from pipeline.backends.pool import Done, PooledBatch, chunks
-from pipeline.memory import recycler
+from pipeline.memory import empty_views
 from pipeline.plan import BatchPlan
 from pipeline.render import render
 from pipeline.resample import Pixels
@@ -33,13 +32,13 @@ class CpuBackend:
 
     def __init__(self, options: BackendOptions) -> None:
         self._reader = options.reader
-        self._num_threads = options.num_threads
+        self._num_threads, self._device = options.num_threads, options.device
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="cpu-backend")
         self._local = threading.local()
         self._total = Done()
 
     def submit(self, plan: BatchPlan) -> Pending:
-        views = [recycler.empty((len(plan), v.spec.size, v.spec.size, 3), torch.uint8) for v in plan.views]
+        views = [empty_views((len(plan), v.spec.size, v.spec.size, 3), self._device) for v in plan.views]
         arrays = [view.numpy() for view in views]
         futures = [self._pool.submit(self._work, plan, rows, arrays) for rows in chunks(len(plan), self._num_threads)]
         return PooledBatch(views, futures, self._collect)

@@ -91,6 +91,19 @@ def test_threads_prefetch_and_backend_change_nothing_but_speed(
             torch.testing.assert_close(view, other, rtol=0, atol=0.03 if "backend" in options else 0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: copies to one are not tested")
+def test_a_slow_gpu_gets_the_batches_of_the_cpu(shard_set: ShardSet, whole: list[Batch]) -> None:
+    """Pinned memory serves the next batch only after it was copied."""
+    with loader(shard_set, device=torch.device("cuda")) as stream:
+        for expected, batch in zip(whole, stream, strict=False):
+            torch.cuda._sleep(10**7)  # cycles: some milliseconds
+            assert batch.ids.is_cuda
+            assert batch.labels.is_cuda
+            assert torch.equal(batch.ids.cpu(), expected.ids)
+            for view, same in zip(batch.views, expected.views, strict=True):
+                torch.testing.assert_close(view.cpu(), same, atol=1e-5, rtol=0)
+
+
 def test_starts_at_any_step(shard_set: ShardSet, whole: list[Batch]) -> None:
     for step in (1, 11, 23):
         assert all_equal(batches(shard_set, 2, start_step=step), whole[step : step + 2])
