@@ -23,12 +23,14 @@ def decode_graph(on_gpu: bool) -> Any:
 
     The CPU decodes no more than the region that the views need; damage outside of it, which would make batches depend
     on their crops, is the reader's to find. The GPU decodes all: a region there bypasses the hardware decoder
-    (NVIDIA/DALI#2175) and crashes with nvImageCodec 0.9 (NVIDIA/nvImageCodec#55).
+    (NVIDIA/DALI#2175) and crashes with nvImageCodec 0.9 (NVIDIA/nvImageCodec#55). Where there is a hardware decoder it
+    takes every image that it can: shared out by load, an image's decoder, and with it perhaps its pixels, would depend
+    on its place in the batch.
     """
     encoded = fn.external_source(name="encoded", no_copy=True, dtype=types.DALIDataType.UINT8, ndim=1)
     how: dict[str, Any] = {"output_type": types.DALIImageType.RGB, "adjust_orientation": False}
     if on_gpu:
-        return fn.decoders.image(encoded, device="mixed", jpeg_fancy_upsampling=True, **how)
+        return fn.decoders.image(encoded, device="mixed", jpeg_fancy_upsampling=True, hw_decoder_load=1.0, **how)
     start = fn.external_source(name="start", dtype=types.DALIDataType.INT32, ndim=1)
     shape = fn.external_source(name="shape", dtype=types.DALIDataType.INT32, ndim=1)
     return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **how)
@@ -58,7 +60,8 @@ class Decoder:
         self._pipeline.schedule_run()
 
     def collect(self, stream: Any) -> Any:
-        """The next batch of images; they live as long as they are referred to. Raises RuntimeError."""
+        """The next batch of images, for ``stream`` (None: the host) to read. Their memory serves others as soon as
+        nothing refers to them, even if a stream has yet to read it. Raises RuntimeError."""
         (images,) = self._pipeline.share_outputs(stream)
         self._pipeline.release_outputs()
         return images

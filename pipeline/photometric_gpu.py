@@ -14,6 +14,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 
 from pipeline.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewPlan
+from pipeline.resample_gpu import EXACT
 from pipeline.transfer import upload
 
 _BLOCK = 1024
@@ -43,11 +44,9 @@ def _change_colours(views: torch.Tensor, plan: ViewPlan) -> None:
     factors = upload(plan.factors, device)
     sums = torch.zeros(len(views), dtype=torch.int32, device=device)
     grid = len(views), triton.cdiv(num_pixels, _BLOCK)
-    _sum_grey[grid](views, upload(before_contrast, device), factors, sums, num_pixels, _BLOCK, enable_fp_fusion=False)
+    _sum_grey[grid](views, upload(before_contrast, device), factors, sums, num_pixels, _BLOCK, **EXACT)
     grey = upload(plan.grey, device)
-    _jitter_and_grey[grid](
-        views, upload(order, device), factors, sums, grey, num_pixels, _BLOCK, enable_fp_fusion=False
-    )
+    _jitter_and_grey[grid](views, upload(order, device), factors, sums, grey, num_pixels, _BLOCK, **EXACT)
 
 
 def _blur(views: torch.Tensor, blurred: NDArray[np.int64], plan: ViewPlan) -> None:
@@ -59,8 +58,8 @@ def _blur(views: torch.Tensor, blurred: NDArray[np.int64], plan: ViewPlan) -> No
     rows, taps = upload(blurred, views.device), upload(weights, views.device)
     passed = torch.empty((len(blurred), size, size, 3), dtype=torch.float32, device=views.device)
     grid = len(blurred), triton.cdiv(size * size * 3, _BLOCK)
-    _blur_rows[grid](views, rows, taps, passed, size, radius, _BLOCK)
-    _blur_columns[grid](passed, rows, taps, views, size, radius, _BLOCK)
+    _blur_rows[grid](views, rows, taps, passed, size, radius, _BLOCK, **EXACT)
+    _blur_columns[grid](passed, rows, taps, views, size, radius, _BLOCK, **EXACT)
 
 
 @triton.jit
@@ -137,44 +136,29 @@ def _luma(r, g, b):
 
 @triton.jit
 def _turn_hue(r, g, b, shift):
-    """Through Pillow's 8-bit HSV and back; ``shift`` in turns, truncated to 1/255. Single and double precision where
-    `Convert.c` has them."""
-    top, bottom = tl.maximum(r, tl.maximum(g, b)), tl.minimum(r, tl.minimum(g, b))
-    spread = (top - bottom).to(tl.float32)
-    s = (tl.div_rn(spread, tl.maximum(top, 1).to(tl.float32)).to(tl.float64) * 255.0).to(tl.int32)
-    h = (_hue(r, g, b, top, tl.maximum(spread, 1.0)).to(tl.float64) * 255.0).to(tl.int32)
-    h = (h + (shift.to(tl.float64) * 255.0).to(tl.int32)) & 255
-    return _from_hsv(h, s, top)
+    """Through Pillow's 8-bit HSV and back; ``shift`` in turns, truncated to 1/255. As `pipeline.photometric.hue`."""
+    r, g, b = r.to(tl.float32), g.to(tl.float32), b.to(tl.float32)
+    value, low = tl.maximum(r, tl.maximum(g, b)), tl.minimum(r, tl.minimum(g, b))
+    spread = value - low
+    x = tl.div_rn(value - (r + g + b - value - low), tl.maximum(spread, 1.0))
+    sixths = tl.where(low == r, 3.0 + x, 5.0 - x)
+    sixths = tl.where(value == g, tl.where(low == r, 3.0 - x, 1.0 + x), sixths)
+    sixths = tl.where(value == r, tl.where(low == g, -1.0 + x, 1.0 - x), sixths)
+    turns = tl.div_rn(sixths, tl.full(sixths.shape, 6.0, tl.float32))
+    turns = tl.where(turns < 0.0, turns + 1.0, turns)
+    hue = ((turns * 255.0).to(tl.int32) + (shift.to(tl.float64) * 255.0).to(tl.int32)) & 255
+    saturation = (tl.div_rn(spread, tl.maximum(value, 1.0)) * 255.0).to(tl.int32)
+    chroma = value * saturation.to(tl.float32)
+    return _level(hue, 1275, value, chroma), _level(hue, 765, value, chroma), _level(hue, 255, value, chroma)
 
 
 @triton.jit
-def _hue(r, g, b, top, spread):
-    """In [0, 1)."""
-    rc = tl.div_rn((top - r).to(tl.float32), spread)
-    gc = tl.div_rn((top - g).to(tl.float32), spread)
-    bc = tl.div_rn((top - b).to(tl.float32), spread)
-    from_green = (rc.to(tl.float64) + 2.0 - bc.to(tl.float64)).to(tl.float32)
-    from_blue = (gc.to(tl.float64) + 4.0 - rc.to(tl.float64)).to(tl.float32)
-    sixths = tl.where(r == top, bc - gc, tl.where(g == top, from_green, from_blue))
-    turns = sixths.to(tl.float64) / 6.0 + 1.0
-    return (turns - tl.floor(turns)).to(tl.float32)
-
-
-@triton.jit
-def _from_hsv(h, s, v):
-    sector = h * 6 // 255
-    f = (h.to(tl.float64) * 6.0 / 255.0 - sector.to(tl.float64)).to(tl.float32).to(tl.float64)
-    fs32 = (s.to(tl.float64) / 255.0).to(tl.float32)
-    fs = fs32.to(tl.float64)
-    value = v.to(tl.float64)
-    p = (value * (1.0 - fs) + 0.5).to(tl.int32)
-    q = (value * (1.0 - (fs32 * f.to(tl.float32)).to(tl.float64)) + 0.5).to(tl.int32)
-    t = (value * (1.0 - fs * (1.0 - f)) + 0.5).to(tl.int32)
-    sector = sector % 6
-    r = tl.where(sector == 1, q, tl.where((sector == 2) | (sector == 3), p, tl.where(sector == 4, t, v)))
-    g = tl.where(sector == 0, t, tl.where(sector == 3, q, tl.where(sector > 3, p, v)))
-    b = tl.where(sector < 2, p, tl.where(sector == 2, t, tl.where(sector == 5, q, v)))
-    return r, g, b
+def _level(hue, phase: tl.constexpr, value, chroma):
+    """One channel of an HSV colour; ``phase`` in sixths of a turn times 255, ``chroma`` is value times saturation."""
+    angle = hue * 6 + phase
+    angle = tl.where(angle >= 1530, angle - 1530, angle)
+    below = tl.minimum(tl.maximum(tl.minimum(angle, 1020 - angle), 0), 255).to(tl.float32)
+    return (value + 0.5 - chroma * below * (1 / 65025)).to(tl.int32)
 
 
 @triton.jit

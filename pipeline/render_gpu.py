@@ -1,15 +1,19 @@
 """The views of a batch on a GPU: geometry, then the photometric operations, on a stream of their own."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.dlpack import from_dlpack
+from numpy.typing import NDArray
 
-from pipeline.backends import Views
+from pipeline.backends import UndecodableError, Views
+from pipeline.dali_decode import Regions
 from pipeline.photometric_gpu import apply_photometric
-from pipeline.plan import BatchPlan
-from pipeline.resample_gpu import resample
+from pipeline.plan import BatchPlan, Ints
+from pipeline.resample_gpu import Images, resample
+from pipeline.transfer import upload
 
 
 class GpuRenderer:
@@ -19,20 +23,24 @@ class GpuRenderer:
         self._device = device
         self.stream = torch.cuda.Stream(device)
 
-    def start(self, images: Iterable[Any], regions: object, plan: BatchPlan) -> Callable[[], Views]:  # noqa: ARG002
-        with torch.cuda.device(self._device), torch.cuda.stream(self.stream):
-            # DALI has bound its images to this stream, so it frees them in this stream's order: after the kernels.
-            views = make_views([from_dlpack(image) for image in images], plan)
-            done = self.stream.record_event()
+    def start(self, images: Any, regions: Regions, plan: BatchPlan) -> Callable[[], Views]:
+        check_sizes(np.array(images.shape())[:, :2], regions, plan.ids)
+        views = make_views(locate(images, self._device), plan)
+        done = torch.cuda.Event(blocking=True)
+        done.record()
+        return partial(self._wait, done, images, views)
 
-        def wait() -> Views:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(done)
-            for view in views:
-                view.record_stream(current)
-            return views
+    def _wait(self, done: torch.cuda.Event, images: Any, views: Views) -> Views:  # noqa: ARG002
+        """Holds DALI's ``images`` until the kernels have read them, because DALI knows nothing of our stream.
 
-        return wait
+        The host waits as well: so it sees, and counts, when the views are late, and runs no further ahead than the
+        loader's prefetching. They have had that long to be made.
+        """
+        done.synchronize()
+        current = torch.cuda.current_stream(self._device)
+        for view in views:
+            view.record_stream(current)
+        return views
 
     def stats(self) -> dict[str, float]:
         """None: measuring a stream would make the host wait for it."""
@@ -42,8 +50,27 @@ class GpuRenderer:
         self.stream.synchronize()
 
 
-def make_views(images: Sequence[torch.Tensor], plan: BatchPlan) -> Views:
-    """All views of decoded images (h, w, 3) uint8, on their device."""
+def locate(images: Any, device: torch.device) -> Images:
+    """The images of a DALI list, which must outlive their use."""
+    addresses = np.array([image.data_ptr() for image in images])
+    widths = np.array([shape[1] for shape in images.shape()])
+    return Images(upload(addresses, device), upload(widths, device))
+
+
+def check_sizes(sizes: NDArray[np.int64], regions: Regions, ids: Ints) -> None:
+    """Raises `UndecodableError` for images whose ``sizes`` (n, 2) do not hold their ``regions``: kernels would read
+    what lies behind them."""
+    beyond = (regions[:, :2] + regions[:, 2:] > sizes).any(axis=1)
+    if beyond.any():
+        reasons = {
+            int(ids[row]): f"decoded to {sizes[row].tolist()} pixels, fewer than the index says"
+            for row in np.flatnonzero(beyond)
+        }
+        raise UndecodableError(reasons)
+
+
+def make_views(images: Images, plan: BatchPlan) -> Views:
+    """All views of decoded images, on their device."""
     views = []
     for view_plan in plan.views:
         view = resample(images, view_plan)

@@ -8,7 +8,7 @@ where Pillow shortens the filter, which shows when an image shrinks to a tenth.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # Triton gives its kernels their types when it compiles them.
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,32 +19,36 @@ from numpy.typing import NDArray
 from pipeline.plan import ViewPlan
 from pipeline.transfer import upload
 
+EXACT = {"enable_fp_fusion": False}  # launch option: products and sums are rounded one by one, as Pillow's C is
 _BLOCK = 1024
 _PRECISION = tl.constexpr(22)  # bits of a weight's fraction
 _ONE, _HALF = tl.constexpr(1 << 22), tl.constexpr(1 << 21)
 
 
-def resample(images: Sequence[torch.Tensor], plan: ViewPlan) -> torch.Tensor:
-    """The views (n, size, size, 3) of n images (h, w, 3) uint8 on the same device, before the photometric operations.
+@dataclass(frozen=True)
+class Images:
+    """Where n images (h, w, 3) uint8 lie in a device's memory; whoever uses this keeps them there for as long."""
 
-    The images must stay alive until the device has done this.
-    """
-    device, size, n = images[0].device, plan.spec.size, len(plan)
-    addresses = upload(np.array([image.data_ptr() for image in images]), device)
-    widths = upload(np.array([image.shape[1] for image in images]), device)
+    addresses: torch.Tensor  # (n,) int64, on that device
+    widths: torch.Tensor  # (n,) int64, pixels; likewise
+
+
+def resample(images: Images, plan: ViewPlan) -> torch.Tensor:
+    """The views (n, size, size, 3) of the images, on their device, before the photometric operations."""
+    device, size, n = images.addresses.device, plan.spec.size, len(plan)
     box, edge = upload(plan.box, device), upload(plan.edge, device)
     most = _most_taps(plan)
     first, count = torch.empty((2, n, 2, size), dtype=torch.int32, device=device)
     weights = torch.empty((n, 2, size, most), dtype=torch.int32, device=device)
     _find_taps[(n, 2, triton.cdiv(size, _BLOCK))](
-        box, edge, upload(plan.flip, device), first, count, weights, size, most, _BLOCK, enable_fp_fusion=False
+        box, edge, upload(plan.flip, device), first, count, weights, size, most, _BLOCK, **EXACT
     )
     vertical_first = _is_vertical_first(plan)
     sizes = size * np.where(vertical_first, plan.edge[:, 3], plan.edge[:, 2])
     starts, order = upload(np.cumsum(sizes) - sizes, device), upload(vertical_first, device)
     between = torch.empty((int(sizes.sum()), 3), dtype=torch.uint8, device=device)
     _resize_along_first[(n, triton.cdiv(int(sizes.max()), _BLOCK))](
-        addresses, widths, edge, order, first, count, weights, starts, between, size, most, _BLOCK
+        images.addresses, images.widths, edge, order, first, count, weights, starts, between, size, most, _BLOCK
     )
     views = torch.empty((n, size, size, 3), dtype=torch.uint8, device=device)
     _resize_along_second[(n, triton.cdiv(size * size, _BLOCK))](

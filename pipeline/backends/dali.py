@@ -1,7 +1,7 @@
 """NVIDIA DALI decodes, our kernels make the views: Numba's on the CPU, Triton's on a GPU.
 
 One thread drives DALI: it schedules what was submitted, ahead of collecting what is decoded. On a GPU everything after
-the encoded bytes stays there, on one stream, which only the reader of the views waits for.
+the encoded bytes stays there, on one stream.
 
 The GPU's path has not run on a GPU yet: only through what it shares with the CPU, and in Triton's interpreter.
 """
@@ -35,11 +35,11 @@ _STOP, _SCHEDULE, _COLLECT = range(3)
 class Renderer(Protocol):
     """Makes views of decoded images, in the background."""
 
-    stream: Any  # CUDA stream on which it wants the images; None on the CPU
+    stream: Any  # CUDA stream on which it wants the images, and which is current in `start`; None on the CPU
 
     def start(self, images: Any, regions: Regions, plan: BatchPlan) -> Callable[[], Views]:
         """Begin with ``images``, DALI's list of n (h, w, 3) uint8 that hold the ``regions`` of the encoded ones; the
-        returned function waits for the views."""
+        returned function waits for the views. Raises `UndecodableError` for images that are too small for it."""
         ...
 
     def stats(self) -> dict[str, float]: ...
@@ -96,6 +96,13 @@ class DaliBackend:
             self._decoder.close()
 
     def _work(self) -> None:
+        with torch.cuda.stream(self._renderer.stream):  # and its device: both are a thread's own
+            self._do_jobs()
+        while not self._jobs.empty():
+            if batch := self._jobs.get()[2]:
+                batch.views.cancel()
+
+    def _do_jobs(self) -> None:
         while True:
             job, _, batch = self._jobs.get()
             if batch is None:
@@ -107,9 +114,6 @@ class DaliBackend:
             except Exception as error:  # the caller's, when it asks for the views
                 batch.views.set_exception(error)
             self._decode_seconds += time.perf_counter() - start
-        while not self._jobs.empty():
-            if batch := self._jobs.get()[2]:
-                batch.views.cancel()
 
     def _schedule(self, batch: _Batch) -> None:
         batch.encoded, faults = self._read(batch.plan.ids)
@@ -139,8 +143,8 @@ class DaliBackend:
             batch.views.set_result(self._renderer.start(images, batch.regions, batch.plan))
             return
         # Not in the handler: DALI's threads would live as long as an exception that led to this one.
-        self._decoder.close()
-        self._decoder = self._new_decoder(self._options.batch_size)
+        broken, self._decoder = self._decoder, self._new_decoder(self._options.batch_size)
+        broken.close()
         if faults := self._find_faults(batch.encoded):
             raise UndecodableError(faults)
         raise RuntimeError(f"DALI: {message}")

@@ -1,5 +1,7 @@
 """Images, plans and the reference for the tests of the Triton kernels: on a GPU if there is one, else interpreted."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ from PIL import Image
 
 from pipeline.backends.torchvision import apply
 from pipeline.plan import ViewPlan, plan_view
+from pipeline.resample_gpu import Images
 from pipeline.views import ViewSpec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,5 +38,10 @@ def expected(images: list[np.ndarray], plan: ViewPlan) -> np.ndarray:
     return np.stack([np.asarray(apply(Image.fromarray(image), plan, row)) for row, image in enumerate(images)])
 
 
-def on_device(images: list[np.ndarray]) -> list[torch.Tensor]:
-    return [torch.from_numpy(image).to(DEVICE) for image in images]
+@contextmanager
+def on_device(images: list[np.ndarray]) -> Iterator[Images]:
+    """They are there for the duration of the block, at whose end results must have been read."""
+    tensors = [torch.from_numpy(image).to(DEVICE) for image in images]
+    values = [[image.data_ptr() for image in tensors], [image.shape[1] for image in tensors]]
+    yield Images(*torch.tensor(values, device=DEVICE))
+    del tensors

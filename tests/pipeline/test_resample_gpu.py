@@ -24,7 +24,8 @@ GEOMETRY_ONLY: dict[str, Any] = {"jitter": 0, "grey": 0, "blur": 0}
 )
 def test_equals_pillow(spec: dict[str, Any]) -> None:
     plan = plan_for(IMAGES, **GEOMETRY_ONLY, **spec)
-    views = resample(on_device(IMAGES), plan).cpu().numpy()
+    with on_device(IMAGES) as images:
+        views = resample(images, plan).cpu().numpy()
     if SAME_RESIZE:
         assert_array_equal(views, expected(IMAGES, plan))
     else:
@@ -40,4 +41,5 @@ def test_reads_nothing_outside_the_crop() -> None:
     assert 0 < left < left + width < 40
     image[:] = 255
     image[top : top + height, left : left + width] = 7
-    assert_array_equal(resample(on_device([image]), plan).cpu().numpy(), np.full((1, 8, 8, 3), 7))
+    with on_device([image]) as images:
+        assert_array_equal(resample(images, plan).cpu().numpy(), np.full((1, 8, 8, 3), 7))

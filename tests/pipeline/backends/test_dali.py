@@ -1,6 +1,7 @@
 import gc
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -122,6 +123,31 @@ def test_batches_come_in_the_order_of_submission_and_stay_as_they_are(backend: D
         for view, same, before in zip(views, again, copy, strict=True):
             assert torch.equal(view, before)
             assert torch.equal(same, before)
+
+
+def test_views_do_not_depend_on_the_rest_of_the_batch(backend: DaliBackend, plan: Planner) -> None:
+    """Nor on the place in it: a slice of the batch on another rank must be the same."""
+    ids = list(range(BATCH_SIZE))
+    whole, turned = backend.submit(plan(0, ids)).result(), backend.submit(plan(0, ids[::-1])).result()
+    parts = [backend.submit(plan(0, ids[i : i + 2])).result() for i in range(0, BATCH_SIZE, 2)]
+    for view, same, *pieces in zip(whole, turned, *parts, strict=True):
+        assert torch.equal(view, same.flip(0))
+        assert torch.equal(view, torch.cat(pieces))
+
+
+@NO_GPU
+def test_a_slow_reader_on_a_gpu_finds_its_views_whole(reader: Reader, plan: Planner) -> None:
+    """Neither the images' memory nor the views' serves a later batch while a stream has yet to read it."""
+    with closing(build(options(reader, "cuda"))) as backend:
+        expected = [[view.clone() for view in backend.submit(plan(step)).result()] for step in range(4)]
+        pending = deque(backend.submit(plan(step % 4)) for step in range(3))
+        for step in range(100):
+            views = pending.popleft().result()
+            torch.cuda._sleep(10**7)  # cycles: some milliseconds
+            copies = [view.clone() for view in views]
+            del views
+            pending.append(backend.submit(plan((step + 3) % 4)))
+            assert all(torch.equal(*pair) for pair in zip(copies, expected[step % 4], strict=True)), step
 
 
 @pytest.mark.parametrize("checksums", [False, True])
