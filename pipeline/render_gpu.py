@@ -43,7 +43,7 @@ class GpuRenderer:
         return views
 
     def stats(self) -> dict[str, float]:
-        """None: measuring a stream would make the host wait for it."""
+        """None: measuring the stages would make the host wait for each."""
         return {}
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ num_threads       that the loader was given; what follows is summed over them, s
                   and the elapsed time it is the share of the threads' time
 read_seconds      reading encoded images; some 0.03 ms each from the page cache, more: the disk is waited for
 decode_seconds    decoding, reading included
-geometry_seconds  cutting, resizing and mirroring the views; not measured on a GPU, whose host does not wait
+geometry_seconds  cutting, resizing and mirroring the views; not measured on a GPU, where it overlaps with training
 photometric_seconds  jitter, grey, blur and solarize; likewise
 replaced_samples  that could not be decoded; the log names each
 fetch_seconds     copying shards to the cache, summed over its own threads, and fetched_bytes: how much it was
