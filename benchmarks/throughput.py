@@ -76,8 +76,8 @@ def _enter_peer(
         print(f"left out {name}: {error}")
         return {}
     stack.callback(peer.close)
-    # A worker process makes whole batches, so that many are ready when a round begins.
-    warmup = 2 * threads + 1
+    # What was made ahead while other contestants ran is not this round's work.
+    warmup = peer.num_ahead + 1
     return {_label(name, threads): partial(rate_of, peer.next_batch, options.seconds, warmup, finish=_finish)}
 
 

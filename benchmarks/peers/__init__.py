@@ -21,9 +21,17 @@ class PeerOptions:
     num_threads: int  # threads, or worker processes where the peer works with processes
     prefetch: int  # batches that each of them may make ahead
 
+    @property
+    def num_ahead(self) -> int:
+        """Batches that all of them together may make ahead."""
+        return self.num_threads * self.prefetch
+
 
 class Peer(Protocol):
     """An endless stream of batches in an order of its own."""
+
+    num_ahead: int
+    """Batches that may be ready, or nearly, when none has been taken for a while: what a measurement discards."""
 
     def next_batch(self) -> int:
         """Wait for a batch; returns the number of images in it."""
@@ -45,8 +53,11 @@ PEERS = {
 
 
 def build_peer(name: str, options: PeerOptions) -> Peer:
-    """Raises ValueError for an unknown name, and ImportError for one that is not installed (extra ``peers``)."""
+    """Raises ValueError for an unknown name, and ImportError for one that is not installed; the extra has its name."""
     if name not in PEERS:
         raise ValueError(f"peer: expected one of {', '.join(PEERS)}, found {name!r}")
-    build: Callable[[PeerOptions], Peer] = resolve_name(PEERS[name])
-    return build(options)
+    try:
+        build: Callable[[PeerOptions], Peer] = resolve_name(PEERS[name])
+        return build(options)
+    except ImportError as error:
+        raise ImportError(f"{error}; it comes with the extra {name!r}, see pyproject.toml") from error

@@ -18,6 +18,7 @@ from pipeline.views import ViewSpec
 
 class DaliPeer:
     def __init__(self, options: PeerOptions) -> None:
+        self.num_ahead = options.num_ahead
         on_gpu = torch.cuda.is_available()
         root, shards = options.shards.root, options.shards.manifest.shards
         archives = [str(root / shard.path) for shard in shards]

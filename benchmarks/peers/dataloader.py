@@ -1,4 +1,4 @@
-"""A `torch.utils.data.DataLoader` as a peer."""
+"""An iterator as a peer, and `torch.utils.data.DataLoader` as an iterator."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +13,13 @@ from benchmarks.peers import PeerOptions
 _ENDLESS = 10**12  # samples
 
 
-class DataLoaderPeer:
-    """``batches`` yields (list of views, labels)."""
+class IteratorPeer:
+    """``batches`` yields (list of views, labels), and ends what it has started when it is no longer referred to."""
 
-    def __init__(self, batches: Iterator[Any], directory: "TemporaryDirectory[str] | None" = None) -> None:
+    def __init__(
+        self, batches: Iterator[Any], num_ahead: int, directory: "TemporaryDirectory[str] | None" = None
+    ) -> None:
+        self.num_ahead = num_ahead
         self._batches, self._directory = batches, directory
 
     def next_batch(self) -> int:
@@ -24,7 +27,7 @@ class DataLoaderPeer:
         return len(views[0])
 
     def close(self) -> None:
-        del self._batches  # the last reference: ends the worker processes
+        del self._batches  # the last reference: ends its threads or worker processes
         if self._directory:
             self._directory.cleanup()
 

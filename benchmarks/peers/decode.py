@@ -21,6 +21,7 @@ class DecodeOnly:
 
     def __init__(self, options: PeerOptions) -> None:
         self._reader, self._batches = Reader(options.shards), _batches(options)
+        self.num_ahead = options.num_ahead
         self._pool = ThreadPoolExecutor(options.num_threads, thread_name_prefix="decode-only")
         self._pending: deque[list[Future[None]]] = deque()
         self._prefetch = options.prefetch
@@ -46,6 +47,7 @@ class DaliDecodeOnly:
 
     def __init__(self, options: PeerOptions) -> None:
         self._reader, self._batches = Reader(options.shards), _batches(options)
+        self.num_ahead = options.num_ahead
         device_id = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._decoder = Decoder(len(next(self._batches)), options.num_threads, device_id)
         self._pending: deque[list[Encoded]] = deque()

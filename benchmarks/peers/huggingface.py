@@ -9,13 +9,13 @@ from typing import Any
 from datasets import Dataset, Features, Image, Value, disable_progress_bars, load_from_disk
 
 from benchmarks.peers import PeerOptions
-from benchmarks.peers.dataloader import DataLoaderPeer, over, temporary_directory
+from benchmarks.peers.dataloader import IteratorPeer, over, temporary_directory
 from benchmarks.peers.transforms import MakeViews
 from pipeline.reader import Reader
 from sharding.manifest import ShardSet
 
 
-def build(options: PeerOptions) -> DataLoaderPeer:
+def build(options: PeerOptions) -> IteratorPeer:
     disable_progress_bars()
     directory = temporary_directory(options)
     features = Features({"image": Image(), "label": Value("int64")})
@@ -23,7 +23,8 @@ def build(options: PeerOptions) -> DataLoaderPeer:
     rows = Dataset.from_generator(_rows, features, cache, gen_kwargs={"shards": options.shards})
     rows.save_to_disk(f"{directory.name}/data")
     dataset = load_from_disk(f"{directory.name}/data").with_transform(Transform(options))
-    return DataLoaderPeer(((batch["views"], batch["label"]) for batch in over(dataset, options)), directory)
+    batches = ((batch["views"], batch["label"]) for batch in over(dataset, options))
+    return IteratorPeer(batches, options.num_ahead, directory)
 
 
 class Transform:

@@ -8,17 +8,17 @@ from pathlib import Path
 from torchvision.datasets import ImageFolder
 
 from benchmarks.peers import PeerOptions
-from benchmarks.peers.dataloader import DataLoaderPeer, name_of, over, temporary_directory
+from benchmarks.peers.dataloader import IteratorPeer, name_of, over, temporary_directory
 from benchmarks.peers.transforms import MakeViews
 from pipeline.reader import Reader
 from sharding.manifest import ShardSet
 
 
-def build(options: PeerOptions) -> DataLoaderPeer:
+def build(options: PeerOptions) -> IteratorPeer:
     directory = temporary_directory(options)
     unpack(options.shards, name_of(directory))
     dataset = ImageFolder(directory.name, transform=MakeViews(options.specs))
-    return DataLoaderPeer(over(dataset, options), directory)
+    return IteratorPeer(over(dataset, options), options.num_ahead, directory)
 
 
 def unpack(shards: ShardSet, folder: Path) -> None:

@@ -11,17 +11,17 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from benchmarks.peers import PeerOptions
-from benchmarks.peers.dataloader import DataLoaderPeer, name_of, over, temporary_directory
+from benchmarks.peers.dataloader import IteratorPeer, name_of, over, temporary_directory
 from benchmarks.peers.imagefolder import unpack
 from benchmarks.peers.transforms import augmentations
 from pipeline.views import ViewSpec
 
 
-def build(options: PeerOptions) -> DataLoaderPeer:
+def build(options: PeerOptions) -> IteratorPeer:
     directory = temporary_directory(options)
     unpack(options.shards, name_of(directory))
     dataset = ImageFolder(directory.name, transform=MakeCrops(options))
-    return DataLoaderPeer(_augmented(over(dataset, options), options), directory)
+    return IteratorPeer(_augmented(over(dataset, options), options), options.num_ahead, directory)
 
 
 class MakeCrops:

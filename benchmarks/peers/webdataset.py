@@ -7,13 +7,13 @@ import torch
 import webdataset as wds
 
 from benchmarks.peers import PeerOptions
-from benchmarks.peers.dataloader import DataLoaderPeer, worker_options
+from benchmarks.peers.dataloader import IteratorPeer, worker_options
 from benchmarks.peers.transforms import MakeViews
 
 _SHUFFLE_BUFFER = 1000  # samples, as in the library's examples
 
 
-def build(options: PeerOptions) -> DataLoaderPeer:
+def build(options: PeerOptions) -> IteratorPeer:
     urls = [str(options.shards.root / shard.path) for shard in options.shards.manifest.shards]
     dataset = (
         wds.WebDataset(urls, resampled=True, shardshuffle=False, nodesplitter=wds.split_by_node)
@@ -24,7 +24,7 @@ def build(options: PeerOptions) -> DataLoaderPeer:
         .batched(options.batch_size, collation_fn=_collate)
     )
     loader = wds.WebLoader(dataset, batch_size=None, **worker_options(options))
-    return DataLoaderPeer(iter(loader))
+    return IteratorPeer(iter(loader), options.num_ahead)
 
 
 def _collate(samples: list[tuple[list[torch.Tensor], int]]) -> tuple[list[torch.Tensor], torch.Tensor]:

@@ -24,13 +24,21 @@ def test_a_peer_makes_batches_without_end_and_leaves_nothing(name: str, shard_se
     assert [peer.next_batch() for _ in range(14)] == 14 * [8]  # more than a pass over 92 samples
     peer.close()
     del peer
-    assert census()[1] == before[1]
+    assert census() == before
     assert sorted(shard_set.root.parent.iterdir()) == files
 
 
 def test_an_unknown_peer_is_refused(shard_set: ShardSet) -> None:
     with pytest.raises(ValueError, match="one of decode-only, decode-only-dali, imagefolder"):
         build_peer("magic", options(shard_set))
+
+
+def test_a_peer_that_is_not_installed_is_named_with_its_extra(
+    shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PEERS, "absent", "absent.module:build")
+    with pytest.raises(ImportError, match=r"No module named 'absent'; it comes with the extra 'absent'"):
+        build_peer("absent", options(shard_set))
 
 
 def test_torchvisions_views_are_normalised_tensors_of_the_specs_sizes() -> None:
