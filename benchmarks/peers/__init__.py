@@ -49,6 +49,7 @@ PEERS = {
     "huggingface": "benchmarks.peers.huggingface:build",
     "dali-native": "benchmarks.peers.dali:build",
     "kornia": "benchmarks.peers.kornia:build",
+    "spdl": "benchmarks.peers.spdl:build",
 }
 
 
