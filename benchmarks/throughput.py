@@ -4,6 +4,7 @@
     python -m benchmarks.throughput --shards /data/shards --threads 1 2 --peers all --step resnet18
 
 All contestants make the same kind of views of the same samples, in interleaved rounds; our own make the same views.
+A peer whose library lacks operations is said to make less.
 An image counts once, however many views it has. ``decode-only`` (of --peers) is what no loader that decodes whole
 images by libjpeg-turbo can exceed, ``decode-only-dali`` the same for DALI, on a GPU if there is one; ``synthetic`` is
 what the rest of the program could use at most: a train step that is as fast with a real loader as with it is bound by
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import interleave, rate_of
-from benchmarks.peers import PEERS, PeerOptions, build_peer
+from benchmarks.peers import LEFT_OUT, PEERS, PeerOptions, build_peer
 from benchmarks.report import save, show
 from pipeline.backends import BACKENDS
 from pipeline.loader import Loader
@@ -69,13 +70,15 @@ def _measure_loaders(options: argparse.Namespace, shards: ShardSet) -> dict[str,
 def _enter_peer(
     options: argparse.Namespace, shards: ShardSet, name: str, threads: int, stack: ExitStack
 ) -> dict[str, Callable[[], float]]:
-    """A contestant, or none where the peer is not installed."""
+    """A contestant, or none where the peer is not installed; says what it does not do."""
     try:
         peer = build_peer(name, PeerOptions(shards, flatten(_specs(options)), options.batch_size, threads, 2))
     except ImportError as error:
         print(f"left out {name}: {error}")
         return {}
     stack.callback(peer.close)
+    if name in LEFT_OUT:
+        print(f"{name} makes its views without {LEFT_OUT[name]}: its rate is an upper bound")
     # What was made ahead while other contestants ran is not this round's work.
     warmup = peer.num_ahead + 1
     return {_label(name, threads): partial(rate_of, peer.next_batch, options.seconds, warmup, finish=_finish)}

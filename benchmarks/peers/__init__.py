@@ -1,4 +1,5 @@
-"""Loaders that a user would otherwise choose, each as its own documentation recommends, with the same augmentation.
+"""Loaders that a user would otherwise choose, each as its own documentation recommends, with the same augmentation
+as far as they have it.
 
 They draw their own randomness, so they cannot execute a plan and are no backends: here they are only timed. All of
 them end with normalised float32 views (b, 3, size, size).
@@ -8,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Protocol
+
+import torch
 
 from pipeline.views import ViewSpec
 from sharding.manifest import ShardSet
@@ -50,15 +53,22 @@ PEERS = {
     "dali-native": "benchmarks.peers.dali:build",
     "kornia": "benchmarks.peers.kornia:build",
     "spdl": "benchmarks.peers.spdl:build",
+    "ffcv": "benchmarks.peers.ffcv:build",
 }
+
+# What of the augmentation a peer leaves out, so that its rate is an upper bound
+LEFT_OUT = {"ffcv": "hue, greyscale, blur and solarize"}
 
 
 def build_peer(name: str, options: PeerOptions) -> Peer:
     """Raises ValueError for an unknown name, and ImportError for one that is not installed; the extra has its name."""
     if name not in PEERS:
         raise ValueError(f"peer: expected one of {', '.join(PEERS)}, found {name!r}")
+    num_threads = torch.get_num_threads()
     try:
         build: Callable[[PeerOptions], Peer] = resolve_name(PEERS[name])
         return build(options)
     except ImportError as error:
         raise ImportError(f"{error}; it comes with the extra {name!r}, see pyproject.toml") from error
+    finally:
+        torch.set_num_threads(num_threads)  # FFCV changes it where it is imported

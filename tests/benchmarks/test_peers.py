@@ -24,7 +24,7 @@ def options(shards: ShardSet) -> PeerOptions:
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_a_peer_makes_batches_without_end_and_leaves_nothing(name: str, shard_set: ShardSet) -> None:
-    before, files = census(), sorted(shard_set.root.parent.iterdir())
+    before, files, torch_threads = census(), sorted(shard_set.root.parent.iterdir()), torch.get_num_threads()
     try:
         peer = build_peer(name, options(shard_set))
     except ImportError as error:
@@ -34,6 +34,7 @@ def test_a_peer_makes_batches_without_end_and_leaves_nothing(name: str, shard_se
     del peer
     assert census() == before
     assert sorted(shard_set.root.parent.iterdir()) == files
+    assert torch.get_num_threads() == torch_threads
 
 
 def test_an_unknown_peer_is_refused(shard_set: ShardSet) -> None:
