@@ -30,7 +30,7 @@ def philox(key: tuple[int, int], c0: ArrayLike, c1: ArrayLike, c2: ArrayLike, c3
     """Random words for broadcastable counter words ``c0..c3`` (each in ``[0, 2**32)``): shape ``(..., 4)``."""
     counters = np.broadcast_arrays(*(np.asarray(c, dtype=np.uint64) for c in (c0, c1, c2, c3)))
     words = np.empty((*counters[0].shape, 4), dtype=np.uint32)
-    flat0, flat1, flat2, flat3 = (c.ravel() for c in counters)
+    flat0, flat1, flat2, flat3 = (c.flatten() for c in counters)
     _fill(Word(key[0]), Word(key[1]), flat0, flat1, flat2, flat3, words.reshape(-1, 4))
     return words
 

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -26,6 +29,12 @@ def test_counters_are_broadcast_and_independent_of_their_company() -> None:
     many = philox((1, 2), 3, np.arange(50)[:, None], 7, np.arange(4))
     assert many.shape == (50, 4, 4)
     assert_array_equal(many[31, 2], philox((1, 2), 3, 31, 7, 2))
+
+
+def test_the_first_call_of_a_process_may_be_for_one_counter() -> None:
+    """Where Numba looks at an array's flags, and NumPy warns of those that share memory with a broadcast one."""
+    call = "from pipeline.random import philox; philox((1, 2), [3], 4, 5, 6)"
+    subprocess.run([sys.executable, "-W", "error::FutureWarning", "-c", call], check=True)
 
 
 def test_every_counter_word_and_key_word_matters() -> None:
