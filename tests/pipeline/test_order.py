@@ -85,6 +85,21 @@ def test_a_window_reads_whole_shards_at_a_time() -> None:
     assert len(np.unique(ids[:10] // 10)) > 1, "shards of a window are mixed"
 
 
+def test_windows_shuffle_shards_and_their_samples_anew_in_every_pass_lane_and_seed() -> None:
+    sizes = (5,) * 12
+    shards, samples = [], []
+    for seed in (0, 1):
+        ids, _ = stream(Order((sizes, sizes), seed, global_batch_size=120, window=1), 2)
+        for lane in ids.reshape(4, 12, 5) % 60:  # of two passes
+            shards.append(lane[:, 0] // 5)
+            samples.append(lane % 5)
+            assert len(np.unique(lane % 5, axis=0)) > 6, "windows are ordered alike"
+            assert (shards[-1] != np.arange(12)).any(), "shards come as they lie"
+    for some in (shards, samples):
+        for one, other in itertools.combinations(some, 2):
+            assert (one == other).mean() < 0.5
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
