@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from pipeline.views import PRESETS, ViewSpec, flatten, preset
+from pipeline.views import ViewSpec, flatten, preset
 
 
 @pytest.mark.parametrize(
@@ -31,28 +31,67 @@ def test_a_small_view_without_blur_needs_no_kernel() -> None:
     assert ViewSpec(size=8, blur=0).size == 8
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_valid(name: str) -> None:
-    assert flatten(preset(name))
+def test_views_are_numbered_by_group() -> None:
+    specs = ViewSpec(count=2), ViewSpec(count=3, size=96)
+    assert [spec.size for spec in flatten(specs)] == [224] * 2 + [96] * 3
+
+
+# The published values, in full, so that no default moves unnoticed.
+SIMCLR = {
+    "count": 2,
+    "size": 224,
+    "crop": "random",
+    "scale": (0.08, 1.0),
+    "ratio": (3 / 4, 4 / 3),
+    "resize": 256,
+    "flip": 0.5,
+    "jitter": 0.8,
+    "brightness": 0.8,
+    "contrast": 0.8,
+    "saturation": 0.8,
+    "hue": 0.2,
+    "grey": 0.2,
+    "blur": 0.5,
+    "sigma": (0.1, 2.0),
+    "kernel": 23,
+    "solarize": 0.0,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+}
+CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+HALF_JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+BYOL_JITTER = HALF_JITTER | {"saturation": 0.2}
+GLOBAL, LOCAL = {"count": 1, "scale": (0.4, 1.0)}, {"count": 6, "size": 96, "scale": (0.05, 0.4)}
+NO_AUGMENTATION = {"flip": 0, "jitter": 0, "grey": 0, "blur": 0}
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes"),
+    ("name", "groups"),
     [
-        ("simclr", [224] * 2),
-        ("multicrop-2x160+4x96", [160] * 2 + [96] * 4),
-        ("multicrop-2x224+6x96", [224] * 2 + [96] * 6),
-        ("dino", [224] * 2 + [96] * 6),
-        ("eval", [224]),
+        ("simclr", [{}]),
+        ("simclr-cifar", [{"size": 32, "blur": 0.0, **HALF_JITTER, **CIFAR}]),
+        (
+            "byol",
+            [{"count": 1, "blur": 1.0, **BYOL_JITTER}, {"count": 1, "blur": 0.1, "solarize": 0.2, **BYOL_JITTER}],
+        ),
+        (
+            "multicrop-2x160+4x96",
+            [{"size": 160, "scale": (0.14, 1.0)}, {"count": 4, "size": 96, "scale": (0.05, 0.14)}],
+        ),
+        ("multicrop-2x224+6x96", [{"scale": (0.14, 1.0)}, {"count": 6, "size": 96, "scale": (0.05, 0.14)}]),
+        (
+            "dino",
+            [
+                {**GLOBAL, **BYOL_JITTER, "blur": 1.0},
+                {**GLOBAL, **BYOL_JITTER, "blur": 0.1, "solarize": 0.2},
+                {**LOCAL, **BYOL_JITTER},
+            ],
+        ),
+        ("eval", [{"count": 1, "crop": "center", **NO_AUGMENTATION}]),
     ],
 )
-def test_views_are_numbered_by_group(name: str, sizes: list[int]) -> None:
-    assert [spec.size for spec in flatten(preset(name))] == sizes
-
-
-def test_byol_is_asymmetric() -> None:
-    first, second = flatten(preset("byol"))
-    assert (first.blur, first.solarize, second.blur, second.solarize) == (1.0, 0.0, 0.1, 0.2)
+def test_presets_have_the_published_values(name: str, groups: list[dict]) -> None:
+    assert [spec.model_dump() for spec in preset(name)] == [SIMCLR | group for group in groups]
 
 
 def test_overrides_apply_to_all_groups() -> None:
