@@ -2,6 +2,7 @@
 
 python -m pipeline.preview --shards /data/shards --out views.png
 python -m pipeline.preview --shards /data/shards --compare cpu torchvision
+python -m pipeline.preview --shards s3://bucket/shards --cache-dir /scratch/shards --views runs/simclr/config.yaml
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.views import PRESETS, ViewSpec, preset
+from pipeline.views import PRESETS, ViewSpec, parse, preset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 Picture = NDArray[np.uint8]
 
 _GAIN = 64  # of differences, which are hardly visible otherwise
-_OPERATIONS = ("light", "contrast", "colour", "hue")  # BRIGHTNESS to HUE of `pipeline.plan`, short
+_OPERATIONS = ("brightness", "contrast", "saturation", "hue")  # BRIGHTNESS to HUE of `pipeline.plan`
+_MAX_IMAGES = 200  # rows; Matplotlib's pictures are at most 2**16 pixels high
+_CACHE_BYTES = 200 * 10**9
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,27 +52,35 @@ def read_views(name: str) -> tuple[ViewSpec, ...]:
         return preset(name)
     import yaml
 
-    tree = yaml.safe_load(Path(name).read_text())
-    if not isinstance(tree, dict) or "views" not in tree:
-        raise ValueError(f"--views {name}: expected a YAML file with a section `views`")
-    views = tree["views"]
-    return preset(views) if isinstance(views, str) else tuple(ViewSpec.model_validate(group) for group in views)
+    try:
+        tree = yaml.safe_load(Path(name).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"--views {name}: not valid YAML: {' '.join(str(error).split())}") from None
+    views = tree.get("views") if isinstance(tree, dict) else None
+    if isinstance(views, str):
+        return preset(views)
+    if not isinstance(views, list) or not views:
+        raise ValueError(f"--views {name}: expected a section `views`, a list of groups or the name of a preset")
+    return parse(views)
 
 
 def draw_sheet(options: argparse.Namespace, specs: tuple[ViewSpec, ...]) -> None:
     """One row an image: the original with its crops, then each view in the colour of its crop and what was drawn for
     it; for two backends the view of either, and their difference.
     """
+    from pipeline.cache import CacheOptions
     from pipeline.reader import Reader
     from sharding.manifest import open_shards
 
     backends = options.compare or [options.backend]
-    reader = Reader(open_shards(options.shards))
+    cache = CacheOptions(options.cache_dir, _CACHE_BYTES, _CACHE_BYTES) if options.cache_dir else None
+    reader = Reader(open_shards(options.shards), cache)
     try:
         plan = make_plan(reader, specs, options)
         made = [make_views(name, reader, plan) for name in backends]
         per_view = len(backends) + bool(options.compare)
         figure, grid = _grid(len(plan), 1 + per_view * len(plan.views))
+        figure.suptitle(f"{options.views}, step {options.step}, seed {options.seed}", fontsize=7)
         for row, cells in enumerate(grid):
             _draw_original(cells[0], reader, plan, row)
             for number, view in enumerate(plan.views):
@@ -77,13 +88,14 @@ def draw_sheet(options: argparse.Namespace, specs: tuple[ViewSpec, ...]) -> None
                 pictures = [views[number][row] for views in made]
                 for axes, name, picture in zip(group, backends, pictures, strict=False):
                     _show(axes, picture, f"C{number}")
-                    axes.set_title(f"view {number}, {name}", fontsize=6)
+                    axes.set_title(f"view {number}, {view.spec.size} px, {name}", fontsize=6)
                     axes.set_xlabel(describe(view, row), fontsize=5)
                 if options.compare:
                     _draw_difference(group[-1], *pictures)
     finally:
         reader.close()
-    figure.savefig(options.out, dpi=150)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out, dpi=150, format=options.out.suffix[1:] or "png")
 
 
 def make_plan(reader: "Reader", specs: tuple[ViewSpec, ...], options: argparse.Namespace) -> "BatchPlan":
@@ -91,8 +103,10 @@ def make_plan(reader: "Reader", specs: tuple[ViewSpec, ...], options: argparse.N
     from pipeline.loader import lane_shard_sizes, plan_samples
     from pipeline.order import Order
 
-    if min(options.images - 1, options.step) < 0:
-        raise ValueError(f"expected --images >= 1 and --step >= 0, found {options.images} and {options.step}")
+    if not 1 <= options.images <= _MAX_IMAGES:
+        raise ValueError(f"--images: expected 1 to {_MAX_IMAGES}, found {options.images}")
+    if options.step < 0:
+        raise ValueError(f"--step: expected at least 0, found {options.step}")
     lanes = reader.shards.manifest.num_lanes
     batch_size = -(-options.images // lanes) * lanes
     order = Order(lane_shard_sizes(reader.shards), options.seed, batch_size)
@@ -106,13 +120,17 @@ def make_views(backend: str, reader: "Reader", plan: "BatchPlan") -> list[Pictur
     """A view number to its pictures (n, size, size, 3)."""
     import torch
 
-    from pipeline.backends import BackendOptions, build_backend
+    from pipeline.backends import BackendOptions, UndecodableError, build_backend
 
     device = torch.device("cuda" if backend == "dali" and torch.cuda.is_available() else "cpu")
     specs = tuple(view.spec for view in plan.views)
     built = build_backend(backend, BackendOptions(reader, specs, len(plan), 2, 1, device))
     try:
         return [view.cpu().numpy() for view in built.submit(plan).result()]
+    except UndecodableError as error:
+        where = "; ".join(f"{reader.describe(sample)}: {reason}" for sample, reason in error.reasons.items())
+        mend = f"`python -m sharding.verify {reader.shards.directory} --repair`"
+        raise ValueError(f"{where}; mend the shards with {mend}, or look at another --step") from None
     finally:
         built.close()
 
@@ -174,13 +192,16 @@ def _draw_difference(axes: "Axes", first: Picture, second: Picture) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline.preview", description="Draw images and their views.")
-    parser.add_argument("--shards", type=Path, required=True, help="directory made by sharding.build")
+    parser.add_argument("--shards", required=True, help="directory or URL made by sharding.build")
     parser.add_argument("--out", type=Path, default=Path("views.png"), help="picture to write (default: views.png)")
-    parser.add_argument("--views", default="simclr", help=f"{', '.join(PRESETS)}, or the YAML file of a run")
+    parser.add_argument(
+        "--views", default="simclr", help=f"{', '.join(PRESETS)}, or a YAML file with a section `views`"
+    )
     parser.add_argument("--images", type=int, default=8, help="rows of the sheet (default: 8)")
     parser.add_argument("--step", type=int, default=0, help="step whose batch is shown (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order and the views (default: 0)")
     parser.add_argument("--backend", default="cpu", help="who makes the views (default: cpu)")
+    parser.add_argument("--cache-dir", type=Path, help="where to keep shards that lie behind a URL")
     parser.add_argument("--compare", nargs=2, metavar="BACKEND", help="two backends side by side, and their difference")
     return parser
 

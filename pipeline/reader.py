@@ -28,7 +28,10 @@ class Reader:
 
     def __init__(self, shards: ShardSet, cache: CacheOptions | None = None) -> None:
         if cache is None and not shards.directory.is_local:
-            raise ValueError(f"{shards.directory}: is not a local directory; set data.cache_dir to fetch its shards to")
+            raise ValueError(
+                f"{shards.directory}: is not a local directory; name one to fetch its shards to: data.cache_dir of a "
+                "run, --cache-dir of pipeline.preview"
+            )
         self.shards, self._options = shards, cache
         self._cache = None if shards.directory.is_local or cache is None else ShardCache(shards, cache)
         self._files: dict[int, _File] = {}

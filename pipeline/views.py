@@ -1,9 +1,9 @@
 """What a view is: the distribution that its crop and its photometric operations are drawn from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -106,7 +106,24 @@ def preset(name: str, **overrides: Any) -> tuple[ViewSpec, ...]:
     """The groups of a preset, ``overrides`` applied to each of them."""
     if name not in PRESETS:
         raise ValueError(f"views: expected one of {', '.join(PRESETS)}, found {name!r}")
-    return tuple(ViewSpec(**{**group, **overrides}) for group in PRESETS[name])
+    return parse([{**group, **overrides} for group in PRESETS[name]])
+
+
+def parse(groups: Sequence[Mapping[str, Any]]) -> tuple[ViewSpec, ...]:
+    """Groups as a configuration file writes them. Raises ValueError: one line that names every wrong field."""
+    try:
+        return _GROUPS.validate_python(groups)
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(**problem) for problem in error.errors())) from None
+
+
+def _explain(loc: tuple[int | str, ...], msg: str, input: object, **_: object) -> str:  # noqa: A002  # pydantic's names
+    where = ".".join(str(part) for part in ("views", *loc))
+    own = msg.removeprefix("Value error, ")
+    return f"{where}: {own}" if own != msg else f"{where}: {msg}, found {input!r}"
+
+
+_GROUPS = TypeAdapter(tuple[ViewSpec, ...])
 
 
 def flatten(specs: Sequence[ViewSpec]) -> tuple[ViewSpec, ...]:

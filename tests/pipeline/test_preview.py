@@ -1,4 +1,6 @@
 import argparse
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ def views_file(tmp_path: Path) -> str:
 
 
 def arguments(shards: ShardSet, out: Path, *more: str) -> list[str]:
-    return ["--shards", str(shards.root), "--out", str(out), "--images", "3", *more]
+    return ["--shards", str(shards.directory), "--out", str(out), "--images", "3", *more]
 
 
 def test_draws_a_row_per_image_and_a_column_per_view(
@@ -85,15 +87,61 @@ def test_reads_presets_and_files(views_file: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("views: [", "not valid YAML"),
+        ("seed: 1", "expected a section `views`"),
+        ("views: 5", "expected a section `views`, a list of groups"),
+        ("views: []", "a list of groups"),
+        ("views: [5]", "views.0: Input should be"),
+        ("views: [{}, {kernel: 4}]", "views.1: kernel: expected an odd number of pixels, found 4"),
+        ("views: [{colour: 1}]", "views.0.colour: "),
+    ],
+)
+def test_a_file_without_possible_views_is_an_error_of_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "views.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        read_views(str(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_damaged_sample_is_named(
+    damage: Callable[[int], ShardSet], tmp_path: Path, views_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = damage(7)
+    command = arguments(shards, tmp_path / "x.png", "--views", views_file, "--images", "92")
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"pipeline.preview: sample 7 \(lane-00/.*checksum.*sharding.verify .* --repair`.*\n", error)
+
+
+def test_shards_behind_a_url_come_through_a_cache(
+    remote: ShardSet, tmp_path: Path, views_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, cache = tmp_path / "new" / "views.png", tmp_path / "cache"
+    command = arguments(remote, out, "--views", views_file, "--images", "1")
+    assert main(command) == 2
+    assert "--cache-dir" in capsys.readouterr().err
+    assert main([*command, "--cache-dir", str(cache)]) == 0
+    assert out.is_file()
+    assert len(list(cache.glob("*.tar"))) == 1
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--views", "nothing"], "expected one of simclr"),
         (["--views", "missing.yaml"], "missing.yaml"),
         (["--backend", "nothing"], "expected one of cpu"),
         (["--shards", "/nowhere"], "/nowhere: no such directory"),
-        (["--images", "0"], "--images >= 1"),
+        (["--shards", "memory://nowhere"], "memory://nowhere: no such directory"),
+        (["--images", "0"], "--images: expected 1 to 200, found 0"),
+        (["--images", "201"], "--images: expected 1 to 200, found 201"),
+        (["--step", "-1"], "--step: expected at least 0, found -1"),
+        (["--out", "picture.txt"], "'txt' is not supported"),
     ],
-    ids=["views", "file", "backend", "shards", "images"],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )
 def test_wrong_arguments_are_one_clear_message(
     shard_set: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
