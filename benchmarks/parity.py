@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.parity", description="Compare the backends' views with torchvision's."
     )
-    parser.add_argument("--shards", type=Path, help="directory made by sharding.build (default: generated images)")
+    parser.add_argument("--shards", help="directory made by sharding.build (default: generated images)")
     parser.add_argument("--images", type=int, default=32, help="how many, spread over the data (default: 32)")
     parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=["cpu", "dali"])
     return parser

@@ -111,7 +111,7 @@ _WAYS: dict[str, Callable[[ShardSet, Ids], None]] = {
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reading", description="Measure reading samples.")
-    parser.add_argument("--shards", type=Path, required=True, help="directory made by sharding.build")
+    parser.add_argument("--shards", required=True, help="directory made by sharding.build")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
     parser.add_argument("--out", type=Path, help="JSON file for the results, machine and versions")
     return parser

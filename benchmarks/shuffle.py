@@ -164,7 +164,7 @@ def draw(qualities: dict[str, Quality], path: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shuffle", description="Measure how well batches mix.")
-    parser.add_argument("--shards", type=Path, help="directory made by sharding.build (default: ImageNet's sizes)")
+    parser.add_argument("--shards", help="directory made by sharding.build (default: ImageNet's sizes)")
     parser.add_argument("--windows", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="shards at a time to try")
     parser.add_argument("--batch-size", type=int, default=4096, help="global batch (default: 4096)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order (default: 0)")

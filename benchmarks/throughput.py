@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "all" in options.peers:
         options.peers = list(PEERS)
     try:
+        if options.rounds < 1 or options.seconds <= 0:
+            raise ValueError(f"expected --rounds >= 1 and --seconds > 0, found {options.rounds} and {options.seconds}")
         with ExitStack() as stack:
             shards = open_shards(options.shards or _generated_shards(stack))
             results = {"loader": _measure_loaders(options, shards)}
@@ -197,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.throughput", description="Compare the loader backends, interleaved, on equal work."
     )
-    parser.add_argument("--shards", type=Path, help="directory made by sharding.build (default: generated images)")
+    parser.add_argument("--shards", help="directory made by sharding.build (default: generated images)")
     parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=["cpu", "dali", "torchvision"])
     parser.add_argument("--peers", nargs="*", choices=[*PEERS, "all"], default=[], help="other loaders, or all of them")
     parser.add_argument("--threads", nargs="+", type=int, default=[2], help="loader threads to try (default: 2)")

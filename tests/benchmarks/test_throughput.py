@@ -44,8 +44,15 @@ def test_times_the_train_step_and_says_what_bounds_it(shard_set: ShardSet, capsy
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(["--shards", "/nowhere"], "/nowhere: no such directory"), (["--batch-size", "6"], "multiple of the 4 lanes")],
-    ids=["shards", "batch"],
+    [
+        (["--shards", "/nowhere"], "/nowhere: no such directory"),
+        (["--shards", "memory://nowhere"], "memory://nowhere: no such directory"),
+        (["--batch-size", "6"], "multiple of the 4 lanes"),
+        (["--rounds", "0"], "--rounds >= 1"),
+        (["--seconds", "0"], "--seconds > 0"),
+        (["--size", "8"], "views.0: kernel: half of 23"),
+    ],
+    ids=["shards", "url", "batch", "rounds", "seconds", "size"],
 )
 def test_wrong_arguments_are_one_clear_message(
     shard_set: ShardSet, capsys: pytest.CaptureFixture[str], more: list[str], message: str
