@@ -147,7 +147,8 @@ def _explain(error: dict[str, Any]) -> str:
     field = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{field}: unknown{_suggestion(error['loc'])}"
-    return f"{field}: {error['msg'].removeprefix('Value error, ')}, found {error['input']!r}"
+    found = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"  # a section says what it found
+    return f"{field}: {error['msg'].removeprefix('Value error, ')}{found}"
 
 
 def _suggestion(location: tuple[Any, ...]) -> str:

@@ -47,6 +47,7 @@ def test_saved_configuration_is_the_same(tmp_path: Path) -> None:
         ("method.temperature=0", "method.temperature: .*greater than 0"),
         ("run.global_batch_size=1.5", "run.global_batch_size: .*found 1.5"),
         ("views.scale=[0.5, 0.1]", "scale: expected 0 < low <= high"),
+        ("views.kernel=4", "views.0: kernel: expected an odd number of pixels, found 4$"),
         ("views=simclear", "views: expected .*simclr"),
         ("data.backend=magic", "data.backend"),
         ("optim", "expected section.field=value"),
