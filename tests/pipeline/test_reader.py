@@ -54,6 +54,22 @@ def test_threads_share_a_reader_with_fewer_files_than_shards(
     assert num_open_files() == before
 
 
+def test_a_file_that_is_read_stays_open_whatever_is_evicted_meanwhile(
+    shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.reader._MAX_OPEN_FILES", 1)
+    reader, preadv = Reader(shard_set), os.preadv
+
+    def interrupted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        monkeypatch.setattr(os, "preadv", preadv)
+        reader.read(len(shard_set.index) - 1)  # of another shard
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", interrupted)
+    assert reader.read(0).tobytes() == content(shard_set, 0)
+    reader.close()
+
+
 def test_a_changed_byte_is_noticed(damage: Callable[[int], ShardSet]) -> None:
     reader = Reader(damage(7))
     with pytest.raises(ValueError, match="not those that the shards were built with"):
