@@ -96,10 +96,56 @@ def test_least_recently_opened_shards_make_room(remote: ShardSet, tmp_path: Path
     for number in (0, 1, 2, 0, 3):
         reader.read(int((remote.index.shard < number).sum()))
         time.sleep(0.02)
-    left = {path.stem for path in tmp_path.glob("*.tar")}
-    assert left == {remote.manifest.shards[number].xxh3_128 for number in (1, 2, 3)}
-    assert reader.read(0).size  # open still, or fetched again
+    assert shards_in(tmp_path, remote) == {1, 2, 3}
+    assert not [path for path in open_files() if path.startswith(str(tmp_path)) and path.endswith("(deleted)")]
+    other = Reader(remote, options(tmp_path, sum(sizes[:3])))
+    other.read(int((remote.index.shard < 1).sum()))
+    reader.read(0)
+    assert shards_in(tmp_path, remote) == {0, 1, 3}, "2 makes room: 1 was opened by another process since"
+    for opened in (reader, other):
+        opened.close()
+
+
+def shards_in(directory: Path, shards: ShardSet) -> set[int]:
+    numbers = {shard.xxh3_128: number for number, shard in enumerate(shards.manifest.shards)}
+    return {numbers[path.stem] for path in directory.glob("*.tar")}
+
+
+def open_files() -> list[str]:
+    links = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            links.append(str(link.readlink()))
+    return links
+
+
+def test_a_shard_that_another_process_fetches_is_waited_for(
+    remote: ShardSet, shard_set: ShardSet, tmp_path: Path
+) -> None:
+    shard, before = remote.manifest.shards[0], census()
+    part = tmp_path / f"{shard.xxh3_128}.part"
+    reader = Reader(remote, options(tmp_path, 10**9))
+    thread = threading.Thread(target=reader.read, args=(0,))
+    with part.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        file.write((shard_set.root / shard.path).read_bytes())
+        part.replace(part.with_suffix(".tar"))
+    thread.join()
+    assert reader.stats()["fetched_bytes"] == 0
     reader.close()
+    assert census() == before
+
+
+def test_close_waits_for_what_is_being_fetched(remote: ShardSet, tmp_path: Path) -> None:
+    before = census()
+    reader = Reader(remote, options(tmp_path, 10**9))
+    reader.fetch_ahead(list(range(12)))
+    reader.close()
+    assert census() == before
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_processes_that_want_the_same_shard_fetch_it_once(remote: ShardSet, tmp_path: Path) -> None:

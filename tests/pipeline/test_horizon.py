@@ -38,4 +38,15 @@ def test_stops_after_a_pass(shard_set: ShardSet) -> None:
 
 def test_by_default_two_windows_ahead(shard_set: ShardSet) -> None:
     order = Order(lane_shard_sizes(shard_set), 0, 8, window=1)
-    assert 4 <= len(Horizon(shard_set, order, slice(0, 8)).shards(0)) <= 8
+    assert 4 < len(Horizon(shard_set, order, slice(0, 8)).shards(0)) <= 8
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_needs_room_for_the_largest_window(shard_set: ShardSet, window: int) -> None:
+    order = Order(lane_shard_sizes(shard_set), 0, 8, window=window)
+    shards = shard_set.manifest.shards
+    sizes = [sorted(shard.num_bytes for shard in shards if shard.lane == lane) for lane in range(4)]
+    largest = sum(sum(lane[-window:]) for lane in sizes)
+    Horizon(shard_set, order, slice(0, 8), largest)
+    with pytest.raises(ValueError, match=f"shuffles among {largest} bytes .* keep {largest - 1} of them"):
+        Horizon(shard_set, order, slice(0, 8), largest - 1)

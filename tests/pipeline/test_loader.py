@@ -75,6 +75,16 @@ def test_every_pass_holds_every_sample_once(shard_set: ShardSet, whole: list[Bat
         assert stream.num_steps_per_epoch == 92 // BATCH_SIZE
 
 
+def test_a_batch_may_be_larger_than_a_pass(shard_set: ShardSet) -> None:
+    with loader(shard_set, global_batch_size=200) as stream:
+        assert stream.num_steps_per_epoch == 1
+        batch = next(stream)
+    counts = np.bincount(batch.ids.numpy(), minlength=92)
+    assert set(counts.tolist()) == {2, 3}
+    twice = np.flatnonzero(batch.ids == int(batch.ids[0]))
+    assert not torch.equal(batch.views[0][twice[0]], batch.views[0][twice[1]]), "another pass, other views"
+
+
 @pytest.mark.parametrize(
     "options",
     [{"num_threads": 1}, {"num_threads": 3, "prefetch": 5}, {"prefetch": 1}, {"backend": "dali"}],
