@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from pipeline.backends import BACKENDS, BackendOptions, Views, build_backend
 from pipeline.loader import plan_samples
@@ -134,11 +135,21 @@ def _chain(shards: ShardSet, ids: NDArray[np.int64], name: str) -> Case:
 
 
 def _reference(shards: ShardSet, plan: BatchPlan) -> References:
-    from pipeline.backends.torchvision import apply, decode
+    from pipeline.backends.torchvision import apply
 
     reader = Reader(shards)
-    images = [decode(reader.read(int(sample))) for sample in plan.ids]
+    images = [_decode(reader, int(sample)) for sample in plan.ids]
     return [np.stack([np.asarray(apply(image, view, row)) for row, image in enumerate(images)]) for view in plan.views]
+
+
+def _decode(reader: Reader, sample: int) -> Image:
+    from pipeline.backends.torchvision import decode
+
+    try:
+        return decode(reader.read(sample))
+    except ValueError as error:
+        mend = f"`python -m sharding.verify {reader.shards.directory} --repair`"
+        raise ValueError(f"{reader.describe(sample)}: {error}; mend the shards with {mend}") from None
 
 
 def _views(shards: ShardSet, backend: str, cases: Sequence[Case]) -> Iterator[tuple[Case, Views]]:

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,12 @@ def test_over_tolerance_is_an_exit_code(
 def test_bad_input_is_one_message(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--backends", "cpu"]) == 2
     assert capsys.readouterr().err.startswith("benchmarks.parity: ")
+
+
+def test_a_damaged_sample_is_named(damage: Callable[[int], ShardSet], capsys: pytest.CaptureFixture[str]) -> None:
+    shards = damage(91)
+    assert main(["--shards", str(shards.root), "--images", "2", "--backends", "cpu"]) == 2
+    assert "parity: sample 91 (lane-03/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
