@@ -197,6 +197,19 @@ def test_replacements_do_not_depend_on_the_world_size(damage: Callable[[int], Sh
         assert torch.cat([rank[step].ids for rank in ranks]).tolist() == batch.ids.tolist()
 
 
+def test_replacements_are_drawn_anew_by_sample_pass_attempt_and_seed(shard_set: ShardSet) -> None:
+    with loader(shard_set) as stream, loader(shard_set, seed=4) as of_another_seed:
+
+        def draw(stream: Loader, epoch: int = 0, attempt: int = 0) -> np.ndarray:
+            return np.array([stream._draw_replacement(sample, epoch, attempt) for sample in range(92)])
+
+        base = draw(stream)
+        assert (base // 23 == np.arange(92) // 23).all()
+        assert len(set(base.tolist())) > 46, "of 58 expected"
+        for other in (draw(stream, epoch=1), draw(stream, attempt=1), draw(of_another_seed)):
+            assert (base == other).mean() < 0.2
+
+
 def test_replacements_of_replacements(damage: Callable[[int], ShardSet], whole: list[Batch]) -> None:
     bad = a_sample_of(whole[0])
     first = int(batches(damage(bad), 1)[0].ids[3])
