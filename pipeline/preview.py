@@ -37,8 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
-        specs = read_views(options.views)
-        draw_sheet(options, specs)
+        figure = draw_sheet(options, read_views(options.views))
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(options.out, dpi=150, format=options.out.suffix[1:] or "png")
     except (ValueError, OSError, ImportError) as error:
         print(f"pipeline.preview: {error}", file=sys.stderr)
         return 2
@@ -64,7 +65,7 @@ def read_views(name: str) -> tuple[ViewSpec, ...]:
     return parse(views)
 
 
-def draw_sheet(options: argparse.Namespace, specs: tuple[ViewSpec, ...]) -> None:
+def draw_sheet(options: argparse.Namespace, specs: tuple[ViewSpec, ...]) -> "Figure":
     """One row an image: the original with its crops, then each view in the colour of its crop and what was drawn for
     it; for two backends the view of either, and their difference.
     """
@@ -94,8 +95,7 @@ def draw_sheet(options: argparse.Namespace, specs: tuple[ViewSpec, ...]) -> None
                     _draw_difference(group[-1], *pictures)
     finally:
         reader.close()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out, dpi=150, format=options.out.suffix[1:] or "png")
+    return figure
 
 
 def make_plan(reader: "Reader", specs: tuple[ViewSpec, ...], options: argparse.Namespace) -> "BatchPlan":

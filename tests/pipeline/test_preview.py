@@ -1,14 +1,19 @@
 import argparse
+import itertools
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from numpy.testing import assert_array_equal
 from PIL import Image
 
-from pipeline.plan import plan_view
-from pipeline.preview import describe, main, make_plan, make_views, read_views
+from pipeline.backends.torchvision import decode
+from pipeline.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, plan_view
+from pipeline.preview import _draw_difference, _parser, describe, draw_sheet, main, make_plan, make_views, read_views
 from pipeline.reader import Reader
 from pipeline.views import ViewSpec, preset
 from sharding.manifest import ShardSet
@@ -48,6 +53,50 @@ def test_compares_two_backends_view_by_view(shard_set: ShardSet, tmp_path: Path,
         assert picture.size[0] / picture.size[1] == pytest.approx(7 * 1.7 / (3 * 2.0), rel=0.01)
 
 
+def test_every_cell_shows_what_was_drawn_and_made(shard_set: ShardSet) -> None:
+    specs = ViewSpec(count=2, size=32, kernel=5), ViewSpec(size=24, kernel=5)
+    options = _parser().parse_args(
+        ["--shards", str(shard_set.root), "--images", "3", "--seed", "5", "--step", "2", "--compare", "cpu", "dali"]
+    )
+    figure = draw_sheet(options, specs)
+    reader = Reader(shard_set)
+    plan = make_plan(reader, specs, options)
+    made = {name: make_views(name, reader, plan) for name in ("cpu", "dali")}
+    assert figure.get_suptitle() == "simclr, step 2, seed 5"
+    for row, cells in enumerate(np.array(figure.axes).reshape(3, 10)):
+        sample = int(plan.ids[row])
+        assert_array_equal(cells[0].images[0].get_array(), np.asarray(decode(reader.read(sample))))
+        assert cells[0].get_title() == f"{sample}: {['disc', 'stripes', 'checks'][shard_set.index.label[sample]]}"
+        for number, view in enumerate(plan.views):
+            top, left, height, width = view.box[row]
+            assert cells[0].patches[number].get_bbox().bounds == (left, top, width, height)
+            for name, axes in zip(made, cells[1 + 3 * number :][:2], strict=True):
+                assert axes.get_title() == f"view {number}, {view.spec.size} px, {name}"
+                assert axes.get_xlabel() == describe(view, row)
+                assert_array_equal(axes.images[0].get_array(), made[name][number][row])
+    reader.close()
+
+
+def test_the_difference_is_shown_enlarged_and_in_figures() -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    _draw_difference(axes, np.full((1, 2, 3), 7, np.uint8), np.array([[[7, 7, 8], [7, 17, 6]]], np.uint8))
+    assert_array_equal(axes.images[0].get_array(), [[[0, 0, 64], [0, 255, 64]]])
+    assert axes.get_xlabel() == "mean 2.0000, largest 10 of 255"
+
+
+def test_the_seed_and_the_step_choose_images_and_views(shard_set: ShardSet) -> None:
+    reader, specs = Reader(shard_set), (ViewSpec(size=32, kernel=5),)
+    plans = [
+        make_plan(reader, specs, argparse.Namespace(images=4, seed=seed, step=step))
+        for seed, step in ((0, 0), (1, 0), (0, 1), (0, 23))  # the last: the first batch of another pass
+    ]
+    for one, other in itertools.combinations(plans, 2):
+        assert (one.ids != other.ids).any()
+        assert (one.views[0].factors != other.views[0].factors).all()
+    reader.close()
+
+
 def test_shows_the_samples_of_all_lanes_as_the_backend_makes_them(shard_set: ShardSet) -> None:
     reader, specs = Reader(shard_set), (ViewSpec(size=32, kernel=5),)
     options = argparse.Namespace(images=5, seed=1, step=2)
@@ -76,6 +125,26 @@ def test_describes_what_was_drawn() -> None:
             view.sigma[row] > 0,
             view.solarize[row],
         )
+
+
+def test_describes_jitter_in_the_order_in_which_it_applies() -> None:
+    one = np.ones(1, np.int64)
+    drawn = plan_view(ViewSpec(jitter=1, grey=1, blur=0, size=32), 0, 0, one * 3, one * 0, one * 60, one * 80)
+    view = replace(
+        drawn,
+        edge=np.array([[5, 6, 30, 40]]),
+        box=np.array([[5.0, 6.0, 30.0, 40.0]]),
+        flip=np.array([True]),
+        order=np.array([[HUE, CONTRAST, BRIGHTNESS, SATURATION]], np.int8),
+        factors=np.array([[1.5, 0.4, 1.7, -0.1]], np.float32),
+        sigma=np.array([1.25], np.float32),
+    )
+    assert describe(view, 0).split("\n") == [
+        "40 x 30 at 6, 5, flipped",
+        "hue -36\N{DEGREE SIGN}, contrast \N{MULTIPLICATION SIGN}0.40",
+        "brightness \N{MULTIPLICATION SIGN}1.50, saturation \N{MULTIPLICATION SIGN}1.70",
+        "grey, blur 1.25 px",
+    ]
 
 
 def test_reads_presets_and_files(views_file: str, tmp_path: Path) -> None:
