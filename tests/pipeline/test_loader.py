@@ -2,14 +2,17 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from pipeline.loader import Batch, Loader
+from pipeline.reader import Reader
 from pipeline.views import ViewSpec
 from sharding.manifest import ShardError, ShardSet, open_shards
 from tests.census import census
@@ -148,6 +151,23 @@ def test_a_window_keeps_to_its_shards_and_changes_the_order(shard_set: ShardSet,
     assert len(np.flatnonzero(np.diff(visited))) == len(set(visited.tolist())) - 1
 
 
+def test_the_disk_is_told_ahead_what_will_be_read(shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a backend that reads nothing itself."""
+    samples: list[np.ndarray] = []
+    shards: list[list[int]] = []
+    monkeypatch.setattr(Reader, "read_ahead", lambda _, ids: samples.append(ids))
+    monkeypatch.setattr(Reader, "fetch_ahead", lambda _, rows: shards.append(rows))
+    with loader(shard_set, window=1, prefetch=3, backend="synthetic") as stream:
+        found = [next(stream).ids.tolist() for _ in range(4)]
+    assert [ids.tolist() for ids in samples[:4]] == found
+    assert len(samples) == len(shards) == 4 + 3
+    for number, rows in enumerate(shards):
+        not_done = np.concatenate(samples[max(0, number - 2) : number + 1])
+        assert set(shard_set.index.shard[not_done].tolist()) <= set(rows)
+    batches(shard_set, 1, backend="synthetic")
+    assert len(shards) == 4 + 3, "without a window any shard may come next"
+
+
 # Faults
 
 
@@ -186,6 +206,32 @@ def test_who_meets_a_fault_late_goes_on_as_if_it_had_always_known(
     for start in (1, 2, 3, *again):
         assert all_equal(batches(shards, 2, backend=backend, start_step=start), run[start : start + 2])
     assert all(sample not in batch.ids for sample in bad for batch in run)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_what_only_the_decoder_refuses_is_replaced_as_well(
+    copied_shards: Path, whole: list[Batch], backend: str
+) -> None:
+    """Its checksum fits, so DALI fails on it, and takes the batches that follow with it."""
+    bad = a_sample_of(whole[1])
+    shards = without_head(copied_shards, bad)
+    run = batches(shards, 4, backend=backend, prefetch=3)
+    assert all_equal([run[0]], batches(open_shards(copied_shards), 1, backend=backend))
+    assert np.flatnonzero(run[1].ids != whole[1].ids).tolist() == [3]
+    for start in (1, 2):
+        assert all_equal(batches(shards, 2, backend=backend, start_step=start), run[start : start + 2])
+
+
+def without_head(root: Path, sample: int) -> ShardSet:
+    """The shards, with a sample that is no JPEG, as if they had been built so."""
+    shards = open_shards(root)
+    index, checksums = shards.index, shards.index.xxh3_64.copy()
+    with (root / shards.manifest.shards[int(index.shard[sample])].path).open("r+b") as file:
+        file.seek(int(index.offset[sample]))
+        file.write(bytes(50))
+        file.seek(int(index.offset[sample]))
+        checksums[sample] = xxhash.xxh3_64_intdigest(file.read(int(index.size[sample])))
+    return replace(shards, index=replace(index, xxh3_64=checksums))
 
 
 def test_replacements_do_not_depend_on_the_world_size(damage: Callable[[int], ShardSet], whole: list[Batch]) -> None:
