@@ -3,7 +3,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from numpy.testing import assert_array_equal
 
 from pipeline.loader import Batch, Loader
+from pipeline.plan import plan_batch
 from pipeline.reader import Reader
 from pipeline.views import ViewSpec
 from sharding.manifest import ShardError, ShardSet, open_shards
@@ -77,6 +79,17 @@ def test_every_pass_holds_every_sample_once(shard_set: ShardSet, whole: list[Bat
     assert torch.cat([lane[:23] for lane in per_lane]).sort().values.tolist() == list(range(92))
     with loader(shard_set) as stream:
         assert stream.num_steps_per_epoch == 92 // BATCH_SIZE
+
+
+def test_views_are_planned_by_seed_pass_and_size_of_the_images(shard_set: ShardSet) -> None:
+    with loader(shard_set) as stream:
+        found = stream.plan(25)
+    sizes = (values[found.ids].astype(np.int64) for values in (shard_set.index.height, shard_set.index.width))
+    expected = plan_batch(SPECS, 3, 25, found.ids, np.full(BATCH_SIZE, 2), *sizes)  # the third pass
+    for view, wanted in zip(found.views, expected.views, strict=True):
+        for field in fields(view):
+            if field.name != "spec":
+                assert_array_equal(getattr(view, field.name), getattr(wanted, field.name))
 
 
 def test_a_batch_may_be_larger_than_a_pass(shard_set: ShardSet) -> None:
