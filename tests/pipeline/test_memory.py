@@ -1,4 +1,5 @@
 import gc
+import threading
 
 import pytest
 import torch
@@ -21,6 +22,28 @@ def test_memory_serves_again_when_its_tensor_is_gone() -> None:
     del first
     again = [recycler.empty((1000,), torch.uint8) for _ in range(2)]
     assert address in [tensor.data_ptr() for tensor in again]
+
+
+def test_free_memory_serves_again_and_again() -> None:
+    recycler = Recycler(max_free_bytes=1000)
+    addresses = {recycler.empty((1000,), torch.uint8).data_ptr() for _ in range(5)}
+    assert len(addresses) == 1
+
+
+def test_memory_may_come_back_while_some_is_taken() -> None:
+    """Garbage is collected at any time, in the thread that holds the lock as well."""
+    recycler = Recycler()
+    tensors = [recycler.empty((1000,), torch.uint8)]
+
+    def collect() -> None:
+        with recycler._lock:
+            tensors.clear()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert recycler._free_bytes == 1000
 
 
 def test_views_numpy_arrays_and_gradients_keep_memory_alive() -> None:
