@@ -20,6 +20,7 @@ QUIET = {
     ("spent", "sentence"),
     [
         ({"wait_seconds": 0.1}, "bound by the train step: 1.0% of the time is spent waiting for data"),
+        ({"wait_seconds": 0.3, "geometry_seconds": 12}, r"bound by the loader \(3% of the time\)"),
         ({"wait_seconds": 5, "geometry_seconds": 12}, r"bound by the loader \(50% .* \(60%\) resizing"),
         ({"wait_seconds": 5, "photometric_seconds": 12}, r"\(60%\) changing colours"),
         ({"wait_seconds": 9, "decode_seconds": 18}, r"\(89%\) decoding"),
@@ -27,7 +28,7 @@ QUIET = {
         (dict.fromkeys(QUIET, 0) | {"wait_seconds": 9, "num_threads": 2}, r"\(100%\) idle"),
         ({"wait_seconds": 6, "copy_seconds": 5}, r"\(60% of the time\), in its own thread"),
     ],
-    ids=["network", "geometry", "photometric", "decoding", "disk", "idle", "copy"],
+    ids=["network", "hardly", "geometry", "photometric", "decoding", "disk", "idle", "copy"],
 )
 def test_names_what_bounds_ten_seconds(spent: dict[str, float], sentence: str) -> None:
     assert re.search(sentence, bound({**QUIET, **spent}, 10.0))
