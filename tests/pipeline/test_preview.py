@@ -56,12 +56,24 @@ def test_compares_two_backends_view_by_view(shard_set: ShardSet, tmp_path: Path,
 def test_every_cell_shows_what_was_drawn_and_made(shard_set: ShardSet) -> None:
     specs = ViewSpec(count=2, size=32, kernel=5), ViewSpec(size=24, kernel=5)
     options = _parser().parse_args(
-        ["--shards", str(shard_set.root), "--images", "3", "--seed", "5", "--step", "2", "--compare", "cpu", "dali"]
+        [
+            "--shards",
+            str(shard_set.root),
+            "--images",
+            "3",
+            "--seed",
+            "5",
+            "--step",
+            "2",
+            "--compare",
+            "cpu",
+            "synthetic",
+        ]
     )
     figure = draw_sheet(options, specs)
     reader = Reader(shard_set)
     plan = make_plan(reader, specs, options)
-    made = {name: make_views(name, reader, plan) for name in ("cpu", "dali")}
+    made = {name: make_views(name, reader, plan) for name in ("cpu", "synthetic")}  # which differ
     assert figure.get_suptitle() == "simclr, step 2, seed 5"
     for row, cells in enumerate(np.array(figure.axes).reshape(3, 10)):
         sample = int(plan.ids[row])

@@ -14,12 +14,17 @@ PICTURE = Image.fromarray(np.ascontiguousarray(PIXELS[..., :3]))
 
 
 def ours(
-    box: tuple[float, ...], size: int, flip: bool = False, edge: tuple[int, ...] | None = None, part: int = 0
+    box: tuple[float, ...],
+    size: int,
+    flip: bool = False,
+    edge: tuple[int, ...] | None = None,
+    top: int = 0,
+    left: int = 0,
 ) -> NDArray[np.uint8]:
-    """The view (size, size, 3); ``part`` pixels of the image are missing at its top and left."""
+    """The view (size, size, 3); the image is given from (``top``, ``left``) on."""
     out = np.empty((3, size, size), np.uint8)
-    image = np.ascontiguousarray(IMAGE[part:, part:])
-    resample(image, part, part, np.array(box, float), np.array(edge or box, np.int64), flip, out)
+    image = np.ascontiguousarray(IMAGE[top:, left:])
+    resample(image, top, left, np.array(box, float), np.array(edge or box, np.int64), flip, out)
     return out.transpose(1, 2, 0)
 
 
@@ -64,7 +69,7 @@ def test_flip(box: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("box", [(40, 40, 150, 200), (33, 37, 260, 120)])
 def test_an_image_that_begins_elsewhere(box: tuple[int, ...]) -> None:
-    assert_array_equal(ours(box, 64, part=33), torchvisions(box, 64))
+    assert_array_equal(ours(box, 64, top=33, left=21), torchvisions(box, 64))
 
 
 @pytest.mark.parametrize(("resize", "size"), [(256, 224), (100, 80), (400, 224), (64, 64)])
