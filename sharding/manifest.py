@@ -184,6 +184,7 @@ def open_shards(root: str | Path | Directory) -> ShardSet:
     check_sizes(out, manifest)
     index = Index.load(out)
     check_index(out, manifest, index)
+    check_fingerprint(out, manifest)
     return ShardSet(out, manifest, index)
 
 
@@ -220,6 +221,15 @@ def check_index(out: Directory, manifest: Manifest, index: Index) -> None:
         raise ShardError(
             f"{where}: sample {row} claims bytes {index.offset[row]} to {ends[row]} of {path}, "
             f"which has {limits[row]}; build the shards again"
+        )
+
+
+def check_fingerprint(out: Directory, manifest: Manifest) -> None:
+    found = fingerprint(manifest.shards, manifest.num_lanes, manifest.policy)
+    if found != manifest.fingerprint:
+        raise ShardError(
+            f"{out}/{MANIFEST_FILE}: expected the fingerprint {manifest.fingerprint} of its build, its shards have "
+            f"{found}: it is damaged or was changed; put the original back, or build the shards again"
         )
 
 

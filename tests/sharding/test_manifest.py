@@ -77,6 +77,8 @@ def _unsorted_index(root: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (_edit(lambda raw: raw.update(fingerprint="0" * 32)), r"manifest.json: expected the fingerprint 0{32} of its"),
+        (_edit(lambda raw: raw["shards"][1].update(xxh3_128="0" * 32)), "its shards have [0-9a-f]{32}: it is damaged"),
         (lambda root: (root / "manifest.json").unlink(), "has no manifest.json"),
         (lambda root: (root / "manifest.json").write_text("{"), "is not JSON"),
         (_edit(lambda raw: raw.update(version=99)), "format version 99"),
@@ -93,7 +95,19 @@ def _unsorted_index(root: Path) -> None:
         (_unsorted_index, "sample 7 claims bytes"),
         (shutil.rmtree, "no such directory"),
     ],
-    ids=["none", "json", "version", "field", "missing", "truncated", "index", "offset", "nothing"],
+    ids=[
+        "fingerprint",
+        "checksum of a shard",
+        "none",
+        "json",
+        "version",
+        "field",
+        "missing",
+        "truncated",
+        "index",
+        "offset",
+        "nothing",
+    ],
 )
 def test_what_does_not_fit_is_refused_by_name(
     shards: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
