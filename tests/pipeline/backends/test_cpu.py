@@ -11,11 +11,13 @@ from PIL import Image
 
 from pipeline.backends import BackendOptions, UndecodableError, Views
 from pipeline.backends.cpu import CpuBackend, build, decode
+from pipeline.backends.pool import PooledBatch
 from pipeline.backends.torchvision import apply
 from pipeline.backends.torchvision import decode as pictured
 from pipeline.loader import plan_samples
 from pipeline.plan import BatchPlan
 from pipeline.reader import Reader
+from pipeline.stats import difference
 from pipeline.views import PRESETS, ViewSpec, flatten, preset
 from sharding.manifest import ShardSet
 
@@ -130,4 +132,26 @@ def test_stats_are_seconds_by_stage(shard_set: ShardSet) -> None:
     backend.submit(plan_of(shard_set, range(40))).result()
     assert backend.stats().keys() == {"decode_seconds", "geometry_seconds", "photometric_seconds"}
     assert min(backend.stats().values()) > 0
+    backend.close()
+
+
+def test_stats_tell_geometry_from_photometric_operations(shard_set: ShardSet) -> None:
+    """Blur takes several times as long as the resize."""
+    backend = backend_of(shard_set, 1)
+    plan = plan_of(shard_set, range(40), (ViewSpec(size=200, jitter=0, grey=0, blur=1, sigma=(2, 2)),))
+    backend.submit(plan).result()  # loads the compiled kernels
+    before = backend.stats()
+    backend.submit(plan).result()
+    spent = difference(backend.stats(), before)
+    backend.close()
+    assert spent["photometric_seconds"] > spent["geometry_seconds"]
+
+
+def test_a_batch_is_done_when_all_of_it_is(shard_set: ShardSet) -> None:
+    backend = backend_of(shard_set, 1)
+    pending = backend.submit(plan_of(shard_set, range(92)))
+    assert isinstance(pending, PooledBatch)
+    while not pending.done():
+        pass
+    assert all(future.done() for future in pending._futures)
     backend.close()
