@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from numpy.testing import assert_array_equal
 from PIL import Image
@@ -76,6 +77,18 @@ def test_pending_batches_do_not_disturb_each_other(shard_set: ShardSet) -> None:
     for plan, batch in zip(plans, pending, strict=True):
         assert torch.equal(batch.result()[0], render(shard_set, plan)[0])
     backend.close()
+
+
+def test_views_of_all_sizes_come_from_one_decode(shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, decode = [], simplejpeg.decode_jpeg
+
+    def counted(data: np.ndarray, *how: object, **more: object) -> np.ndarray:
+        decoded.append(len(data))
+        return decode(data, *how, **more)
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", counted)
+    render(shard_set, plan_of(shard_set, range(10), preset("dino")))
+    assert sorted(decoded) == sorted(shard_set.index.size[:10].tolist())
 
 
 def test_decoding_is_exact(shard_set: ShardSet) -> None:
