@@ -168,6 +168,14 @@ def test_every_undecodable_sample_is_named_and_the_backend_goes_on(
             assert torch.equal(view, same)
 
 
+def test_a_batch_with_both_kinds_of_damage_names_both_at_once(plan: Planner, reader: Reader, device: str) -> None:
+    fitting = damage(reader, [1], checksums=True)
+    damage(reader, [2])
+    with closing(build(options(fitting, device))) as backend, pytest.raises(UndecodableError) as failure:
+        backend.submit(plan(0, [0, 1, 2])).result()
+    assert set(failure.value.reasons) == {1, 2}
+
+
 def test_what_was_pending_after_a_failure_is_right_or_void(plan: Planner, reader: Reader, device: str) -> None:
     """It depends on how far DALI was; neither hangs, and the same batch submitted again is right."""
     with closing(build(options(damage(reader, [1], checksums=True), device))) as backend:
@@ -219,9 +227,10 @@ def test_close_leaves_no_thread_and_takes_no_more_plans(reader: Reader, plan: Pl
     for _ in range(2):
         backend = build(options(reader))
         backend.submit(plan(0)).result()
-        backend.submit(plan(1))
+        left = backend.submit(plan(1))
         backend.close()
         backend.close()
+        assert left.done(), "nobody waits for ever"
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("dali")]
         with pytest.raises(RuntimeError, match="closed"):
             backend.submit(plan(2))
