@@ -24,10 +24,13 @@ def test_memory_serves_again_when_its_tensor_is_gone() -> None:
     assert address in [tensor.data_ptr() for tensor in again]
 
 
-def test_free_memory_serves_again_and_again() -> None:
+def test_free_memory_is_counted_as_it_comes_and_goes() -> None:
     recycler = Recycler(max_free_bytes=1000)
-    addresses = {recycler.empty((1000,), torch.uint8).data_ptr() for _ in range(5)}
-    assert len(addresses) == 1
+    for _ in range(3):
+        tensor = recycler.empty((1000,), torch.uint8)
+        assert recycler._free_bytes == 0
+        del tensor
+        assert recycler._free_bytes == 1000
 
 
 def test_memory_may_come_back_while_some_is_taken() -> None:
