@@ -80,6 +80,12 @@ def test_only_chosen_rows_change() -> None:
     assert_array_equal(views[4:], np.stack(IMAGES[4:]))
 
 
+def test_grey_needs_no_jitter() -> None:
+    plan = replace(as_they_are(), grey=np.array([0, 0, 1, 1, 0, 0], bool))
+    assert not plan.jitter.any()
+    assert_array_equal(changed(plan), expected(IMAGES, plan))
+
+
 @pytest.mark.parametrize("kernel", [1, 5, 23])
 def test_blur_equals_torchvision(kernel: int) -> None:
     """Up to the rounding of sums that lie half-way between two values."""
