@@ -140,16 +140,22 @@ class Index:
         return range(int(start), int(stop))
 
     @classmethod
-    def load(cls, root: str | Path | Directory) -> Self:
-        """Instant for a local directory at any size: nothing is read before it is used."""
+    def load(cls, root: str | Path | Directory, expected: IndexFile | None = None) -> Self:
+        """Maps the file of a local directory, and reads that of any other.
+
+        Raises:
+            ShardError: it cannot be read, or has not the checksum of the `expected` one.
+        """
         out = Directory.at(root)
         where = f"{out}/{INDEX_FILE}"
         try:
             if out.is_local:
-                file: Any = pa.memory_map(str(out.local_path(INDEX_FILE)))
+                data = pa.memory_map(str(out.local_path(INDEX_FILE))).read_buffer()
             else:
-                file = pa.BufferReader(out.read(INDEX_FILE))
-            batch = pa.ipc.open_file(file).get_batch(0)
+                data = pa.py_buffer(out.read(INDEX_FILE))
+            if expected and xxhash.xxh3_128_hexdigest(data) != expected.xxh3_128:
+                raise ShardError(f"{where}: is damaged: its checksum is not the manifest's; {_repair(out)}")
+            batch = pa.ipc.open_file(data).get_batch(0)
         except (OSError, pa.ArrowInvalid) as error:
             raise ShardError(f"{where}: cannot be read ({error}); rebuild or repair the shards") from None
         if not batch.schema.equals(INDEX_SCHEMA):
@@ -172,9 +178,8 @@ class ShardSet:
 
 
 def open_shards(root: str | Path | Directory) -> ShardSet:
-    """Open a shard directory after checking, by size and arithmetic alone, that its files fit together.
-
-    A truncated archive or a wrong index would otherwise end a memory-mapped read in SIGBUS or SIGSEGV.
+    """Open a shard directory after checking that its files fit together: the archives by their sizes alone, the index
+    by its checksum, since a wrong height would change crops, and a wrong label the evaluation, unseen.
 
     Raises:
         ShardError: names the first file that is missing or does not fit.
@@ -182,7 +187,7 @@ def open_shards(root: str | Path | Directory) -> ShardSet:
     out = Directory.at(root)
     manifest = Manifest.load(out)
     check_sizes(out, manifest)
-    index = Index.load(out)
+    index = Index.load(out, manifest.index)
     check_index(out, manifest, index)
     check_fingerprint(out, manifest)
     return ShardSet(out, manifest, index)
@@ -195,10 +200,7 @@ def check_sizes(out: Directory, manifest: Manifest) -> None:
     for path, num_bytes in expected.items():
         if sizes.get(path) != num_bytes:
             found = f"found {sizes[path]}" if path in sizes else "it is missing"
-            raise ShardError(
-                f"{out}/{path}: expected {num_bytes} bytes, {found}; "
-                f"`python -m sharding.verify {out} --repair` restores it"
-            )
+            raise ShardError(f"{out}/{path}: expected {num_bytes} bytes, {found}; {_repair(out)}")
 
 
 def check_index(out: Directory, manifest: Manifest, index: Index) -> None:
@@ -242,6 +244,10 @@ def fingerprint(shards: Sequence[Shard], num_lanes: int, policy: dict[str, Any])
         "shards": [(shard.lane, shard.num_samples, shard.xxh3_128) for shard in shards],
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def _repair(out: Directory) -> str:
+    return f"`python -m sharding.verify {out} --repair` restores it"
 
 
 def _why_no_manifest(out: Directory) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import xxhash
 
 from sharding.manifest import Index, Manifest, ShardError, fingerprint, open_shards
 from sharding.source import SourceSpec, open_source
@@ -72,6 +73,13 @@ def _unsorted_index(root: Path) -> None:
     table = table.set_column(1, table.schema.field("offset"), pa.array(offsets))
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
+    _edit(lambda raw: raw["index"].update(xxh3_128=xxhash.xxh3_128_hexdigest(path.read_bytes())))(root)
+
+
+def _flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +100,7 @@ def _unsorted_index(root: Path) -> None:
             "train-000000.tar: expected",
         ),
         (lambda root: _truncate(root / "index.arrow", 8), "index.arrow: expected"),
+        (lambda root: _flip_a_bit(root / "index.arrow"), "index.arrow: is damaged: .* --repair` restores it"),
         (_unsorted_index, "sample 7 claims bytes"),
         (shutil.rmtree, "no such directory"),
     ],
@@ -105,6 +114,7 @@ def _unsorted_index(root: Path) -> None:
         "missing",
         "truncated",
         "index",
+        "bit of the index",
         "offset",
         "nothing",
     ],
