@@ -109,15 +109,19 @@ class ShardCache:
             )
 
     def _make_room(self) -> None:
-        """Delete what was opened longest ago until the rest fits, files that are being fetched at their full size."""
+        """Delete what was opened longest ago until the rest fits, files that are being fetched at their full size.
+
+        Those stay, whoever fetches them; what a killed process left goes.
+        """
         with self._directory_lock():
             files = sorted(self._files())
             total = sum(num_bytes for _, num_bytes, _ in files)
             for _, num_bytes, path in files:
                 if total <= self._options.max_bytes:
                     break
-                path.unlink(missing_ok=True)
-                total -= num_bytes
+                if not _is_being_written(path):
+                    path.unlink(missing_ok=True)
+                    total -= num_bytes
 
     @contextlib.contextmanager
     def _directory_lock(self) -> Iterator[None]:
@@ -148,6 +152,16 @@ def _alone(path: Path) -> Iterator[Path]:
             finally:
                 path.unlink(missing_ok=True)
             return
+
+
+def _is_being_written(path: Path) -> bool:
+    """Whether some process holds it by `_alone`."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _is_open(path: Path, descriptor: int) -> bool:

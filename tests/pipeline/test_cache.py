@@ -169,6 +169,20 @@ def test_what_a_killed_process_left_is_written_again(remote: ShardSet, tmp_path:
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_room_is_made_of_what_a_killed_process_left_but_not_of_what_another_fetches(
+    remote: ShardSet, tmp_path: Path
+) -> None:
+    left, fetched = (tmp_path / f"{shard.xxh3_128}.part" for shard in remote.manifest.shards[:2])
+    left.write_bytes(b"half of a shard")
+    with fetched.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        reader = Reader(remote, options(tmp_path, sum(shard_bytes(remote)[1:3])))
+        reader.read(int((remote.index.shard < 2).sum()))
+        reader.close()
+        assert fetched.exists()
+        assert not left.exists()
+
+
 @pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
 def test_what_does_not_arrive_as_it_was_built_is_refused_by_name(remote: ShardSet, tmp_path: Path, harm: str) -> None:
     memory, path = fsspec.filesystem("memory"), f"/data/shards/{remote.manifest.shards[0].path}"
