@@ -53,7 +53,17 @@ class Directory:
         return Path(self.path(name))
 
     def exists(self, name: str) -> bool:
-        return bool(self.fs.exists(self.path(name)))
+        """
+        Raises:
+            OSError: the store cannot be asked. Each has errors of its own for a network that is down or credentials
+                that are missing; they show here, since this is the first that any command wants to know.
+        """
+        try:
+            return bool(self.fs.exists(self.path(name)))
+        except (OSError, ValueError, ImportError):
+            raise
+        except Exception as error:
+            raise OSError(f"{self}: cannot be reached: {error}") from error
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file below this directory, by relative name. One listing, no file is opened."""

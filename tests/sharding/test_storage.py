@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import xxhash
 
+from sharding.manifest import open_shards
 from sharding.storage import Directory, checksum
 from tests.sharding.conftest import files
 
@@ -69,3 +71,22 @@ def test_checksum(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(data)
     with (tmp_path / "x").open("rb") as file:
         assert checksum(file) == xxhash.xxh3_128_hexdigest(data)
+
+
+@pytest.fixture
+def without_credentials(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    s3fs = pytest.importorskip("s3fs")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, "/nowhere")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.usefixtures("without_credentials")
+def test_a_store_that_cannot_be_reached_is_an_error_with_its_name() -> None:
+    with pytest.raises(OSError, match="s3://nobody/shards: cannot be reached: Unable to locate credentials"):
+        open_shards("s3://nobody/shards")
