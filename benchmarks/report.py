@@ -15,7 +15,10 @@ from rich.table import Table
 
 from benchmarks.measure import Rate
 
-_LIBRARIES = ("torch", "torchvision", "nvidia-dali-cuda120", "numba", "simplejpeg", "webdataset", "datasets", "pillow")
+_LIBRARIES = (
+    *("torch", "torchvision", "nvidia-dali-cuda120", "numba", "simplejpeg", "webdataset", "datasets", "pillow"),
+    *("kornia", "spdl", "ffcv"),
+)
 
 
 def environment() -> dict[str, Any]:
