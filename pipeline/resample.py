@@ -1,9 +1,9 @@
 """Geometry: crop, antialiased bilinear resize and horizontal flip, in Pillow's own integer arithmetic.
 
 Pillow resizes 8-bit images by a horizontal and then a vertical pass, both with 22-bit fixed-point weights and both
-rounded to 8 bits (`ImagingResample`), so the same arithmetic gives the same pixels. A decoded image is (h, w) uint32,
-one RGBX pixel each. Both passes are the same vectorised combination of long rows; for the horizontal one, strips of the
-image are transposed on the way in and out.
+rounded to 8 bits (`ImagingResample`), so the same arithmetic gives the same pixels. A pixel is a uint32, its bytes R,
+G, B and one that means nothing (see `as_pixels`). Both passes are the same vectorised combination of long rows; for the
+horizontal one, strips of the image are transposed on the way in and out.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-Pixels = NDArray[np.uint32]  # (h, w) RGBX
+Pixels = NDArray[np.uint32]  # (h, w), R in the lowest byte
 Bytes = NDArray[np.uint8]
 Int32s = NDArray[np.int32]
 
@@ -20,6 +20,13 @@ _PRECISION = 22  # bits of a weight's fraction; 8 bits of pixel and 2 of headroo
 _HALF = np.int32(1 << (_PRECISION - 1))
 _SHIFT = np.int32(_PRECISION)
 _STRIP = 32  # rows transposed at a time: as many as keep the strip of a 500 px wide image near the first-level cache
+
+
+def as_pixels(memory: Bytes, height: int, width: int) -> Pixels:
+    """An image in packed RGB, without a copy. Each word reaches one byte into the next pixel, so ``memory`` has a byte
+    more than the image, 3 * height * width + 1; with fewer, ValueError.
+    """
+    return np.ndarray((height, width), np.uint32, memory, strides=(3 * width, 3))
 
 
 class Taps(NamedTuple):
@@ -174,8 +181,7 @@ def resample(
     resized = np.empty((size, size), np.uint32)
     if _is_vertical_first(box, edge, size):
         between = np.empty((size, right - x), np.uint32)
-        source_bytes = image.view(np.uint8)[rows + y : rows + end, 4 * (columns + x) : 4 * (columns + right)]
-        _resize_columns(source_bytes, y, vertical, between)
+        _resize_columns(source.copy().view(np.uint8), y, vertical, between)
         _resize_rows(between, x, horizontal, resized)
     else:
         between = np.empty((end - y, size), np.uint32)

@@ -14,9 +14,7 @@ from pipeline.backends.pool import Done, PooledBatch, chunks
 from pipeline.memory import empty_views
 from pipeline.plan import BatchPlan
 from pipeline.render import render
-from pipeline.resample import Pixels
-
-_PIXEL_BYTES = 4  # RGBX
+from pipeline.resample import Pixels, as_pixels
 
 
 def build(options: BackendOptions) -> "CpuBackend":
@@ -82,7 +80,8 @@ class CpuBackend:
 
 def decode(data: NDArray[np.uint8], height: int, width: int, buffer: Callable[[int], NDArray[np.uint8]]) -> Pixels:
     """Raises ValueError for anything but a whole, clean JPEG of the given size."""
-    image = simplejpeg.decode_jpeg(data, "RGBX", buffer=buffer(height * width * _PIXEL_BYTES))
+    memory = buffer(3 * height * width + 1)
+    image = simplejpeg.decode_jpeg(data, buffer=memory[:-1])
     if image.shape[:2] != (height, width):
         raise ValueError(f"expected {height} x {width} pixels as the index says, found {image.shape[:2]}")
-    return image.view(np.uint32)[..., 0]
+    return as_pixels(memory, height, width)

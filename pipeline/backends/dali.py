@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numba import njit, uint32
 from numpy.typing import NDArray
 
 from pipeline.backends import BackendOptions, UndecodableError, Views
@@ -26,7 +25,7 @@ from pipeline.dali_decode import Decoder, Encoded, Regions, find_fault, needed_r
 from pipeline.memory import recycler
 from pipeline.plan import BatchPlan
 from pipeline.render import render
-from pipeline.resample import Pixels
+from pipeline.resample import Pixels, as_pixels
 
 # Jobs of the driving thread, the most urgent first: DALI is to have work before anything is waited for.
 _STOP, _SCHEDULE, _COLLECT = range(3)
@@ -211,15 +210,11 @@ def _render_rows(images: Any, regions: Regions, plan: BatchPlan, rows: slice, ou
     return done
 
 
-@njit(nogil=True, cache=True)
 def _pack(image: NDArray[np.uint8]) -> Pixels:
-    """(h, w, 3) uint8 as the kernels want it: (h, w) uint32, RGBX."""
-    packed = np.empty(image.shape[:2], np.uint32)
-    for y in range(image.shape[0]):
-        for x in range(image.shape[1]):
-            r, g, b = uint32(image[y, x, 0]), uint32(image[y, x, 1]), uint32(image[y, x, 2])
-            packed[y, x] = r | g << uint32(8) | b << uint32(16)
-    return packed
+    """A copy as the kernels want it."""
+    memory = np.empty(image.size + 1, np.uint8)
+    memory[:-1] = image.reshape(-1)
+    return as_pixels(memory, *image.shape[:2])
 
 
 def build(options: BackendOptions) -> DaliBackend:

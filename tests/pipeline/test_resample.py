@@ -5,12 +5,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from pipeline.resample import find_taps, resample
+from pipeline.resample import Pixels, as_pixels, find_taps, resample
 
 HEIGHT, WIDTH = 300, 420
-PIXELS = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
-IMAGE = PIXELS.view(np.uint32)[..., 0]
-PICTURE = Image.fromarray(np.ascontiguousarray(PIXELS[..., :3]))
+IMAGE = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+PICTURE = Image.fromarray(IMAGE)
 
 
 def ours(
@@ -23,9 +22,12 @@ def ours(
 ) -> NDArray[np.uint8]:
     """The view (size, size, 3); the image is given from (``top``, ``left``) on."""
     out = np.empty((3, size, size), np.uint8)
-    image = np.ascontiguousarray(IMAGE[top:, left:])
-    resample(image, top, left, np.array(box, float), np.array(edge or box, np.int64), flip, out)
+    resample(pixels(IMAGE[top:, left:]), top, left, np.array(box, float), np.array(edge or box, np.int64), flip, out)
     return out.transpose(1, 2, 0)
+
+
+def pixels(image: NDArray[np.uint8]) -> Pixels:
+    return as_pixels(np.append(image, np.uint8(99)), *image.shape[:2])
 
 
 def torchvisions(box: tuple[int, ...], size: int) -> NDArray[np.uint8]:
@@ -84,11 +86,10 @@ def test_a_centre_crop_reads_beyond_its_box(resize: int, size: int) -> None:
 def test_pixels_outside_a_crop_have_no_influence() -> None:
     box = (50, 60, 100, 110)
     before = ours(box, 32)
-    outside = np.ones((HEIGHT, WIDTH), bool)
-    outside[50:150, 60:170] = False
-    image = np.where(outside, np.uint32(0), IMAGE)
+    image = np.zeros_like(IMAGE)
+    image[50:150, 60:170] = IMAGE[50:150, 60:170]
     out = np.empty((3, 32, 32), np.uint8)
-    resample(image, 0, 0, np.array(box, float), np.array(box), False, out)
+    resample(pixels(image), 0, 0, np.array(box, float), np.array(box), False, out)
     assert_array_equal(out.transpose(1, 2, 0), before)
 
 
@@ -101,3 +102,12 @@ def test_weights_sum_to_one_within_the_image(extent: int, size: int) -> None:
     assert (taps.first + taps.length).max() <= extent
     mirrored = find_taps(0.0, float(extent), extent, size, True)
     assert_array_equal(mirrored.first, taps.first[::-1])
+
+
+def test_words_of_packed_pixels_stay_within_the_memory() -> None:
+    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    words = pixels(image)
+    for channel in range(3):
+        assert_array_equal(words >> np.uint32(8 * channel) & np.uint32(255), image[..., channel])
+    with pytest.raises(ValueError, match="strides"):
+        as_pixels(image.reshape(-1), 2, 4)
