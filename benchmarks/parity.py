@@ -24,15 +24,13 @@ from pipeline.backends import BACKENDS, BackendOptions, Views, build_backend
 from pipeline.loader import plan_samples
 from pipeline.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, BatchPlan, ViewPlan
 from pipeline.reader import Reader
-from pipeline.views import ViewSpec, preset
+from pipeline.views import PRESETS, ViewSpec, preset
 from sharding.manifest import ShardSet, open_shards
 
 # The tolerances that backends keep, mean absolute difference in levels: of all images, and of the worst one
 OPERATION_TOLERANCE = 0.5
 CHAIN_TOLERANCE = 1.0
 WORST_IMAGE_TOLERANCE = 3.0
-
-CHAINS = ("simclr", "simclr-cifar", "byol", "multicrop-2x160+4x96", "dino", "eval")
 
 References = list[NDArray[np.uint8]]  # a (n, size, size, 3) per view
 
@@ -77,7 +75,7 @@ def measure(shards: ShardSet, backends: Sequence[str], num_images: int) -> dict[
     """The difference of every case and backend, on images spread over the data."""
     ids = np.linspace(0, shards.manifest.num_samples - 1, num_images).round().astype(np.int64)
     results: dict[Case, dict[str, Difference]] = {}
-    for cases in (_operations(shards, ids), *([_chain(shards, ids, name)] for name in CHAINS)):
+    for cases in (_operations(shards, ids), *([_chain(shards, ids, name)] for name in PRESETS)):
         references = {case: _reference(shards, case.plan) for case in cases}
         results |= {case: {} for case in cases}
         for name in backends:
