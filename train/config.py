@@ -158,7 +158,13 @@ def _suggestion(location: tuple[Any, ...]) -> str:
         model = ViewSpec if isinstance(part, int) else model.model_fields[part].annotation if model is Config else model
     names = list(getattr(model, "model_fields", {}))
     near = difflib.get_close_matches(str(location[-1]), names, n=1)
+    near = near or [f"{section}.{location[-1]}" for section in _sections_with(str(location[-1]))]
     return f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(names)}"
+
+
+def _sections_with(field: str) -> list[str]:
+    sections = {name: section.annotation for name, section in Config.model_fields.items()}
+    return [name for name, model in sections.items() if field in getattr(model, "model_fields", {})]
 
 
 def _describe(model: type[BaseModel], prefix: str = "") -> list[str]:

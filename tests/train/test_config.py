@@ -41,6 +41,8 @@ def test_saved_configuration_is_the_same(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("optim.epoch=3", "optim.epoch: unknown; did you mean 'epochs'"),
+        ("run.steps=3", "run.steps: unknown; did you mean 'optim.steps'"),
+        ("run.colour=3", "run.colour: unknown; expected one of dir, seed,"),
         ("optimizer.epochs=3", "optimizer: unknown; did you mean 'optim'"),
         ("views.siez=3", "views.0.siez: unknown; did you mean 'size'"),
         ("method.temperature=warm", "method.temperature: .*found 'warm'"),
