@@ -127,6 +127,8 @@ def test_a_finished_run_is_evaluated(
     assert "untrained" in output
     assert (run / "evaluation-step-000000002.json").exists()
     assert (run / "curves.png").exists()
+    assert evaluate(["--checkpoint", str(run), "--test", str(shards)]) == 2
+    assert "found the same, each of which would find itself" in capsys.readouterr().err
     assert evaluate(["--checkpoint", str(tmp_path / "absent")]) == 2
 
 

@@ -49,6 +49,11 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     config = validate(state["config"], str(path))
     train_set = open_shards(options.train or config.data.shards)
     test_set = open_shards(options.test) if options.test else train_set
+    if test_set is not train_set and test_set.manifest.fingerprint == train_set.manifest.fingerprint:
+        raise ValueError(
+            f"--test {options.test}: expected other images than those of {train_set.directory}, found the same, "
+            "each of which would find itself; leave --test out to hold a part of them back"
+        )
     train_ids, test_ids = _split(train_set) if test_set is train_set else (None, None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoders = {"pretrained": pretrained_encoder(config, state)}
