@@ -222,6 +222,15 @@ def test_who_meets_a_fault_late_goes_on_as_if_it_had_always_known(
     assert all(sample not in batch.ids for sample in bad for batch in run)
 
 
+def test_the_reference_replaces_the_same_samples(damage: Callable[[int], ShardSet], whole: list[Batch]) -> None:
+    shards = damage(a_sample_of(whole[1]))
+    expected, run = batches(shards, 3), batches(shards, 3, backend="torchvision")
+    assert [batch.ids.tolist() for batch in run] == [batch.ids.tolist() for batch in expected]
+    assert run[1].ids[3] != whole[1].ids[3]
+    for ours, theirs in zip(expected[1].views, run[1].views, strict=True):
+        assert (ours - theirs).abs().mean() < 0.01
+
+
 @pytest.mark.parametrize("backend", ["cpu", "dali"])
 def test_what_only_the_decoder_refuses_is_replaced_as_well(
     copied_shards: Path, whole: list[Batch], backend: str
