@@ -25,7 +25,7 @@ from pipeline.loader import plan_samples
 from pipeline.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, BatchPlan, ViewPlan
 from pipeline.reader import Reader
 from pipeline.views import PRESETS, ViewSpec, preset
-from sharding.manifest import ShardSet, open_shards
+from sharding.manifest import ShardSet, open_shards, repair_command
 
 # The tolerances that backends keep, mean absolute difference in levels: of all images, and of the worst one
 OPERATION_TOLERANCE = 0.5
@@ -146,7 +146,7 @@ def _decode(reader: Reader, sample: int) -> Image:
     try:
         return decode(reader.read(sample))
     except ValueError as error:
-        mend = f"`python -m sharding.verify {reader.shards.directory} --repair`"
+        mend = repair_command(reader.shards.directory)
         raise ValueError(f"{reader.describe(sample)}: {error}; mend the shards with {mend}") from None
 
 

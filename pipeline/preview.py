@@ -121,6 +121,7 @@ def make_views(backend: str, reader: "Reader", plan: "BatchPlan") -> list[Pictur
     import torch
 
     from pipeline.backends import BackendOptions, UndecodableError, build_backend
+    from sharding.manifest import repair_command
 
     device = torch.device("cuda" if backend == "dali" and torch.cuda.is_available() else "cpu")
     specs = tuple(view.spec for view in plan.views)
@@ -129,7 +130,7 @@ def make_views(backend: str, reader: "Reader", plan: "BatchPlan") -> list[Pictur
         return [view.cpu().numpy() for view in built.submit(plan).result()]
     except UndecodableError as error:
         where = "; ".join(f"{reader.describe(sample)}: {reason}" for sample, reason in error.reasons.items())
-        mend = f"`python -m sharding.verify {reader.shards.directory} --repair`"
+        mend = repair_command(reader.shards.directory)
         raise ValueError(f"{where}; mend the shards with {mend}, or look at another --step") from None
     finally:
         built.close()

@@ -14,7 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.cache import CacheOptions, ShardCache
-from sharding.manifest import ShardSet, open_shards
+from sharding.manifest import ShardSet, open_shards, repair_command
 from sharding.storage import Directory
 
 _MAX_OPEN_FILES = 256  # of the 1024 that many systems allow a process
@@ -56,7 +56,7 @@ class Reader:
         if num_bytes != size:
             raise OSError(
                 f"{self.describe(sample)}: expected {size} bytes, found {num_bytes}: the shard was truncated while it "
-                f"was read; `python -m sharding.verify {self.shards.directory} --repair` restores it"
+                f"was read; {repair_command(self.shards.directory)} restores it"
             )
         sound = xxhash.xxh3_64_intdigest(data.data) == int(index.xxh3_64[sample])
         with self._lock:

@@ -154,7 +154,9 @@ class Index:
             else:
                 data = pa.py_buffer(out.read(INDEX_FILE))
             if expected and xxhash.xxh3_128_hexdigest(data) != expected.xxh3_128:
-                raise ShardError(f"{where}: is damaged: its checksum is not the manifest's; {_repair(out)}")
+                raise ShardError(
+                    f"{where}: is damaged: its checksum is not the manifest's; {repair_command(out)} restores it"
+                )
             batch = pa.ipc.open_file(data).get_batch(0)
         except (OSError, pa.ArrowInvalid) as error:
             raise ShardError(f"{where}: cannot be read ({error}); rebuild or repair the shards") from None
@@ -200,7 +202,7 @@ def check_sizes(out: Directory, manifest: Manifest) -> None:
     for path, num_bytes in expected.items():
         if sizes.get(path) != num_bytes:
             found = f"found {sizes[path]}" if path in sizes else "it is missing"
-            raise ShardError(f"{out}/{path}: expected {num_bytes} bytes, {found}; {_repair(out)}")
+            raise ShardError(f"{out}/{path}: expected {num_bytes} bytes, {found}; {repair_command(out)} restores it")
 
 
 def check_index(out: Directory, manifest: Manifest, index: Index) -> None:
@@ -246,8 +248,9 @@ def fingerprint(shards: Sequence[Shard], num_lanes: int, policy: dict[str, Any])
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
-def _repair(out: Directory) -> str:
-    return f"`python -m sharding.verify {out} --repair` restores it"
+def repair_command(out: Directory) -> str:
+    """For messages: what mends shards that are damaged."""
+    return f"`python -m sharding.verify {out} --repair`"
 
 
 def _why_no_manifest(out: Directory) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sharding.encode import BadImageError, Policy, encode
 from sharding.engine import Engine, in_process, processes
-from sharding.manifest import INDEX_FILE, Index, Manifest, ShardError, check_index, fingerprint
+from sharding.manifest import INDEX_FILE, MANIFEST_FILE, Index, Manifest, ShardError, check_fingerprint, check_index
 from sharding.part import dali_index, index_name
 from sharding.progress import bar, track
 from sharding.repair import repair
@@ -59,7 +59,7 @@ def verify(
     """
     _index.cache_clear()
     check = Check(out, Manifest.load(out), out.sizes(), decode)
-    problems = [*_check_manifest(check.manifest), *_check_strays(check), *(damage := _check_index(check))]
+    problems = [*_check_manifest(check), *_check_strays(check), *(damage := _check_index(check))]
     shards = range(len(check.manifest.shards))
     with bar() as shown:
         results = track(
@@ -87,11 +87,12 @@ def _check_without_index(check: Check, number: int) -> tuple[list[Problem], int,
     return _check_archive(check, number), shard.num_samples, shard.num_bytes
 
 
-def _check_manifest(manifest: Manifest) -> list[Problem]:
-    expected = fingerprint(manifest.shards, manifest.num_lanes, manifest.policy)
-    if manifest.fingerprint == expected:
-        return []
-    return [Problem("manifest.json", f"its fingerprint is {manifest.fingerprint}, its contents make {expected}")]
+def _check_manifest(check: Check) -> list[Problem]:
+    try:
+        check_fingerprint(check.out, check.manifest)
+    except ShardError as error:
+        return [Problem(MANIFEST_FILE, str(error))]
+    return []
 
 
 def _check_strays(check: Check) -> list[Problem]:
