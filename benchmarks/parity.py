@@ -25,6 +25,7 @@ from pipeline.loader import plan_samples
 from pipeline.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, BatchPlan, ViewPlan
 from pipeline.reader import Reader
 from pipeline.views import PRESETS, ViewSpec, preset
+from sharding.command import UserError, command
 from sharding.manifest import ShardSet, open_shards, repair_command
 
 # The tolerances that backends keep, mean absolute difference in levels: of all images, and of the worst one
@@ -57,17 +58,14 @@ class Difference:
         return self.mean > tolerance or self.worst_image > WORST_IMAGE_TOLERANCE
 
 
+@command("benchmarks.parity")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        with ExitStack() as stack:
-            if options.images < 1:
-                raise ValueError(f"--images: expected at least 1, found {options.images}")
-            shards = open_shards(options.shards or _generated_shards(stack, options.images))
-            results = measure(shards, options.backends, options.images)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"benchmarks.parity: {error}", file=sys.stderr)
-        return 2
+    with ExitStack() as stack:
+        if options.images < 1:
+            raise UserError(f"--images: expected at least 1, found {options.images}")
+        shards = open_shards(options.shards or _generated_shards(stack, options.images))
+        results = measure(shards, options.backends, options.images)
     return _report(results, options.backends)
 
 
@@ -147,7 +145,7 @@ def _decode(reader: Reader, sample: int) -> Image:
         return decode(reader.read(sample))
     except ValueError as error:
         mend = repair_command(reader.shards.directory)
-        raise ValueError(f"{reader.describe(sample)}: {error}; mend the shards with {mend}") from None
+        raise UserError(f"{reader.describe(sample)}: {error}; mend the shards with {mend}") from None
 
 
 def _views(shards: ShardSet, backend: str, cases: Sequence[Case]) -> Iterator[tuple[Case, Views]]:
@@ -196,7 +194,7 @@ def _generated_shards(stack: ExitStack, num_images: int) -> Path:
     data.to_parquet(directory / "source" / "data" / "train-00000-of-00001.parquet")
     out = directory / "shards"
     if code := build(["--dataset", str(directory / "source"), "--out", str(out), "--lanes", "1", "--workers", "1"]):
-        raise ValueError(f"the generated images could not be built into shards (exit code {code})")
+        raise UserError(f"the generated images could not be built into shards (exit code {code})")
     return out
 
 

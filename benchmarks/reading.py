@@ -23,20 +23,18 @@ from numpy.typing import NDArray
 from benchmarks.measure import interleave
 from benchmarks.report import save, show
 from pipeline.reader import Reader
+from sharding.command import command
 from sharding.manifest import ShardSet, open_shards
 
 Ids = NDArray[np.int64]
 _BATCH = 64  # samples
 
 
+@command("benchmarks.reading")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        shards = open_shards(options.shards)
-        results = {state: _measure(shards, state == "cold", options.rounds) for state in ("page cache", "cold")}
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.reading: {error}", file=sys.stderr)
-        return 2
+    shards = open_shards(options.shards)
+    results = {state: _measure(shards, state == "cold", options.rounds) for state in ("page cache", "cold")}
     if options.out:
         save(options.out, "python -m benchmarks.reading " + " ".join(arguments or sys.argv[1:]), results)
     return 0

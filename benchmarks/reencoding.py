@@ -25,6 +25,7 @@ from benchmarks.report import save, show
 from pipeline.backends.torchvision import apply, decode
 from pipeline.plan import plan_view
 from pipeline.views import ViewSpec, preset
+from sharding.command import UserError, command
 from sharding.manifest import ShardSet, open_shards
 
 Ids = NDArray[np.int64]
@@ -42,7 +43,7 @@ def matching_ids(raw: ShardSet, small: ShardSet, count: int) -> tuple[Ids, Ids]:
     """Sample ids of up to `count` images in both directories. Raises ValueError when they share none."""
     _, in_raw, in_small = np.intersect1d(raw.index.source_row, small.index.source_row, return_indices=True)
     if raw.manifest.source["dataset"] != small.manifest.source["dataset"] or not len(in_raw):
-        raise ValueError(f"{raw.directory} and {small.directory} were not made from the same images")
+        raise UserError(f"{raw.directory} and {small.directory} were not made from the same images")
     chosen = np.unique(np.linspace(0, len(in_raw) - 1, count).astype(int))
     return in_raw[chosen], in_small[chosen]
 
@@ -78,6 +79,7 @@ def decode_all(images: list[bytes]) -> int:
     return len(images)
 
 
+@command("benchmarks.reencoding")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.reencoding",
@@ -90,12 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="save the results as JSON")
     options = parser.parse_args(argv)
-    try:
-        shards = open_shards(options.raw), open_shards(options.small)
-        ids = matching_ids(*shards, count=options.images)
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.reencoding: {error}", file=sys.stderr)
-        return 2
+    shards = open_shards(options.raw), open_shards(options.small)
+    ids = matching_ids(*shards, count=options.images)
     kilobytes = [float(s.index.size.mean()) / 1e3 for s in shards]
     images = {name: encoded(s, i) for name, s, i in zip(("raw", "small"), shards, ids, strict=True)}
     contestants = {n: partial(rate_of, partial(decode_all, data), seconds=1, warmup=1) for n, data in images.items()}

@@ -30,6 +30,7 @@ from benchmarks.measure import Rate, interleave
 from benchmarks.report import save, show
 from sharding.arguments import Layout
 from sharding.build import build
+from sharding.command import command
 from sharding.encode import Policy
 from sharding.engine import Engine, in_process, processes
 from sharding.plan import shuffled_rows
@@ -171,6 +172,7 @@ def measure(work: Work, workers: Sequence[int], rounds: int) -> dict[str, Rate]:
     return interleave(runs, rounds)
 
 
+@command("benchmarks.sharding")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sharding", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -184,14 +186,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="save the results as JSON")
     options = parser.parse_args(argv)
     spec = SourceSpec(options.dataset, split=options.split)
-    try:
-        source = open_source(spec)
-        with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-            work = Work(spec, source, Path(scratch), round(options.shard_mb * 1e6))
-            rates = measure(work, options.workers, options.rounds)
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.sharding: {error}", file=sys.stderr)
-        return 2
+    source = open_source(spec)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        work = Work(spec, source, Path(scratch), round(options.shard_mb * 1e6))
+        rates = measure(work, options.workers, options.rounds)
     kilobytes = source.mean_bytes() / 1e3
     show(f"{len(source)} images of {kilobytes:.1f} kB", "images/s", rates, f"decode, {options.workers[0]} workers")
     if options.out:

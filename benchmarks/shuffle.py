@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline.loader import lane_shard_sizes
 from pipeline.order import Order
+from sharding.command import command
 from sharding.manifest import open_shards
 
 Ids = NDArray[np.int64]
@@ -42,15 +43,12 @@ class Quality:
     neighbours_apart: float  # in the next pass, relative to a random permutation
 
 
+@command("benchmarks.shuffle")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        data = read_data(options.shards) if options.shards else imagenet_like()
-        qualities = {name: measure(data, w, options) for name, w in windows(options.windows).items()}
-        ideal = measure_random(data, options)
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.shuffle: {error}", file=sys.stderr)
-        return 2
+    data = read_data(options.shards) if options.shards else imagenet_like()
+    qualities = {name: measure(data, w, options) for name, w in windows(options.windows).items()}
+    ideal = measure_random(data, options)
     report(data, qualities, ideal, options)
     return 0
 

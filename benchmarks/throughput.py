@@ -31,24 +31,22 @@ from pipeline.backends import BACKENDS
 from pipeline.loader import Loader
 from pipeline.stats import bound, difference
 from pipeline.views import PRESETS, ViewSpec, flatten, preset
+from sharding.command import UserError, command
 from sharding.manifest import ShardSet, open_shards
 
 
+@command("benchmarks.throughput")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if "all" in options.peers:
         options.peers = list(PEERS)
-    try:
-        if options.rounds < 1 or options.seconds <= 0:
-            raise ValueError(f"expected --rounds >= 1 and --seconds > 0, found {options.rounds} and {options.seconds}")
-        with ExitStack() as stack:
-            shards = open_shards(options.shards or _generated_shards(stack))
-            results = {"loader": _measure_loaders(options, shards)}
-            if options.step:
-                results["train_step"] = _measure_steps(options, shards)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"benchmarks.throughput: {error}", file=sys.stderr)
-        return 2
+    if options.rounds < 1 or options.seconds <= 0:
+        raise UserError(f"expected --rounds >= 1 and --seconds > 0, found {options.rounds} and {options.seconds}")
+    with ExitStack() as stack:
+        shards = open_shards(options.shards or _generated_shards(stack))
+        results = {"loader": _measure_loaders(options, shards)}
+        if options.step:
+            results["train_step"] = _measure_steps(options, shards)
     if options.out:
         save(options.out, "python -m benchmarks.throughput " + " ".join(arguments or sys.argv[1:]), results)
     return 0
@@ -185,7 +183,7 @@ def _generated_shards(stack: ExitStack) -> Path:
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "shards"
     print("no --shards: measuring on generated 96 px images; for figures that mean something pass real shards")
     if code := build(["--dataset", "demo", "--out", str(directory)]):
-        raise ValueError(f"the demo data set could not be built (exit code {code})")
+        raise UserError(f"the demo data set could not be built (exit code {code})")
     return directory
 
 

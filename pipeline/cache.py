@@ -16,6 +16,7 @@ from pathlib import Path
 
 import xxhash
 
+from sharding.command import UserError
 from sharding.manifest import Shard, ShardSet
 
 _NUM_FETCHERS = 4  # shards at a time: one stream of an object store is far slower than the network
@@ -38,7 +39,7 @@ class ShardCache:
     def __init__(self, shards: ShardSet, options: CacheOptions) -> None:
         largest = max(shards.manifest.shards, key=lambda shard: shard.num_bytes)
         if options.max_bytes < largest.num_bytes:
-            raise ValueError(
+            raise UserError(
                 f"cache of {options.max_bytes} bytes: expected room for the largest shard, {largest.path} of "
                 f"{largest.num_bytes} bytes; raise data.cache_bytes"
             )

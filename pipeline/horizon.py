@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.order import Order
+from sharding.command import UserError
 from sharding.manifest import ShardSet
 
 _STEPS_PER_CALL = 16  # looked at in one call at most, so that no call is slow
@@ -27,7 +28,7 @@ class Horizon:
         window_bytes = self._window_bytes(np.array([shard.lane for shard in shards.manifest.shards]))
         self._max_bytes = 2 * window_bytes if max_bytes is None else max_bytes
         if window_bytes > self._max_bytes:
-            raise ValueError(
+            raise UserError(
                 f"cache: this process shuffles among {window_bytes} bytes of shards at a time and may keep "
                 f"{self._max_bytes} of them; raise data.cache_bytes, or lower data.window "
                 f"(now {order.window or 'none: the whole data set'})"

@@ -19,6 +19,7 @@ from pipeline.random import key_from_seed, philox, to_integer
 from pipeline.reader import Reader
 from pipeline.transfer import to_batch, upload
 from pipeline.views import ViewSpec, flatten
+from sharding.command import UserError
 from sharding.manifest import ShardSet
 
 log = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ class Loader:
         self._undecodable |= error.reasons
         if len(self._undecodable) > self._max_replaced:
             sample, reason = next(reversed(error.reasons.items()))
-            raise ValueError(
+            raise UserError(
                 f"more than max_replaced_samples = {self._max_replaced} samples cannot be decoded, the last one "
                 f"{self._reader.describe(sample)}: {reason}; check the shards with "
                 f"`python -m sharding.verify {self._shards.directory}`"
@@ -226,17 +227,15 @@ class Loader:
 
 def _check_slice(global_batch_size: int, rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank: expected 0 <= rank < world_size, found rank {rank} of {world_size}")
+        raise UserError(f"rank: expected 0 <= rank < world_size, found rank {rank} of {world_size}")
     if global_batch_size % world_size:
-        raise ValueError(
-            f"global_batch_size: expected a multiple of world_size {world_size}, found {global_batch_size}"
-        )
+        raise UserError(f"global_batch_size: expected a multiple of world_size {world_size}, found {global_batch_size}")
 
 
 def _check_at_least(values: Mapping[str, tuple[int, int]]) -> None:
     for name, (value, least) in values.items():
         if value < least:
-            raise ValueError(f"{name}: expected at least {least}, found {value}")
+            raise UserError(f"{name}: expected at least {least}, found {value}")
 
 
 def plan_samples(shards: ShardSet, specs: Sequence[ViewSpec], seed: int, step: int, ids: Ids, epochs: Ids) -> BatchPlan:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.random import key_from_seed, permute
+from sharding.command import UserError
 
 Ids = NDArray[np.int64]
 
@@ -35,14 +36,14 @@ class Order:
     def __post_init__(self) -> None:
         lanes = len(self.shard_sizes)
         if self.global_batch_size < 1 or self.global_batch_size % lanes:
-            raise ValueError(
+            raise UserError(
                 f"global_batch_size: expected a positive multiple of the {lanes} lanes of the shards, "
                 f"found {self.global_batch_size}; change it, or build the shards with other --lanes"
             )
         if self.window is not None and self.window < 1:
-            raise ValueError(f"window: expected at least one shard, found {self.window}")
+            raise UserError(f"window: expected at least one shard, found {self.window}")
         if len({sum(sizes) for sizes in self.shard_sizes}) != 1 or not self.samples_per_lane:
-            raise ValueError("lanes: expected equally many samples (at least one) in every lane")
+            raise UserError("lanes: expected equally many samples (at least one) in every lane")
 
     @property
     def samples_per_lane(self) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.views import PRESETS, ViewSpec, parse, preset
+from sharding.command import UserError, command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,16 +34,13 @@ _MAX_IMAGES = 200  # rows; Matplotlib's pictures are at most 2**16 pixels high
 _CACHE_BYTES = 200 * 10**9
 
 
+@command("pipeline.preview")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        figure = draw_sheet(options, read_views(options.views))
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(options.out, dpi=150, format=options.out.suffix[1:] or "png")
-    except (ValueError, OSError, ImportError) as error:
-        print(f"pipeline.preview: {error}", file=sys.stderr)
-        return 2
+    figure = draw_sheet(options, read_views(options.views))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out, dpi=150, format=options.out.suffix[1:] or "png")
     print(options.out)
     return 0
 
@@ -56,12 +54,12 @@ def read_views(name: str) -> tuple[ViewSpec, ...]:
     try:
         tree = yaml.safe_load(Path(name).read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"--views {name}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"--views {name}: not valid YAML: {' '.join(str(error).split())}") from None
     views = tree.get("views") if isinstance(tree, dict) else None
     if isinstance(views, str):
         return preset(views)
     if not isinstance(views, list) or not views:
-        raise ValueError(f"--views {name}: expected a section `views`, a list of groups or the name of a preset")
+        raise UserError(f"--views {name}: expected a section `views`, a list of groups or the name of a preset")
     return parse(views)
 
 
@@ -104,9 +102,9 @@ def make_plan(reader: "Reader", specs: tuple[ViewSpec, ...], options: argparse.N
     from pipeline.order import Order
 
     if not 1 <= options.images <= _MAX_IMAGES:
-        raise ValueError(f"--images: expected 1 to {_MAX_IMAGES}, found {options.images}")
+        raise UserError(f"--images: expected 1 to {_MAX_IMAGES}, found {options.images}")
     if options.step < 0:
-        raise ValueError(f"--step: expected at least 0, found {options.step}")
+        raise UserError(f"--step: expected at least 0, found {options.step}")
     lanes = reader.shards.manifest.num_lanes
     batch_size = -(-options.images // lanes) * lanes
     order = Order(lane_shard_sizes(reader.shards), options.seed, batch_size)
@@ -131,7 +129,7 @@ def make_views(backend: str, reader: "Reader", plan: "BatchPlan") -> list[Pictur
     except UndecodableError as error:
         where = "; ".join(f"{reader.describe(sample)}: {reason}" for sample, reason in error.reasons.items())
         mend = repair_command(reader.shards.directory)
-        raise ValueError(f"{where}; mend the shards with {mend}, or look at another --step") from None
+        raise UserError(f"{where}; mend the shards with {mend}, or look at another --step") from None
     finally:
         built.close()
 

@@ -8,6 +8,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from sharding.command import UserError
+
 UInt32 = NDArray[np.uint32]
 Word = np.uint64  # that holds 32 bits
 
@@ -22,7 +24,7 @@ _HALF = np.uint64(32)
 def key_from_seed(seed: int) -> tuple[int, int]:
     """The 64-bit key of a seed in ``[0, 2**64)``, as (low, high) words."""
     if not 0 <= seed < 2**64:
-        raise ValueError(f"seed: expected 0 <= seed < 2**64, found {seed}")
+        raise UserError(f"seed: expected 0 <= seed < 2**64, found {seed}")
     return seed & 0xFFFFFFFF, seed >> 32
 
 

@@ -14,6 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.cache import CacheOptions, ShardCache
+from sharding.command import UserError
 from sharding.manifest import ShardSet, open_shards, repair_command
 from sharding.storage import Directory
 
@@ -28,7 +29,7 @@ class Reader:
 
     def __init__(self, shards: ShardSet, cache: CacheOptions | None = None) -> None:
         if cache is None and not shards.directory.is_local:
-            raise ValueError(
+            raise UserError(
                 f"{shards.directory}: is not a local directory; name one to fetch its shards to: data.cache_dir of a "
                 "run, --cache-dir of pipeline.preview"
             )

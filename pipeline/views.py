@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from sharding.command import UserError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -105,7 +107,7 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
 def preset(name: str, **overrides: Any) -> tuple[ViewSpec, ...]:
     """The groups of a preset, ``overrides`` applied to each of them."""
     if name not in PRESETS:
-        raise ValueError(f"views: expected one of {', '.join(PRESETS)}, found {name!r}")
+        raise UserError(f"views: expected one of {', '.join(PRESETS)}, found {name!r}")
     return parse([{**group, **overrides} for group in PRESETS[name]])
 
 
@@ -114,7 +116,7 @@ def parse(groups: Sequence[Mapping[str, Any]]) -> tuple[ViewSpec, ...]:
     try:
         return _GROUPS.validate_python(groups)
     except ValidationError as error:
-        raise ValueError("; ".join(_explain(**problem) for problem in error.errors())) from None
+        raise UserError("; ".join(_explain(**problem) for problem in error.errors())) from None
 
 
 def _explain(loc: tuple[int | str, ...], msg: str, input: object, **_: object) -> str:  # noqa: A002  # pydantic's names

@@ -22,6 +22,7 @@ from typing import Any
 from rich.progress import Progress
 
 from sharding.arguments import Layout, parse
+from sharding.command import UserError, command, say
 from sharding.encode import BadImageError, Policy, encode
 from sharding.engine import Engine, in_process, processes, ray_cluster
 from sharding.finish import TAIL_READY, finish, write_quarantine
@@ -37,7 +38,7 @@ OPTIONS_FILE = f"{STATE}/options.json"
 _OURS = re.compile(r"\.build/|lane-\d+/[^/]+\.(tar|idx)$|(manifest\.json|index\.arrow|quarantine\.jsonl)$")
 
 
-class BuildError(ValueError):
+class BuildError(UserError):
     """The build cannot start or go on; the message says what to do."""
 
 
@@ -209,6 +210,7 @@ def _explain(error: Exception, out: Directory) -> str:
     return str(error)
 
 
+@command("sharding.build")
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(__doc__, argv)
     start = time.perf_counter()
@@ -226,11 +228,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 streaming=args.streaming,
                 progress=progress,
             )
-    except (ValueError, OSError, ImportError, BrokenProcessPool) as error:
-        print(f"sharding.build: {_explain(error, args.out)}", file=sys.stderr)
-        return 2
+    except (OSError, BrokenProcessPool) as error:
+        raise UserError(_explain(error, args.out)) from None
     except KeyboardInterrupt:
-        print(f"sharding.build: stopped; the same command continues {args.out}", file=sys.stderr)
+        say("sharding.build", f"stopped; the same command continues {args.out}")
         return 130
     print(_report(manifest, args.out, time.perf_counter() - start))
     return 0

@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sharding.command import UserError, command
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -46,10 +48,10 @@ def load_demo(split: str = "train", seed: int = 0, num_images: int | None = None
     from rich.progress import track
 
     if split not in NUM_IMAGES:
-        raise ValueError(f"demo: expected split {' or '.join(NUM_IMAGES)}, found {split!r}")
+        raise UserError(f"demo: expected split {' or '.join(NUM_IMAGES)}, found {split!r}")
     count = NUM_IMAGES[split] if num_images is None else num_images
     if count < 1 or seed < 0:
-        raise ValueError(f"demo: expected num_images >= 1 and seed >= 0, found {count} and {seed}")
+        raise UserError(f"demo: expected num_images >= 1 and seed >= 0, found {count} and {seed}")
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=list(CLASSES))})
     indices = track(range(count), f"demo images, {split}", transient=True)
     images = [{"bytes": encode(draw(split, seed, i), _rng(split, seed, i, 1)), "path": None} for i in indices]
@@ -281,6 +283,7 @@ def contact_sheet(seed: int, columns: int = 12) -> Image.Image:
     return Image.fromarray((np.vstack(rows) * 255 + 0.5).astype(np.uint8))
 
 
+@command("sharding.demo")
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sharding.demo", description="Draw a sheet of the demo's images.")
     parser.add_argument("--out", type=Path, required=True, help="picture to write, e.g. sheet.png")
@@ -288,11 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.seed < 0:
         parser.error(f"argument --seed: expected 0 or more, found {options.seed}")
-    try:
-        contact_sheet(options.seed).save(options.out)
-    except (ValueError, OSError) as error:
-        print(f"sharding.demo: {error}", file=sys.stderr)
-        return 2
+    contact_sheet(options.seed).save(options.out)
     print(f"{options.out}: a row per class: {', '.join(CLASSES)}")
     return 0
 

@@ -16,6 +16,8 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
 
+from sharding.command import UserError
+
 S = TypeVar("S")
 T = TypeVar("T")
 R = TypeVar("R")
@@ -104,7 +106,7 @@ def ray_cluster() -> Engine:
     try:
         import ray
     except ImportError as error:
-        raise ImportError("--engine ray needs Ray: pip install 'parallax-ssl[ray]'") from error
+        raise UserError("--engine ray needs Ray: pip install 'parallax-ssl[ray]'") from error
 
     def run(task: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
         import sharding

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
 from rich.table import Table
 
+from sharding.command import command
 from sharding.manifest import ShardSet, open_shards
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def _class_name(shards: ShardSet, sample: int) -> str:
     return names[label] if 0 <= label < len(names) else str(label)
 
 
+@command("sharding.inspect")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sharding.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -114,14 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("shards", help="directory or fsspec URL")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the pictures (default: here)")
     args = parser.parse_args(argv)
-    try:
-        shards = open_shards(args.shards)
-        args.out.mkdir(parents=True, exist_ok=True)
-        save_histograms(shards, args.out / "histograms.png")
-        save_contact_sheet(shards, args.out / "contact-sheet.png")
-    except (ValueError, OSError) as error:
-        print(f"sharding.inspect: {error}", file=sys.stderr)
-        return 2
+    shards = open_shards(args.shards)
+    args.out.mkdir(parents=True, exist_ok=True)
+    save_histograms(shards, args.out / "histograms.png")
+    save_contact_sheet(shards, args.out / "contact-sheet.png")
     Console().print(summary(shards))
     print(f"pictures: {args.out / 'histograms.png'}, {args.out / 'contact-sheet.png'}")
     return 0

@@ -16,6 +16,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from sharding.command import UserError
 from sharding.storage import STATE, Directory
 
 FORMAT_VERSION = 1
@@ -36,7 +37,7 @@ SAMPLE_SCHEMA = pa.schema(
 INDEX_SCHEMA = SAMPLE_SCHEMA.insert(0, pa.field("shard", pa.int32(), nullable=False))
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """Something is wrong with a shard directory; the message says where, what and what to do."""
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sharding.command import UserError
+
 SPARE_LANE = -1
 
 
@@ -51,7 +53,7 @@ def plan_parts(num_rows: int, num_lanes: int, samples_per_shard: int, seed: int)
     """
     per_lane = num_rows // num_lanes
     if per_lane == 0:
-        raise ValueError(f"{num_rows} images cannot fill {num_lanes} equal lanes: choose a smaller --lanes")
+        raise UserError(f"{num_rows} images cannot fill {num_lanes} equal lanes: choose a smaller --lanes")
     rows = shuffled_rows(num_rows, seed)
     num_shards = -(-per_lane // samples_per_shard)
     lanes = [np.array_split(rows[lane * per_lane : (lane + 1) * per_lane], num_shards) for lane in range(num_lanes)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 from rich.progress import Progress
 
+from sharding.command import UserError
 from sharding.manifest import MANIFEST_FILE, Manifest
 from sharding.storage import Directory
 
@@ -22,7 +23,7 @@ _LABEL_NAMES = ("label", "cls")  # of integer columns that hold labels, where no
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}  # by suffix; others: imagefolder
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """The source cannot be opened or does not hold what is needed; the message says what to do."""
 
 

@@ -16,6 +16,8 @@ import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
+from sharding.command import UserError
+
 _TEMPORARY = "tmp-"
 _BLOCK_BYTES = 1 << 20
 STATE = ".build"  # everything unfinished lives below this name; it is gone from a finished directory
@@ -49,7 +51,7 @@ class Directory:
 
     def local_path(self, name: str = "") -> Path:
         if not self.is_local:
-            raise ValueError(f"{self.url}: is not a local directory")
+            raise UserError(f"{self.url}: is not a local directory")
         return Path(self.path(name))
 
     def exists(self, name: str) -> bool:
@@ -120,7 +122,7 @@ class Directory:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"{self}: another build is writing here; wait for it or stop it") from None
+                raise UserError(f"{self}: another build is writing here; wait for it or stop it") from None
             for leftover in self._staging().glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             yield

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sharding.command import command
 from sharding.encode import BadImageError, Policy, encode
 from sharding.engine import Engine, in_process, processes
 from sharding.manifest import INDEX_FILE, MANIFEST_FILE, Index, Manifest, ShardError, check_fingerprint, check_index
@@ -182,22 +183,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command("sharding.verify")
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     out = Directory.at(args.shards)
     engine = in_process if args.workers < 2 else processes(args.workers)
-    try:
-        problems = verify(out, decode=args.decode, engine=engine, progress=True)
+    problems = verify(out, decode=args.decode, engine=engine, progress=True)
+    for problem in problems:
+        print(problem)
+    if problems and args.repair:
+        repair(out, sorted({problem.path for problem in problems}), args.dataset, args.cache)
+        problems = verify(out, decode=args.decode, engine=engine)
         for problem in problems:
-            print(problem)
-        if problems and args.repair:
-            repair(out, sorted({problem.path for problem in problems}), args.dataset, args.cache)
-            problems = verify(out, decode=args.decode, engine=engine)
-            for problem in problems:
-                print(f"after the repair: {problem}")
-    except (ValueError, OSError) as error:
-        print(f"sharding.verify: {error}", file=sys.stderr)
-        return 2
+            print(f"after the repair: {problem}")
     manifest = Manifest.load(out)
     state = f"{len(problems)} problems" if problems else "sound"
     print(f"{out}: {manifest.num_samples} images in {len(manifest.shards)} shards: {state}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sharding.command import UserError
 from sharding.manifest import Manifest
 from sharding.storage import rename_durably
 from train.config import Config
@@ -19,7 +20,7 @@ from train.config import Config
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message names the file or the field that differs."""
 
 

@@ -10,13 +10,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from pipeline.backends import BACKENDS
 from pipeline.views import PRESETS, ViewSpec
+from sharding.command import UserError
 from train.encoder import EncoderConfig
 from train.methods import MethodConfig
 from train.methods.simclr import SimCLRConfig
 from train.optim import OptimConfig
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be run; the message names the field, what was expected and what was found."""
 
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sharding.command import UserError
+
 
 @dataclass(frozen=True)
 class World:
@@ -71,7 +73,7 @@ def session() -> Iterator[World]:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise UserError(
                 f"--nproc_per_node: expected at most one process per GPU, of which there are "
                 f"{torch.cuda.device_count()}, found local rank {local_rank}"
             )

@@ -22,6 +22,7 @@ import torch
 
 from pipeline.cache import CacheOptions
 from pipeline.loader import Loader
+from sharding.command import UserError, command
 from sharding.manifest import Manifest, ShardSet, open_shards
 from train import checkpoint, schedule
 from train.config import Config, load_config
@@ -30,22 +31,18 @@ from train.distributed import World, session, synchronize_batchnorm
 from train.methods import build_method
 from train.monitor import Monitor
 from train.optim import build_optimizer
-from train.step import NonFiniteGradientError, TrainStep
+from train.step import TrainStep
 
 log = logging.getLogger("train")
 
 
+@command("train.pretrain")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        config = load_config(options.config, options.overrides)
-        with session() as world:
-            pretrain(config, world)
-    except (ValueError, OSError, ImportError, NonFiniteGradientError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.pretrain: {error}", file=sys.stderr)
-        return 2
+    config = load_config(options.config, options.overrides)
+    with session() as world:
+        pretrain(config, world)
     return 0
 
 
@@ -136,7 +133,7 @@ def check_batch(config: Config, manifest: Manifest, world: World) -> None:
     batch = config.run.global_batch_size
     for count, what in ((manifest.num_lanes, "lanes of the shards"), (world.size, "processes")):
         if batch % count:
-            raise ValueError(f"run.global_batch_size: expected a multiple of the {count} {what}, found {batch}")
+            raise UserError(f"run.global_batch_size: expected a multiple of the {count} {what}, found {batch}")
 
 
 def build_loader(config: Config, shards: ShardSet, world: World, start_step: int) -> Loader:
@@ -201,7 +198,7 @@ def _resumed(config: Config, identity: checkpoint.Identity) -> dict[str, Any] | 
     if state:
         checkpoint.check_identity(state, identity, config.run.dir)
     elif not config.run.resume and checkpoint.checkpoints(config.run.dir):
-        raise ValueError(f"run.dir: {config.run.dir} holds checkpoints and run.resume is false; choose another run.dir")
+        raise UserError(f"run.dir: {config.run.dir} holds checkpoints and run.resume is false; choose another run.dir")
     return state
 
 

@@ -5,10 +5,11 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
+from sharding.command import UserError
 from train.methods import Method
 
 
-class NonFiniteGradientError(RuntimeError):
+class NonFiniteGradientError(UserError):
     """The gradient of a step has NaN or infinite values; the parameters are those before that step."""
 
 

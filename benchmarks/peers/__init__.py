@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from pipeline.views import ViewSpec
+from sharding.command import UserError
 from sharding.manifest import ShardSet
 
 
@@ -63,7 +64,7 @@ LEFT_OUT = {"ffcv": "hue, greyscale, blur and solarize"}
 def build_peer(name: str, options: PeerOptions) -> Peer:
     """Raises ValueError for an unknown name, and ImportError for one that is not installed; the extra has its name."""
     if name not in PEERS:
-        raise ValueError(f"peer: expected one of {', '.join(PEERS)}, found {name!r}")
+        raise UserError(f"peer: expected one of {', '.join(PEERS)}, found {name!r}")
     num_threads = torch.get_num_threads()
     try:
         build: Callable[[PeerOptions], Peer] = resolve_name(PEERS[name])

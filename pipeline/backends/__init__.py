@@ -14,12 +14,13 @@ import torch
 from pipeline.plan import BatchPlan
 from pipeline.reader import Reader
 from pipeline.views import ViewSpec
+from sharding.command import UserError
 
 # V tensors (n, size, size, 3) uint8, RGB, contiguous, in the order of `plan.views`
 Views = list[torch.Tensor]
 
 
-class UndecodableError(RuntimeError):
+class UndecodableError(UserError):
     """Samples of a batch cannot be decoded; ``reasons`` maps their ids to what the decoder said."""
 
     def __init__(self, reasons: dict[int, str]) -> None:
@@ -83,6 +84,6 @@ BACKENDS = {
 def build_backend(name: str, options: BackendOptions) -> Backend:
     """Raises ValueError for an unknown name, and ImportError naming the extra of an optional one not installed."""
     if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {name!r}")
+        raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, found {name!r}")
     build: Callable[[BackendOptions], Backend] = resolve_name(BACKENDS[name])
     return build(options)

@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.backends import UndecodableError
 from pipeline.plan import Ints
 from pipeline.views import ViewSpec, preset
+from sharding.command import UserError, command
 from sharding.manifest import ShardSet, open_shards
 from train import checkpoint
 from train.config import Config, validate
@@ -31,13 +31,10 @@ PROTOCOLS: dict[str, Callable[[Features, Features, argparse.Namespace], torch.Te
 _HOLDOUT = 0.2
 
 
+@command("train.evaluate")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        results = evaluate(options)
-    except (ValueError, OSError, UndecodableError) as error:
-        print(f"train.evaluate: {error}", file=sys.stderr)
-        return 2
+    results = evaluate(options)
     _show(results)
     return 0
 
@@ -50,7 +47,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     train_set = open_shards(options.train or config.data.shards)
     test_set = open_shards(options.test) if options.test else train_set
     if test_set is not train_set and test_set.manifest.fingerprint == train_set.manifest.fingerprint:
-        raise ValueError(
+        raise UserError(
             f"--test {options.test}: expected other images than those of {train_set.directory}, found the same, "
             "each of which would find itself; leave --test out to hold a part of them back"
         )

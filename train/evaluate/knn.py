@@ -4,6 +4,7 @@ instance discrimination", 2018, section 3.4."""
 import torch
 import torch.nn.functional as F
 
+from sharding.command import UserError
 from train.evaluate.features import Features
 
 _CHUNK = 1024
@@ -15,7 +16,7 @@ def knn_predict(train: Features, test: Features, *, k: int = 20, temperature: fl
     Each of the ``k`` training neighbours of highest cosine similarity s votes for its class with exp(s / temperature).
     """
     if not 1 <= k <= len(train):
-        raise ValueError(f"k: expected 1 to {len(train)} neighbours (the training set's size), found {k}")
+        raise UserError(f"k: expected 1 to {len(train)} neighbours (the training set's size), found {k}")
     keys = F.normalize(train.h, dim=1)
     num_classes = int(train.labels.max()) + 1
     predictions = []

@@ -1,0 +1,43 @@
+"""One way for all commands to end: an error that the user can act on is one line, an error of ours is a traceback."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+Main = Callable[..., int]  # of (argv), by default that of the process
+
+
+class UserError(ValueError):
+    """Something that the user can put right; the message says where, what was expected, what was found, what to do."""
+
+
+def command(name: str) -> Callable[[Main], Main]:
+    """Makes a ``main(argv) -> exit code`` end properly.
+
+    A `UserError` or an OSError (a full disk, a missing file) is printed as one line and is exit code 2, Ctrl-C is exit
+    code 130; everything else is a fault of this program and keeps its traceback.
+    """
+
+    def decorate(main: Main) -> Main:
+        @functools.wraps(main)
+        def run(*args: Any) -> int:
+            try:
+                return main(*args)
+            except (UserError, OSError) as error:
+                say(name, str(error))
+                return 2
+            except KeyboardInterrupt:
+                say(name, "stopped by Ctrl-C")
+                return 130
+
+        return run
+
+    return decorate
+
+
+def say(name: str, message: str) -> None:
+    """A line of ``name`` on the standard error; under `torchrun` with the rank that has something to say."""
+    rank = f" [rank {os.environ['RANK']}]" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(f"{name}{rank}: {message}", file=sys.stderr, flush=True)
