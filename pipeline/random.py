@@ -1,7 +1,14 @@
 """Counter-based random numbers: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11).
 
 A number is a function of (key, counter) and of nothing else: no state, no order of evaluation, any number of
-threads. Parallax keys the generator by the seed and counts by ``(epoch, sample id, view, draw)``.
+threads. The key is the seed; the counter's four words are, for
+
+| draws of | 0 | 1 | 2 | 3 |
+|---|---|---|---|---|
+| a view (`pipeline.plan`) | pass over the data | sample id | number of the view | which draw |
+| the model (`train.draws`) | step | sample id, or 0 | `MODEL_STREAM` + stream of the name | block of 4 words |
+| a replacement (`pipeline.order`) | pass | sample id | `REPLACEMENT_STREAM` | attempt |
+| the order (`pipeline.order`) | pass | half of the position | `ORDER_STREAM` + window and lane | Feistel round |
 """
 
 import numpy as np
@@ -15,6 +22,10 @@ Word = np.uint64  # that holds 32 bits
 
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+MODEL_STREAM = 1 << 30  # to 2**30 + 2**29
+REPLACEMENT_STREAM = (1 << 31) - 1
+ORDER_STREAM = 1 << 31  # and above
+
 _ROUNDS = 10
 _FEISTEL_ROUNDS = 8
 _LOW = np.uint64(0xFFFFFFFF)

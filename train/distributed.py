@@ -32,12 +32,12 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """All ranks' ``rows`` (b, ...) as (world_size * b, ...), ordered by rank, with gradient. Synchronises ranks."""
+    def gather(self, rows: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """All ranks' ``rows``, concatenated along ``dim`` in the order of ranks, with gradient. Synchronises ranks."""
         if self.size == 1:
             return rows
-        gathered: torch.Tensor = _Gather.apply(rows)
-        return gathered
+        gathered: torch.Tensor = _Gather.apply(rows.movedim(dim, 0))
+        return gathered.movedim(0, dim)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The average over ranks, without gradient. Synchronises ranks."""
@@ -59,7 +59,9 @@ class World:
         if self.size == 1:
             return module
         ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = False  # they stay equal; a queue's would be sent each step
+        return wrapped
 
 
 @contextmanager
@@ -122,7 +124,7 @@ def synchronize_batchnorm(module: nn.Module, world: World) -> nn.Module:
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             layer = GlooBatchNorm(child.num_features, child.eps, child.momentum or 0.1)
-            layer.load_state_dict(child.state_dict())
+            layer.to(child.weight.dtype).load_state_dict(child.state_dict())
             setattr(module, name, layer)
         else:
             synchronize_batchnorm(child, world)
@@ -155,8 +157,8 @@ class _BatchNormFunction(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
         # What `native_batch_norm` sums with; on channels_last tensors 14 times as fast as `torch.var_mean`.
-        mean, variance = torch.batch_norm_update_stats(x.float(), None, None, 0.0)
-        both = [torch.empty(2, len(mean)) for _ in range(dist.get_world_size())]
+        mean, variance = torch.batch_norm_update_stats(x if x.dtype == torch.float64 else x.float(), None, None, 0.0)
+        both = [mean.new_empty(2, len(mean)) for _ in range(dist.get_world_size())]
         dist.all_gather(both, torch.stack([mean, variance]))
         means, variances = torch.stack(both).unbind(1)
         mean = means.mean(0)

@@ -14,8 +14,8 @@ def nt_xent(z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float
     but the anchor itself; the mean over anchors and positives, a scalar. For V = 2 this is the paper's loss.
     """
     num_views, num_anchors, _ = z.shape
-    anchors = F.normalize(z.float(), dim=-1).flatten(0, 1)
-    others = F.normalize(keys.float(), dim=-1).flatten(0, 1)
+    anchors = F.normalize(z, dim=-1).flatten(0, 1)
+    others = F.normalize(keys, dim=-1).flatten(0, 1)
     logits = anchors @ others.T / temperature  # (V * b, V * B)
     rows = torch.arange(num_views * num_anchors, device=z.device)
     images = offset + rows % num_anchors

@@ -1,4 +1,4 @@
-"""Learning rates as a pure function of the step."""
+"""Learning rates and other values that move during a run, as pure functions of how far it is."""
 
 import math
 
@@ -17,3 +17,8 @@ def warmup_cosine(step: int, *, total_steps: int, warmup_steps: int, peak: float
 def scaled_peak(base: float, global_batch_size: int, scaling: str) -> float:
     """The peak learning rate: ``base * B / 256`` (linear) or ``base * sqrt(B)`` (SimCLR, appendix B.1)."""
     return base * global_batch_size / 256 if scaling == "linear" else base * math.sqrt(global_batch_size)
+
+
+def cosine(progress: float, start: float, end: float) -> float:
+    """Half a cosine from ``start`` at progress 0 to ``end`` at 1."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,43 +1,114 @@
-"""Methods of self-supervised learning, one file each."""
+"""Methods of self-supervised learning, one file each, and what they have in common."""
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pkgutil import resolve_name
-from typing import Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from train.encoder import EncoderConfig
-from train.methods.simclr import SimCLRConfig
+from train.distributed import World
+from train.draws import Draws
+from train.encoder import Encoder, EncoderConfig
 
-MethodConfig = SimCLRConfig  # a union, told apart by `name`, once there are more
-
-# name -> "module:builder"; a builder takes (method config, encoder config, gather, rank)
-METHODS = {"simclr": "train.methods.simclr:build"}
-
-Gather = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Method(Protocol):
-    """An `nn.Module` with an ``encoder``, trained in two parts so that embeddings can be made in pieces."""
-
-    @property
-    def encoder(self) -> nn.Module: ...
-
-    def forward(self, views: list[torch.Tensor]) -> torch.Tensor:
-        """V views (b, 3, H, W) -> embeddings (V, b, D)."""
-        ...
-
-    def loss(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """This rank's loss, the mean over its own anchors, and scalars worth logging (detached)."""
-        ...
-
-    def after_step(self, progress: float) -> None:
-        """Called after each update with the finished fraction of the run, in (0, 1]."""
-        ...
+# name -> "module:class", imported when chosen
+METHODS = {
+    "simclr": "train.methods.simclr:SimCLR",
+}
 
 
-def build_method(config: MethodConfig, encoder: EncoderConfig, gather: Gather, rank: int) -> nn.Module:
+class MethodConfig(BaseModel):
+    """The section ``method`` of a configuration; each method has its own, in which ``name`` is a literal."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the paper trains a method: defaults of a configuration that chooses the method and says nothing else.
+
+    ``views`` is a preset of `pipeline.views`; ``sections`` are fields of the other sections, as YAML would have them.
+    """
+
+    views: str
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Loss(NamedTuple):
+    """``value``: this rank's loss, the mean over its own images, a scalar. ``metrics``: detached scalars to log, which
+    are averaged over ranks."""
+
+    value: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+
+
+class Update(NamedTuple):
+    """An update that was made, or refused because of its gradient.
+
+    progress   the fraction of the run that is finished after it, in (0, 1]
+    accepted   1.0, or 0.0 where it was refused: a scalar on the device, since the host does not wait to know
+    """
+
+    progress: float
+    accepted: torch.Tensor
+
+
+class Method(nn.Module):
+    """An encoder and what it is trained with, in two parts: `forward`, in which images stay apart (but for BatchNorm),
+    and `loss`, in which they meet. So embeddings can be made piece by piece.
+
+    ``E``, what `forward` returns, is a NamedTuple of the method's own, of tensors (V, b, ...): a row an image. All
+    trainable parameters are used in `forward`; state that is not trained is in buffers, which every rank keeps equal.
+    """
+
+    Config: ClassVar[type[MethodConfig]]
+    recipe: ClassVar[Recipe]
+    images_meet: ClassVar[bool] = True  # in `loss`: False where it is a mean over images, so that pieces just add up
+    takes_labels: ClassVar[bool] = False
+
+    encoder: Encoder
+
+    def forward(self, views: list[torch.Tensor], draws: Draws) -> Any:
+        """V views (b, 3, H, W) of b images -> E. Draws from ``draws`` alone."""
+        raise NotImplementedError
+
+    def loss(self, e: Any, labels: torch.Tensor | None = None) -> Loss:
+        """The loss of E; ``labels`` (b,) int64 for methods that take them. Gathers with gradient what it needs."""
+        raise NotImplementedError
+
+    def after_update(self, update: Update) -> None:
+        """Moves what is not trained: a teacher, a queue. Must change nothing where ``update.accepted`` is 0."""
+
+    def exported(self) -> Encoder:
+        """The encoder that evaluation and export take."""
+        return self.encoder
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method of the table."""
+    chosen: type[Method] = resolve_name(METHODS[name])
+    return chosen
+
+
+def build_method(config: MethodConfig, encoder: EncoderConfig, world: World) -> Method:
     """The method on its freshly initialised encoder; the caller seeds torch's generator."""
-    method: nn.Module = resolve_name(METHODS[config.name])(config, encoder, gather, rank)
-    return method
+    return method_class(config.name)(config, Encoder(encoder), world)
+
+
+def same_size(views: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Runs of consecutive views of equal shape."""
+    groups: list[list[torch.Tensor]] = []
+    for view in views:
+        if groups and groups[-1][0].shape == view.shape:
+            groups[-1].append(view)
+        else:
+            groups.append([view])
+    return groups
+
+
+def encode(encoder: nn.Module, views: list[torch.Tensor]) -> torch.Tensor:
+    """Representations (V * b, D) of V views (b, 3, H, W), by view; views of one size pass the encoder together."""
+    return torch.cat([encoder(torch.cat(group)) for group in same_size(views)])

@@ -1,21 +1,27 @@
-"""SimCLR (Chen et al., "A simple framework for contrastive learning of visual representations", 2020)."""
+"""SimCLR (Chen et al., "A simple framework for contrastive learning of visual representations", 2020).
 
-from collections.abc import Callable
-from typing import Literal
+``z = projector(encoder(view))``; the loss is NT-Xent (equation 1) over all views of the global batch.
+
+Kept: the three-layer projector with BatchNorm after each layer, BatchNorm over the global batch, LARS without decay and
+adaptation of biases and BatchNorm, 10 epochs of warm-up, cosine. Substituted: the projector's last BatchNorm keeps its
+bias (google-research/simclr has none); torch's initialisation of linear layers.
+"""
+
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from pydantic import Field
 
-from train.encoder import Encoder, EncoderConfig
+from train.distributed import World
+from train.draws import Draws
+from train.encoder import Encoder
 from train.heads import mlp
 from train.losses import nt_xent
+from train.methods import Loss, Method, MethodConfig, Recipe, encode
 
 
-class SimCLRConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class SimCLRConfig(MethodConfig):
     name: Literal["simclr"] = "simclr"
     temperature: float = Field(0.1, gt=0, description="tau of equation 1")
     hidden: int = Field(2048, ge=1, description="width of the projector's hidden layers")
@@ -23,46 +29,26 @@ class SimCLRConfig(BaseModel):
     layers: int = Field(3, ge=1, description="linear layers of the projector")
 
 
-class SimCLR(nn.Module):
-    """``forward``: V views, each (b, 3, H, W) -> embeddings (V, b, D). Views of one size pass the encoder together."""
+class Embeddings(NamedTuple):
+    z: torch.Tensor  # (V, b, D)
 
-    def __init__(
-        self,
-        config: SimCLRConfig,
-        encoder: EncoderConfig,
-        gather: Callable[[torch.Tensor], torch.Tensor],
-        rank: int,
-    ) -> None:
+
+class SimCLR(Method):
+    Config = SimCLRConfig
+    recipe = Recipe("simclr", {"run": {"dir": "runs/simclr"}})
+
+    def __init__(self, config: SimCLRConfig, encoder: Encoder, world: World) -> None:
         super().__init__()
-        self.encoder = Encoder(encoder)
-        self.projector = mlp(self.encoder.num_features, config.hidden, config.out, config.layers)
-        self._temperature, self._gather, self._rank = config.temperature, gather, rank
+        self.encoder = encoder
+        self.projector = mlp(encoder.num_features, config.hidden, config.out, config.layers)
+        self._temperature, self._world = config.temperature, world
 
-    def forward(self, views: list[torch.Tensor]) -> torch.Tensor:
-        h = torch.cat([self.encoder(torch.cat(group)) for group in same_size(views)])
-        z: torch.Tensor = self.projector(h).float()  # as gradients of gathered embeddings are summed over ranks
-        return z.view(len(views), len(views[0]), -1)
+    def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
+        z = self.projector(encode(self.encoder, views))
+        return Embeddings(z.view(len(views), len(views[0]), -1))
 
-    def loss(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        num_anchors = embeddings.shape[1]
-        keys = self._gather(embeddings.transpose(0, 1)).transpose(0, 1)
-        loss = nt_xent(embeddings, keys, self._rank * num_anchors, self._temperature)
-        z = F.normalize(embeddings.detach().float(), dim=-1)
-        return loss, {"alignment": (z[0] * z[1]).sum(-1).mean()}
-
-    def after_step(self, progress: float) -> None:
-        """SimCLR keeps nothing beside its weights."""
-
-
-def same_size(views: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Runs of consecutive views of equal shape."""
-    groups: list[list[torch.Tensor]] = []
-    for view in views:
-        if groups and groups[-1][0].shape == view.shape:
-            groups[-1].append(view)
-        else:
-            groups.append([view])
-    return groups
-
-
-build = SimCLR
+    def loss(self, e: Embeddings, labels: torch.Tensor | None = None) -> Loss:
+        keys = self._world.gather(e.z, dim=1)
+        value = nt_xent(e.z, keys, self._world.rank * e.z.shape[1], self._temperature)
+        z = F.normalize(e.z.detach(), dim=-1)
+        return Loss(value, {"alignment": (z[0] * z[1]).sum(-1).mean()})

@@ -1,0 +1,159 @@
+"""What every method of the table promises; a new row is tested without new code."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.views import ViewSpec, flatten, preset
+from tests.processes import run_ranks
+from train.distributed import World, synchronize_batchnorm
+from train.draws import Draws
+from train.encoder import EncoderConfig
+from train.methods import METHODS, Method, build_method, method_class
+from train.optim import OptimConfig, build_optimizer
+from train.step import TrainStep
+
+_BATCH = 12
+_STEP = 7
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def views(name: str) -> list[torch.Tensor]:
+    """As many as the recipe has, of at most 32 px."""
+    specs: tuple[ViewSpec, ...] = flatten(preset(method_class(name).recipe.views))
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(_BATCH, 3, min(32, spec.size), min(32, spec.size)) for spec in specs]
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def labels() -> torch.Tensor:
+    return torch.arange(_BATCH) % 3
+
+
+def build(name: str, world: World, batchnorm: bool = True) -> Method:
+    torch.manual_seed(0)
+    encoder = EncoderConfig(name="resnet18", width=8, stem="cifar")
+    method = build_method(method_class(name).Config(), encoder, world).double()
+    for module in list(method.modules()):
+        for child_name, child in module.named_children():
+            if not batchnorm and isinstance(child, nn.modules.batchnorm._BatchNorm):
+                setattr(module, child_name, nn.Identity())
+    return method
+
+
+def train(world: World, name: str, pieces: int = 1, batchnorm: bool = True, steps: int = 2) -> dict[str, torch.Tensor]:
+    """The method's whole state after some steps, and the losses."""
+    method = synchronize_batchnorm(build(name, world, batchnorm), world)
+    optimizer = build_optimizer(OptimConfig(name="sgd"), method)
+    per_rank = _BATCH // world.size
+    rows = slice(world.rank * per_rank, (world.rank + 1) * per_rank)
+    step = TrainStep(method, world.wrap(method), optimizer, torch.float64, micro_batch_size=per_rank // pieces)
+    state: dict[str, torch.Tensor] = {}
+    for number in range(steps):
+        draws = Draws(0, _STEP + number, torch.arange(100, 100 + _BATCH)[rows])
+        loss = step([view[rows] for view in views(name)], draws, 0.05, (number + 1) / 10, labels()[rows])
+        state |= {f"loss.{number}": world.mean(loss.value)}
+        state |= {f"metrics.{number}.{k}": world.mean(v) for k, v in loss.metrics.items()}
+    return state | dict(method.state_dict())
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=rtol, atol=rtol, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@every_method
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_many_processes_make_the_steps_of_one(name: str, world_size: int) -> None:
+    expected = train(World(), name)
+    for found in run_ranks(train, world_size, name):
+        assert_equal(found, expected, rtol=1e-9)
+
+
+@every_method
+@pytest.mark.parametrize("pieces", [2, 6])
+def test_pieces_make_the_steps_of_the_undivided_batch(name: str, pieces: int) -> None:
+    expected = train(World(), name, batchnorm=False)
+    assert_equal(train(World(), name, pieces, batchnorm=False), expected, rtol=1e-10)
+
+
+@every_method
+def test_pieces_on_two_processes(name: str) -> None:
+    expected = train(World(), name, batchnorm=False)
+    for found in run_ranks(train, 2, name, 3, False):
+        assert_equal(found, expected, rtol=1e-10)
+
+
+@every_method
+def test_a_step_reads_no_generator_of_torch(name: str) -> None:
+    method = build(name, World())
+    step = TrainStep(method, method, build_optimizer(OptimConfig(name="sgd"), method), torch.float64)
+    before = torch.get_rng_state()
+    step(views(name), Draws(0, _STEP, torch.arange(_BATCH)), 0.05, 0.1, labels())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@every_method
+def test_a_refused_update_changes_nothing(name: str) -> None:
+    """But for BatchNorm's statistics, which belong to the forward pass."""
+    method = build(name, World(), batchnorm=False)
+    step = TrainStep(method, method, build_optimizer(OptimConfig(name="sgd"), method), torch.float64)
+    draws = Draws(0, _STEP, torch.arange(_BATCH))
+    step(views(name), draws, 0.05, 0.1, labels())
+    before = {k: v.clone() for k, v in method.state_dict().items()}
+    poisoned = views(name)
+    poisoned[0][0, 0, 0, 0] = float("nan")
+    for batch in (poisoned, views(name)):
+        step(batch, draws, 0.05, 0.2, labels())
+    for key, value in method.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@every_method
+def test_state_is_all_in_the_state_dict(name: str) -> None:
+    """A method that is built anew and given the state goes on as the first one."""
+    losses = []
+    method = build(name, World())
+    for number in range(3):
+        if number == 2:
+            state = {k: v.clone() for k, v in method.state_dict().items()}
+            torch.manual_seed(99)
+            method = build(name, World())
+            method.load_state_dict(state)
+        step = TrainStep(method, method, build_optimizer(OptimConfig(name="sgd"), method), torch.float64)
+        draws = Draws(0, number, torch.arange(_BATCH))
+        losses.append(step(views(name), draws, 0.05, 0.1 * (number + 1), labels()).value)
+    assert torch.equal(losses[2], reference_losses(name)[2])
+
+
+def reference_losses(name: str) -> list[torch.Tensor]:
+    method = build(name, World())
+    losses = []
+    for number in range(3):
+        step = TrainStep(method, method, build_optimizer(OptimConfig(name="sgd"), method), torch.float64)
+        draws = Draws(0, number, torch.arange(_BATCH))
+        losses.append(step(views(name), draws, 0.05, 0.1 * (number + 1), labels()).value)
+    return losses
+
+
+@every_method
+def test_images_can_be_exchanged(name: str) -> None:
+    """The loss does not depend on the order of the images."""
+    method, order = build(name, World()), torch.arange(_BATCH).flip(0)
+    ids = torch.arange(_BATCH)
+    with torch.no_grad():
+        first = method.loss(method(views(name), Draws(0, _STEP, ids)), labels())
+        method = build(name, World())
+        made = method([view[order] for view in views(name)], Draws(0, _STEP, ids[order]))
+        second = method.loss(made, labels()[order])
+    torch.testing.assert_close(first.value, second.value, rtol=1e-9, atol=1e-12)
+
+
+@every_method
+def test_exported_is_an_encoder(name: str) -> None:
+    method: Any = build(name, World()).eval()
+    h = method.exported()(torch.zeros(2, 3, 32, 32, dtype=torch.float64))
+    assert h.shape == (2, method.exported().num_features)
