@@ -1,16 +1,35 @@
-"""Projection heads: multi-layer perceptrons from a representation h to an embedding z."""
+"""Heads: multi-layer perceptrons from a representation h to an embedding z, or from an embedding to a prediction."""
+
+from collections.abc import Callable
+from typing import Literal
 
 from torch import nn
 
+Norm = Literal["batch", "layer", "none"]
+_NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 
-def mlp(num_features: int, hidden: int, out: int, layers: int = 2) -> nn.Sequential:
-    """``layers`` linear layers, ``hidden`` wide, each followed by BatchNorm and all but the last by ReLU.
 
-    The BatchNorm at the end is SimCLR's (google-research/simclr).
+def mlp(
+    num_features: int,
+    hidden: int,
+    out: int,
+    layers: int = 2,
+    *,
+    norm: Norm = "batch",
+    last_norm: bool = True,
+    activation: type[nn.Module] = nn.ReLU,
+) -> nn.Sequential:
+    """``layers`` linear layers, ``hidden`` wide, each followed by a ``norm`` and all but the last by an ``activation``.
+
+    ``last_norm`` says whether the last layer has a norm too, as SimCLR's has (google-research/simclr, where that
+    BatchNorm has no bias; here it has). Layers that are followed by a norm have no bias.
     """
     modules: list[nn.Module] = []
-    for _ in range(layers - 1):
-        modules += [nn.Linear(num_features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
-        num_features = hidden
-    modules += [nn.Linear(num_features, out, bias=False), nn.BatchNorm1d(out)]
+    widths = [num_features, *[hidden] * (layers - 1), out]
+    for number in range(layers):
+        last = number == layers - 1
+        normed = norm != "none" and (last_norm or not last)
+        modules.append(nn.Linear(widths[number], widths[number + 1], bias=not normed))
+        modules += [_NORMS[norm](widths[number + 1])] if normed else []
+        modules += [] if last else [activation()]
     return nn.Sequential(*modules)

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.processes import run_ranks
 from train.distributed import World, synchronize_batchnorm
-from train.losses import nt_xent
+from train.losses.contrastive import nt_xent
 
 _BATCH = 12
 

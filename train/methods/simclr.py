@@ -17,7 +17,7 @@ from train.distributed import World
 from train.draws import Draws
 from train.encoder import Encoder
 from train.heads import mlp
-from train.losses import nt_xent
+from train.losses.contrastive import nt_xent
 from train.methods import Loss, Method, MethodConfig, Recipe, encode
 
 

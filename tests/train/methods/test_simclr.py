@@ -3,7 +3,7 @@ import torch
 from train.distributed import World
 from train.draws import Draws
 from train.encoder import EncoderConfig
-from train.losses import nt_xent
+from train.losses.contrastive import nt_xent
 from train.methods import build_method, same_size
 from train.methods.simclr import Embeddings, SimCLRConfig
 

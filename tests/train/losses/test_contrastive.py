@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from train.losses import nt_xent
+from train.losses.contrastive import nt_xent
 
 
 def transcribed(z: torch.Tensor, temperature: float) -> float:

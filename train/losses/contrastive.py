@@ -1,4 +1,4 @@
-"""Losses as pure functions of embeddings. They know nothing of devices or ranks."""
+"""Losses that tell the views of an image from those of other images."""
 
 import torch
 import torch.nn.functional as F
