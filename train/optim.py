@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 from torch import nn
 
+from pipeline.settings import Settings
 
-class OptimConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
+class OptimConfig(Settings):
     name: Literal["lars", "sgd", "adamw"] = "lars"
     learning_rate: float = Field(0.3, gt=0, description="peak is this x B/256 (linear) or x sqrt(B) (sqrt)")
     scaling: Literal["linear", "sqrt"] = "linear"
@@ -24,6 +24,15 @@ class OptimConfig(BaseModel):
     epochs: float = Field(100, gt=0, description="passes over the data; the run ends at the next whole step")
     steps: int | None = Field(None, ge=1, description="updates of the run, instead of epochs")
     warmup_epochs: float = Field(10, ge=0, description="linear warm-up; cut to a tenth of a run given in steps")
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimConfig":
+        if self.steps is None and self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs: expected less than the {self.epochs:g} optim.epochs, found {self.warmup_epochs:g}; "
+                f"set optim.warmup_epochs={self.epochs / 10:g}, for example"
+            )
+        return self
 
 
 def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:

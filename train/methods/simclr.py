@@ -1,20 +1,21 @@
 """SimCLR (Chen et al., "A simple framework for contrastive learning of visual representations", 2020)."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
 
+from pipeline.settings import Settings
 from train.encoder import Encoder, EncoderConfig
 from train.heads import mlp
 from train.losses import nt_xent
 
 
-class SimCLRConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class SimCLRConfig(Settings):
+    min_views: ClassVar[int] = 2  # of each image
 
     name: Literal["simclr"] = "simclr"
     temperature: float = Field(0.1, gt=0, description="tau of equation 1")
