@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from pipeline.settings import Settings
 from sharding.command import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -15,14 +16,13 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 Probability = Annotated[float, Field(ge=0, le=1)]
 Interval = tuple[float, float]
 PerChannel = tuple[float, float, float]
+Divisor = Annotated[float, Field(gt=0)]
 
 
-class ViewSpec(BaseModel):
+class ViewSpec(Settings):
     """One group of views. The operations follow torchvision's definitions and SimCLR's sequence: crop and antialiased
     bilinear resize, flip, colour jitter (its four operations in random order), grey, blur, solarize, normalise.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     count: int = Field(1, ge=1, description="views of this kind per image")
     size: int = Field(224, ge=1, description="side of the square view, pixels")
@@ -42,7 +42,7 @@ class ViewSpec(BaseModel):
     kernel: int = Field(23, ge=1, description="blur: odd window, pixels")
     solarize: Probability = Field(0.0, description="probability of inverting values of 128 and above")
     mean: PerChannel = Field(IMAGENET_MEAN, description="subtracted, of values in [0, 1]")
-    std: PerChannel = Field(IMAGENET_STD, description="divided by, of values in [0, 1]")
+    std: tuple[Divisor, Divisor, Divisor] = Field(IMAGENET_STD, description="divided by, of values in [0, 1]")
 
     @model_validator(mode="after")
     def _check(self) -> "ViewSpec":
@@ -81,7 +81,8 @@ def _multicrop(count: int, size: int, small_count: int) -> list[dict[str, Any]]:
 
 
 def _dino() -> list[dict[str, Any]]:
-    """Caron et al., 2021: two global views of their own, six local ones."""
+    """Caron et al., 2021: two global views of their own, six local ones. Their code resizes bicubically; here
+    every view is resized bilinearly."""
     common = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
     return [
         {**common, "scale": (0.4, 1.0), "blur": 1.0},

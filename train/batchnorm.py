@@ -19,13 +19,18 @@ def synchronize_batchnorm(module: nn.Module, world: World) -> nn.Module:
         return module
     if world.device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    return _with_gloo_batchnorm(module)
+
+
+def _with_gloo_batchnorm(module: nn.Module) -> nn.Module:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        layer = GlooBatchNorm(
+            module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
+        )
+        layer.load_state_dict(module.state_dict(), assign=True)  # their dtype too
+        return layer.train(module.training)
     for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            layer = GlooBatchNorm(child.num_features, child.eps, child.momentum or 0.1)
-            layer.to(child.weight.dtype).load_state_dict(child.state_dict())
-            setattr(module, name, layer)
-        else:
-            synchronize_batchnorm(child, world)
+        setattr(module, name, _with_gloo_batchnorm(child))
     return module
 
 
@@ -39,12 +44,19 @@ class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
-        y, mean, variance, count = _BatchNormFunction.apply(x, self.weight, self.bias, self.eps)
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # tracking is always on here
-            self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr,arg-type]
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)  # type: ignore[union-attr,arg-type]
+        weight, bias = (self.weight, self.bias) if self.affine else (torch.ones(x.shape[1]), torch.zeros(x.shape[1]))
+        y, mean, variance, count = _BatchNormFunction.apply(x, weight, bias, self.eps)
+        if self.num_batches_tracked is not None:
+            self._track(mean, variance * (count / (count - 1)))
         return y
+
+    @torch.no_grad()
+    def _track(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        """As BatchNorm: an exponential average, or that of all batches where the momentum is None."""
+        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum  # type: ignore[union-attr]
+        self.running_mean.lerp_(mean, share)  # type: ignore[union-attr]
+        self.running_var.lerp_(variance, share)  # type: ignore[union-attr]
 
 
 class _BatchNormFunction(torch.autograd.Function):

@@ -3,9 +3,11 @@
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from pipeline.settings import Settings
 
 _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -15,9 +17,7 @@ _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 }
 
 
-class EncoderConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class EncoderConfig(Settings):
     name: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = Field("resnet50", description="architecture")
     stem: Literal["imagenet", "cifar"] = Field(
         "imagenet", description="7x7 stride 2 and max-pool, or 3x3 stride 1 without (images of 32 px)"

@@ -62,3 +62,30 @@ def test_synchronized_batchnorm_evaluates_like_batchnorm() -> None:
     synchronized = synchronize_batchnorm(network(), World(size=2)).eval()
     x = images()[0]
     torch.testing.assert_close(synchronized(x), module(x))
+
+
+def unusual_batchnorms() -> list[nn.Module]:
+    kinds = [{"momentum": None}, {"momentum": 0.0}, {"affine": False}, {"track_running_stats": False}]
+    return [nn.BatchNorm2d(3, **kind) for kind in kinds]  # type: ignore[arg-type]
+
+
+def outputs_and_statistics(world: World) -> list[list[torch.Tensor]]:
+    """Of layers that are BatchNorm themselves: what two batches become, then the buffers."""
+    results = []
+    for module in unusual_batchnorms():
+        layer = synchronize_batchnorm(module, world)
+        per_rank = _BATCH // world.size
+        batches = [x[world.rank * per_rank : (world.rank + 1) * per_rank] for x in images()]
+        results.append([*(layer(x).detach() for x in batches), *(buffer.float() for buffer in layer.buffers())])
+    return results
+
+
+def test_every_kind_of_batchnorm_is_synchronized() -> None:
+    expected = outputs_and_statistics(World())
+    ranks = run_ranks(outputs_and_statistics, 2)
+    for number, (y0, y1, *buffers) in enumerate(expected):
+        layers = [found[number] for found in ranks]
+        torch.testing.assert_close(torch.cat([layer[0] for layer in layers]), y0)
+        torch.testing.assert_close(torch.cat([layer[1] for layer in layers]), y1)
+        for layer in layers:
+            torch.testing.assert_close(layer[2:], buffers)

@@ -5,9 +5,9 @@ from pkgutil import resolve_name
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from pipeline.settings import Settings
 from train.distributed import World
 from train.draws import Draws
 from train.encoder import Encoder, EncoderConfig
@@ -18,10 +18,10 @@ METHODS = {
 }
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Settings):
     """The section ``method`` of a configuration; each method has its own, in which ``name`` is a literal."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    min_views: ClassVar[int] = 2  # of each image
 
     name: str
 
