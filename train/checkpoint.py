@@ -19,7 +19,6 @@ import torch
 import xxhash
 
 from sharding.command import UserError
-from sharding.manifest import Manifest
 from sharding.storage import rename_durably
 from train.config import Config, validate
 
@@ -125,7 +124,9 @@ def save(directory: Path, step: int, state: State) -> Path:
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's zip writer
         temporary.unlink(missing_ok=True)
         reason = error if isinstance(error, OSError) else "is the disk full?"
-        raise OSError(f"{path}: the checkpoint could not be written ({reason}); free space or change run.dir") from error
+        raise OSError(
+            f"{path}: the checkpoint could not be written ({reason}); free space or change run.dir"
+        ) from error
     return path
 
 

@@ -1,26 +1,25 @@
 """The configuration of a run: defaults, then a YAML file, then ``a.b=c`` overrides, strictly validated."""
 
+import copy
 import difflib
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, create_model, model_validator
 
 from pipeline.backends import BACKENDS
 from pipeline.settings import Settings
 from pipeline.views import PRESETS, ViewSpec
-from sharding.command import UserError
 from train.encoder import EncoderConfig
-from train.methods import MethodConfig
-from train.methods.simclr import SimCLRConfig
+from train.methods import METHODS, MethodConfig, method_class
 from train.optim import OptimConfig
+from train.overrides import ConfigError, apply, check_length, preset_groups, read_yaml
 
-
-class ConfigError(UserError):
-    """A configuration that cannot be run; the message names the field, what was expected and what was found."""
+_DEFAULT_METHOD = "simclr"
 
 
 def _expand_preset(value: Any) -> Any:
@@ -63,22 +62,33 @@ class RunConfig(Settings):
     dir: HomePath = Field(Path("runs/simclr"), description="checkpoints, logs and the effective configuration")
     seed: int = Field(0, ge=0, lt=2**64, description="of initial weights, order and views")
     global_batch_size: int = Field(512, ge=2, description="images per step, over all processes")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 elsewhere")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="images of a process that pass the network at a time, to save memory; default: all"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
+        "auto", description="auto: bf16 on a GPU, fp32 elsewhere; fp64: on a CPU, to verify"
+    )
     sync_batchnorm: bool = Field(True, description="BatchNorm over the global batch")
     compile: bool = Field(False, description="torch.compile the method's forward")
+    init_from: HomePath | None = Field(
+        None, description="begin with an encoder's weights: a run, one of its checkpoints, or a torch file of them"
+    )
     resume: bool = Field(True, description="continue from the newest checkpoint in dir, if there is one")
     log_every: int = Field(10, ge=1, description="steps between log lines")
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints; the last step always makes one")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints to keep")
+    keep_every: int | None = Field(None, ge=1, description="keep the checkpoints of every so many steps for ever")
 
 
 class Config(Settings):
+    """All sections. Which fields ``method`` has depends on its name: see `config_class`."""
+
     data: DataConfig = DataConfig()
     views: Annotated[tuple[ViewSpec, ...], BeforeValidator(_expand_preset), Field(min_length=1)] = tuple(
         ViewSpec(**group) for group in PRESETS["simclr"]
     )
     encoder: EncoderConfig = EncoderConfig()
-    method: MethodConfig = SimCLRConfig()
+    method: MethodConfig = Field(default_factory=lambda: method_class(_DEFAULT_METHOD).Config())
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
 
@@ -104,16 +114,28 @@ class Config(Settings):
         return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None) if tree else ""
 
 
+@cache
+def config_class(method: str) -> type[Config]:
+    """`Config` with the section of one method. Raises ConfigError for an unknown one."""
+    if method not in METHODS:
+        near = difflib.get_close_matches(str(method), METHODS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(METHODS)}"
+        raise ConfigError(f"method.name: unknown method {method!r}; {hint}")
+    section = method_class(method).Config
+    return create_model("Config", __base__=Config, method=(section, section()))
+
+
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The effective configuration of a run. Raises `ConfigError`, naming every wrong field and where it was set, or
-    the unreadable file."""
-    tree = _read_yaml(path) if path else {}
-    if isinstance(tree.get("views"), str):
-        tree["views"] = _preset_groups(tree["views"])
-    _check_length(tree.get("optim"), str(path))
-    _check_length([override.partition("=")[0].removeprefix("optim.") for override in overrides], "overrides")
+    """The effective configuration of a run: the defaults, the recipe of its method, the file, the overrides.
+
+    Raises `ConfigError`, naming every wrong field and where it was set, or the unreadable file.
+    """
+    tree = read_yaml(path) if path else {}
+    check_length(tree.get("optim"), str(path))
+    check_length([override.partition("=")[0].removeprefix("optim.") for override in overrides], "overrides")
+    tree = _with_recipe(tree, _method_name(tree, overrides))
     for override in overrides:
-        _apply(tree, override)
+        apply(tree, override)
     config = validate(tree, str(path) if path else "configuration", overrides)
     _check_directory(config.run.dir)
     return config
@@ -121,11 +143,38 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
 
 def validate(tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Config:
     """Raises `ConfigError`; a wrong field that an override set is blamed on that override, all others on ``where``."""
+    model = config_class(_method_name(tree))
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        lines = [f"{_origin(e['loc'] or _OF_ALL, overrides) or where}: {_explain(dict(e))}" for e in error.errors()]
+        lines = [
+            f"{_origin(e['loc'] or _OF_ALL, overrides) or where}: {_explain(dict(e), model)}" for e in error.errors()
+        ]
         raise ConfigError("; ".join(lines)) from None
+
+
+def _method_name(tree: dict[str, Any], overrides: Sequence[str] = ()) -> str:
+    """As the last override has it, or the file, or by default."""
+    scratch = {"method": copy.deepcopy(tree.get("method"))}
+    for override in overrides:
+        if override.startswith(("method=", "method.name=")):
+            apply(scratch, override)
+    method = scratch["method"]
+    name = method.get("name") if isinstance(method, dict) else method
+    return name if isinstance(name, str) else _DEFAULT_METHOD
+
+
+def _with_recipe(tree: dict[str, Any], method: str) -> dict[str, Any]:
+    """The tree on top of what the method's recipe says."""
+    config_class(method)
+    recipe = method_class(method).recipe
+    merged = {**tree, "views": preset_groups(tree.get("views") or recipe.views)}
+    for section, fields in recipe.sections.items():
+        given = tree.get(section) or {}
+        if isinstance(given, dict):
+            length = ("epochs",) if "steps" in given else ()
+            merged[section] = {k: v for k, v in fields.items() if k not in length} | given
+    return merged
 
 
 _OF_ALL = ("views",)  # what the check of the whole configuration is about
@@ -141,143 +190,46 @@ def _origin(location: tuple[int | str, ...], overrides: Sequence[str]) -> str | 
     return None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(), _StrictLoader) or {}
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); pass an existing YAML file to --config"
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: expected a text file in YAML, found binary data") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
-    return tree
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error; PyYAML drops the first one silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _one_line(error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return " ".join(str(error).split())
-
-
-def _check_length(given: Any, where: str) -> None:
-    if isinstance(given, (dict, list)) and {"epochs", "steps"} <= set(given):
-        raise ConfigError(f"{where}: expected optim.epochs or optim.steps, found both; remove one of them")
-
-
 def _check_directory(path: Path) -> None:
     nearest = next(parent for parent in (path, *path.parents) if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError(f"run.dir: expected a directory that can be written to, found {nearest} in {path}")
 
 
-def _preset_groups(name: str) -> Any:
-    return [dict(group) for group in PRESETS[name]] if name in PRESETS else name
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set ``a.b=value`` (value in YAML) in place. ``views.size=96`` sets every group, ``views.0.size=96`` one."""
-    name, value = _parse_override(override)
-    *parents, last = name.split(".")
-    if name == "views":
-        tree["views"] = _preset_groups(value) if isinstance(value, str) else value
-        return
-    if parents and parents[0] == "views":
-        tree["views"] = tree.get("views") or _preset_groups("simclr")
-    for node in _descend(tree, parents, override):
-        node[last] = value
-        if name in _OTHER_LENGTH:
-            node.pop(_OTHER_LENGTH[name], None)
-
-
-_OTHER_LENGTH = {"optim.epochs": "steps", "optim.steps": "epochs"}  # an override replaces what the file says of either
-
-
-def _parse_override(override: str) -> tuple[str, Any]:
-    name, separator, text = override.partition("=")
-    if not separator or not name:
-        raise ConfigError(f"override {override!r}: expected section.field=value, e.g. optim.epochs=200")
-    if not text.strip():
-        raise ConfigError(f"override {override!r}: expected a value after '=', found nothing; null means none")
-    try:
-        value = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        problem = _one_line(error)
-        raise ConfigError(f"override {override!r}: expected a value in YAML, found {text!r} ({problem})") from None
-    if " #" in text and text[0] not in "'\"":
-        raise ConfigError(f"override {override!r}: ' #' begins a comment in YAML; put the value in quotes of its own")
-    return name, value
-
-
-def _descend(tree: dict[str, Any], parents: Sequence[str], override: str) -> list[dict[str, Any]]:
-    """The sections that an override sets a field of: one, or those of all groups of views."""
-    nodes: list[Any] = [tree]
-    for key in parents:
-        if key.isdecimal() and isinstance(nodes[0], list):
-            if int(key) >= len(nodes[0]):
-                raise ConfigError(f"override {override!r}: expected a group below {len(nodes[0])}, found {key}")
-            nodes = [nodes[0][int(key)]]
-        else:
-            nodes = [_section(node, key) for node in _flat(nodes)]
-    nodes = _flat(nodes)
-    if not all(isinstance(node, dict) for node in nodes):
-        raise ConfigError(f"override {override!r}: {'.'.join(parents)} is not a section of the configuration")
-    return nodes
-
-
-def _flat(nodes: list[Any]) -> list[Any]:
-    return [item for node in nodes for item in (node if isinstance(node, list) else [node])]
-
-
-def _section(node: Any, key: str) -> Any:
-    """``node[key]``, made where it is missing or empty; ``encoder: resnet18`` is written out."""
-    if not isinstance(node, dict):
-        return node
-    if node.get(key) is None:
-        node[key] = {}
-    if isinstance(node[key], str) and key in ("encoder", "method"):
-        node[key] = {"name": node[key]}
-    return node[key]
-
-
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: dict[str, Any], model: type[Config]) -> str:
     field = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{field}: unknown{_suggestion(error['loc'])}"
+        return f"{field}: unknown{_suggestion(error['loc'], model)}"
     own = error["msg"].removeprefix("Value error, ")
     text = own if own != error["msg"] else f"{own}, found {error['input']!r}"
     return f"{field}: {text}" if field else text
 
 
-def _suggestion(location: tuple[Any, ...]) -> str:
-    """The nearest of the names that are allowed where an unknown one was found."""
-    model: Any = Config
-    for part in location[:-1]:
-        model = ViewSpec if isinstance(part, int) else model.model_fields[part].annotation if model is Config else model
+def _suggestion(location: tuple[Any, ...], config: type[Config]) -> str:
+    """The nearest of the names that are allowed where an unknown one was found, or where it belongs."""
+    *parents, unknown = location
+    model: Any = config
+    if parents:
+        model = ViewSpec if parents[0] == "views" else config.model_fields[parents[0]].annotation
     names = list(getattr(model, "model_fields", {}))
-    near = difflib.get_close_matches(str(location[-1]), names, n=1)
-    near = near or [name for name in names if "".join(word[0] for word in name.split("_")) == location[-1]]  # lr, wd
-    near = near or [f"{section}.{location[-1]}" for section in _sections_with(str(location[-1]))]
-    return f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(names)}"
+    if near := difflib.get_close_matches(str(unknown), names, n=1) or _abbreviated(str(unknown), names):
+        return f"; did you mean {near[0]!r}?"
+    if elsewhere := _sections_with(str(unknown), config):
+        return f"; did you mean '{elsewhere[0]}.{unknown}'?"
+    if methods := [name for name in METHODS if unknown in method_class(name).Config.model_fields]:
+        return (
+            f"; it belongs to {' and '.join(methods)}, and method.name is {config.model_fields['method'].default.name}"
+        )
+    return f"; expected one of {', '.join(names)}"
 
 
-def _sections_with(field: str) -> list[str]:
-    sections = {name: section.annotation for name, section in Config.model_fields.items()}
+def _abbreviated(short: str, names: list[str]) -> list[str]:
+    """``lr`` is learning_rate."""
+    return [name for name in names if "".join(word[0] for word in name.split("_")) == short]
+
+
+def _sections_with(field: str, config: type[Config]) -> list[str]:
+    sections = {name: section.annotation for name, section in config.model_fields.items()}
     return [name for name, model in sections.items() if field in getattr(model, "model_fields", {})]
 
 
@@ -293,7 +245,17 @@ def _describe(model: type[BaseModel], prefix: str = "") -> list[str]:
     return lines
 
 
+def describe() -> str:
+    """Every setting with its default and its meaning, as text."""
+    lines = _describe(config_class(_DEFAULT_METHOD))
+    lines += ["", "of each view (views.size=96 sets all, views.0.size=96 the first):", *_describe(ViewSpec, "views.")]
+    for name in METHODS:
+        method = method_class(name)
+        recipe = yaml.safe_dump(method.recipe.sections, default_flow_style=True, width=1000).strip()
+        lines += ["", f"method.name={name}, with views={method.recipe.views} and {recipe} by default:"]
+        lines += _describe(method.Config, "method.")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print("\n".join(_describe(Config)))
-    print("\nof each view (views.size=96 sets all, views.0.size=96 the first):")
-    print("\n".join(_describe(ViewSpec, "views.")))
+    print(describe())

@@ -22,6 +22,7 @@ class OptimConfig(Settings):
     weight_decay: float = Field(1e-6, ge=0, description="not on biases and BatchNorm")
     momentum: float = Field(0.9, ge=0, lt=1, description="of LARS and SGD; beta_1 of AdamW")
     eta: float = Field(0.001, gt=0, description="LARS: trust coefficient; 0.02 on small data sets")
+    clip_norm: float | None = Field(None, gt=0, description="scale gradients of a larger norm down to this one")
     epochs: float = Field(100, gt=0, description="passes over the data; the run ends at the next whole step")
     steps: int | None = Field(None, ge=1, description="updates of the run, instead of epochs")
     warmup_epochs: float = Field(10, ge=0, description="linear warm-up; cut to a tenth of a run given in steps")
