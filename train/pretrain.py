@@ -207,7 +207,7 @@ def _start_monitor(config: Config, world: World, start_step: int, plan: RunPlan,
         return None
     config.run.dir.mkdir(parents=True, exist_ok=True)
     (config.run.dir / "config.yaml").write_text(config.to_yaml())
-    print(config.to_yaml())
+    print(f"{config.run.dir}/config.yaml holds all settings; these differ from the defaults:\n{config.differences()}")
     if start_step:
         print(f"continuing at step {start_step} of {plan.total_steps}")
     return stack.enter_context(Monitor(config.run.dir, start_step, plan.total_steps, config.run.global_batch_size))

@@ -125,10 +125,10 @@ def test_a_finished_run_is_evaluated(
     output = capsys.readouterr().out
     assert "pretrained" in output
     assert "untrained" in output
-    assert (run / "evaluation-step-000000002.json").exists()
+    assert (run / "evaluation.jsonl").exists()
     assert (run / "curves.png").exists()
     assert evaluate(["--checkpoint", str(run), "--test", str(shards)]) == 2
-    assert "found the same, each of which would find itself" in capsys.readouterr().err
+    assert "found the same, so that every image would be its own" in capsys.readouterr().err
     assert evaluate(["--checkpoint", str(tmp_path / "absent")]) == 2
 
 
