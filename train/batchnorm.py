@@ -1,6 +1,6 @@
 """BatchNorm over the global batch, on GPUs by torch's own, on CPU processes by `GlooBatchNorm`."""
 
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -9,8 +9,10 @@ from torch import nn
 
 from train.distributed import World
 
+Network = TypeVar("Network", bound=nn.Module)
 
-def synchronize_batchnorm(module: nn.Module, world: World) -> nn.Module:
+
+def synchronize_batchnorm(module: Network, world: World) -> Network:
     """The module with its BatchNorm layers normalising over the global batch, parameters and their names kept.
 
     On GPUs these are `torch.nn.SyncBatchNorm`, which refuses CPU tensors; elsewhere `GlooBatchNorm`.
@@ -18,8 +20,8 @@ def synchronize_batchnorm(module: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return module
     if world.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return _with_gloo_batchnorm(module)
+        return cast(Network, nn.SyncBatchNorm.convert_sync_batchnorm(module))
+    return cast(Network, _with_gloo_batchnorm(module))
 
 
 def _with_gloo_batchnorm(module: nn.Module) -> nn.Module:

@@ -21,6 +21,9 @@ import xxhash
 from sharding.command import UserError
 from sharding.storage import rename_durably
 from train.config import Config, validate
+from train.distributed import World
+from train.encoder import Encoder
+from train.methods import build_method
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +143,7 @@ def step_of(path: Path) -> int:
 
 
 def load(path: Path) -> State:
-    """The state in a file, on the CPU. Raises `CheckpointError` when the file is missing, damaged, or something else."""
+    """The state in a file, on the CPU. Raises `CheckpointError` where it is missing, damaged or something else."""
     try:
         _check(path)
         state: State = torch.load(path, map_location="cpu", weights_only=True)
@@ -191,6 +194,62 @@ _FIELD_NAMES = {
     "window": "data.window",
     "optimizer": "optim.name",
 }
+
+
+def changed_settings(state: State, config: Config) -> list[str]:
+    """What the configuration says of the optimizer that the checkpoint's did not, each as "optim.x: old -> new"."""
+    before = validate(state["config"], "checkpoint").optim.model_dump()
+    after = config.optim.model_dump()
+    return [f"optim.{name}: {before[name]} -> {value}" for name, value in after.items() if before[name] != value]
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """The encoder that a run exports, in evaluation mode, on the CPU.
+
+    ``path`` is a checkpoint or the directory of a run (its newest readable checkpoint). Raises `CheckpointError`.
+    """
+    return exported_encoder(load_any(Path(path)), str(path))
+
+
+def load_any(path: Path) -> State:
+    """The state of a checkpoint, or the newest readable one of the directory of a run. Raises `CheckpointError`."""
+    state = load(path) if path.is_file() else load_latest(path)
+    if state is None:
+        raise CheckpointError(f"{path}: expected a checkpoint or a run directory with step-*.pt files")
+    return state
+
+
+def exported_encoder(state: State, where: str) -> Encoder:
+    config = validate(state["config"], where)
+    method = build_method(config.method, config.encoder, World())
+    method.load_state_dict(state["method"])
+    return method.exported().float().eval()
+
+
+def initialize(encoder: Encoder, path: Path) -> None:
+    """Give the encoder the weights of ``path``: a run, one of its checkpoints, or a torch file with a state dict of an
+    encoder, ours or torchvision's (whose classifier is left out). Raises `CheckpointError`, naming what does not fit.
+    """
+    weights = _encoder_weights(path)
+    own = encoder.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        expected, found = (tuple(d[name].shape) if name in d else "nothing" for d in (own, weights))
+        if expected != found:
+            raise CheckpointError(
+                f"run.init_from: {path}: {name}: expected {expected}, found {found}; set `encoder` to theirs"
+            )
+    encoder.load_state_dict(weights)
+
+
+def _encoder_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        weights = load_any(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"run.init_from: {path}: cannot be read ({str(error).splitlines()[0]})") from None
+    if "config" in weights:
+        return exported_encoder(weights, str(path)).state_dict()
+    named = {name.removeprefix("backbone."): value for name, value in weights.items()}
+    return {f"backbone.{name}": value for name, value in named.items() if not name.startswith("fc.")}
 
 
 def _copy(value: Any) -> Any:

@@ -73,6 +73,10 @@ class World:
                         "processes with the same command and the same code"
                     )
 
+    def full_state(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """The state of both on rank 0, None on the others. To be called on all ranks: it may be gathered."""
+        return {"method": method.state_dict(), "optimizer": optimizer.state_dict()} if self.is_main else None
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -95,7 +99,8 @@ class AnyRank:
     """
 
     def __init__(self, world: World) -> None:
-        self._world, self._pending = world, None
+        self._world = world
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __call__(self, flag: bool) -> bool:
         if self._world.size == 1:

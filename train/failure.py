@@ -19,7 +19,7 @@ _LOOKS = 6  # for the cause of a failed collective, which is noticed before its 
 EXIT_CODE = 2
 
 
-class StoppedByOtherRank(UserError):
+class StoppedByOtherRankError(UserError):
     """This rank ends because a different one failed."""
 
 
@@ -34,7 +34,7 @@ class Failures:
     def watched(self) -> Iterator[None]:
         """An error within the block is told to the other ranks; theirs ends this process.
 
-        Raises StoppedByOtherRank in the place of an error that was only the consequence of a different rank's.
+        Raises StoppedByOtherRankError in the place of an error that was only the consequence of a different rank's.
         """
         watcher = threading.Thread(target=self._watch, name="failures", daemon=True)
         watcher.start()
@@ -44,7 +44,7 @@ class Failures:
             self._ended.set()
             watcher.join()
             if cause := self._cause(error):
-                raise StoppedByOtherRank(cause) from None
+                raise StoppedByOtherRankError(cause) from None
             self._tell(error)
             raise
         self._ended.set()

@@ -1,7 +1,8 @@
 """What a run shows and records: progress bar, ``metrics.jsonl``, TensorBoard.
 
-How to read the numbers: ``images_per_second`` counts source images over all processes since the previous line;
-``data_wait_percent`` is the share of that time in which the main process stood waiting for the loader: near 0 the
+How to read the numbers: ``images_per_second`` counts source images over all processes since the previous line, in the
+time of training; ``pause_seconds`` is the time since that line that was not training (checkpoints, evaluation).
+``data_wait_percent`` is the share of training time in which the main process stood waiting for the loader: near 0 the
 accelerator is the limit, far from 0 the input pipeline is. The first record after a resume says ``resumed_at``.
 """
 
@@ -53,6 +54,7 @@ class Monitor:
         self._progress.disable = not self._console.is_terminal
         self._task = self._progress.add_task("pretrain", total=total_steps, completed=start_step, text="")
         self._last_step, self._last_time, self._last_wait = start_step, time.perf_counter(), 0.0
+        self._last_pause = 0.0
 
     def __enter__(self) -> "Monitor":
         self._progress.start()
@@ -69,20 +71,22 @@ class Monitor:
         """Move the bar: ``step`` updates are done."""
         self._progress.update(self._task, completed=step)
 
-    def log(self, step: int, metrics: dict[str, float], loader: dict[str, float]) -> None:
-        """Record host values after ``step`` updates; ``loader`` is `Loader.stats`."""
-        now = time.perf_counter()
-        seconds = max(now - self._last_time, 1e-9)
+    def log(self, step: int, metrics: dict[str, float], loader: dict[str, float], pause_seconds: float) -> None:
+        """Record host values after ``step`` updates; ``loader`` is `Loader.stats`, ``pause_seconds`` `loop.Clock`'s."""
+        now, paused = time.perf_counter(), pause_seconds - self._last_pause
+        seconds = max(now - self._last_time - paused, 1e-9)
         record = {
             "step": step,
             **metrics,
             "images_per_second": (step - self._last_step) * self._global_batch_size / seconds,
             "data_wait_percent": 100 * (loader["wait_seconds"] - self._last_wait) / seconds,
+            "pause_seconds": paused,
             "replaced_samples": loader["replaced_samples"],
             **self._resumed_at,
         }
         self._resumed_at = {}
         self._last_step, self._last_time, self._last_wait = step, now, loader["wait_seconds"]
+        self._last_pause = pause_seconds
         self._file.write(json.dumps(record) + "\n")
         for name, value in record.items():
             if name not in ("step", "resumed_at"):

@@ -52,6 +52,14 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optim
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.momentum, 0.999), fused=True)
 
 
+def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state but keep the settings of this ``optimizer``: torch would put the saved ones in their place."""
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group |= own
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg, 2017) as in google-research/simclr.
 

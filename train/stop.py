@@ -12,7 +12,7 @@ _SAME_REQUEST_SECONDS = 1.0  # a terminal and torchrun may both pass on what was
 
 
 class StopRequest:
-    """A flag that the loop reads at the end of each step. A second request ends the process at once. Use as a context."""
+    """A flag that the loop reads at the end of each step; a second request ends the process. Use as a context."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from pipeline.views import preset
-from train.config import Config, ConfigError, load_config, validate
+from train.config import Config, load_config, validate
+from train.overrides import ConfigError
 
 
 def test_defaults_are_simclr_on_imagenet() -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from tests.processes import run_ranks
-from train.distributed import World, synchronize_batchnorm
+from train.batchnorm import synchronize_batchnorm
+from train.distributed import World
 from train.losses.contrastive import nt_xent
 
 _BATCH = 12

@@ -12,12 +12,14 @@ import torch
 
 from sharding.build import main as build_shards
 from tests.processes import NO_GPU, run_ranks
+from train.automatic import dtype
 from train.checkpoint import checkpoints
 from train.config import load_config
 from train.curves import read_metrics
 from train.distributed import World
 from train.evaluate.__main__ import main as evaluate
-from train.pretrain import main, plan_run, precision, pretrain
+from train.plan import plan_run
+from train.pretrain import main, pretrain
 
 _SMALL = [
     "views.size=32",
@@ -193,9 +195,9 @@ def test_epochs_become_steps(shards: Path) -> None:
 
 def test_precision_is_chosen_by_the_device() -> None:
     automatic, forced = load_config(), load_config(None, ["run.precision=bf16"])
-    assert precision(automatic, World()) == torch.float32
-    assert precision(automatic, World(device=torch.device("cuda"))) == torch.bfloat16
-    assert precision(forced, World()) == torch.bfloat16
+    assert dtype(automatic, World()) == torch.float32
+    assert dtype(automatic, World(device=torch.device("cuda"))) == torch.bfloat16
+    assert dtype(forced, World()) == torch.bfloat16
 
 
 def test_interrupted_writes_leave_nothing_half_done(shards: Path, tmp_path: Path) -> None:

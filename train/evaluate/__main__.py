@@ -20,13 +20,12 @@ from pipeline.plan import Ints
 from pipeline.views import ViewSpec, preset
 from sharding.command import UserError, command
 from sharding.manifest import ShardSet, open_shards
-from train import checkpoint
+from train import automatic, checkpoint
 from train.config import Config, validate
 from train.encoder import Encoder
 from train.evaluate.features import Features, check_labels, extract
 from train.evaluate.knn import accuracy, check_neighbours, knn_predict
 from train.evaluate.linear import linear_predict
-from train.pretrain import cores_per_process
 
 # name -> (predict, the options that it takes)
 PROTOCOLS: dict[str, tuple[Callable[..., torch.Tensor], tuple[str, ...]]] = {
@@ -60,13 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Accuracies in percent by encoder ("pretrained", "untrained") and protocol, with all that they depend on; also
     appended to `RESULTS` beside the checkpoint. Raises `UserError` for what cannot be evaluated."""
-    state, directory = load_state(options.checkpoint)
+    state = checkpoint.load_any(options.checkpoint)
+    directory = options.checkpoint.parent if options.checkpoint.is_file() else options.checkpoint
     config = validate(state["config"], str(directory))
     train, test = choose_images(options.train or config.data.shards, options.test)
     if "knn" in options.protocol:
         check_neighbours(options.k, len(train.ids))
     view = evaluation_view(config.views, train.shards)
-    encoders = {"pretrained": pretrained_encoder(config, state)}
+    encoders = {"pretrained": checkpoint.exported_encoder(state, str(directory))}
     if options.untrained:
         encoders["untrained"] = untrained_encoder(config)
     settings = {name: {o: getattr(options, o) for o in PROTOCOLS[name][1]} for name in options.protocol}
@@ -86,16 +86,6 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     with (directory / RESULTS).open("a") as file:
         file.write(json.dumps(results) + "\n")
     return results
-
-
-def load_state(path: Path) -> tuple[dict[str, Any], Path]:
-    """A checkpoint, or the newest readable one of a run directory, and the run directory."""
-    if path.is_file():
-        return checkpoint.load(path), path.parent
-    state = checkpoint.load_latest(path)
-    if state is None:
-        raise UserError(f"--checkpoint {path}: expected a checkpoint or a run directory with step-*.pt files")
-    return state, path
 
 
 def choose_images(train: str, test: str | None) -> tuple[Images, Images]:
@@ -147,14 +137,6 @@ def _accuracies(
     }
 
 
-def pretrained_encoder(config: Config, state: dict[str, Any]) -> Encoder:
-    encoder = Encoder(config.encoder)
-    prefix = "encoder."
-    weights = {k.removeprefix(prefix): v for k, v in state["method"].items() if k.startswith(prefix)}
-    encoder.load_state_dict(weights)
-    return encoder
-
-
 def untrained_encoder(config: Config) -> Encoder:
     """The encoder as the run's seed initialised it."""
     torch.manual_seed(config.run.seed)
@@ -176,15 +158,14 @@ def evaluation_view(views: Sequence[ViewSpec], shards: ShardSet) -> ViewSpec:
 
 
 def _features(encoder: Encoder, images: Images, view: ViewSpec, device: torch.device, description: str) -> Features:
-    backend = "dali" if device.type == "cuda" else "cpu"
     return extract(
         encoder,
         images.shards,
         view,
         device=device,
         ids=images.ids,
-        backend=backend,
-        num_threads=cores_per_process(),
+        backend=automatic.backend("auto", device),
+        num_threads=automatic.num_threads(0),
         description=description,
     )
 

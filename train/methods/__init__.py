@@ -23,7 +23,7 @@ class MethodConfig(Settings):
 
     min_views: ClassVar[int] = 2  # of each image
 
-    name: str
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from sharding.demo import load_demo
 from sharding.manifest import ShardSet
 from train import checkpoint
 from train.config import load_config
-from train.encoder import Encoder
+from train.distributed import World
 from train.evaluate.__main__ import evaluation_view, main
+from train.methods import build_method
 
 
 def save(
@@ -23,12 +24,12 @@ def save(
     overrides = ["encoder=resnet18", "encoder.width=8", "views.size=32", "views.kernel=5"]
     config = load_config(None, [*overrides, f"data.shards={shards.root}"])
     torch.manual_seed(step)
-    encoder = Encoder(config.encoder)
+    method = build_method(config.method, config.encoder, World())
     with torch.no_grad():
-        for parameter in encoder.parameters():
+        for parameter in method.encoder.parameters():
             change(parameter)
-    method = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    checkpoint.save(run, step, {"step": step, "config": config.model_dump(mode="json"), "method": method}, keep=9)
+    plain = {"step": step, "config": config.model_dump(mode="json"), "identity": {}, "optimizer": {}}
+    torch.save({**plain, "method": method.state_dict()}, run / f"step-{step:09d}.pt")
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from torch import nn
 
 from pipeline.views import ViewSpec, flatten, preset
 from tests.processes import run_ranks
-from train.distributed import World, synchronize_batchnorm
+from train.batchnorm import synchronize_batchnorm
+from train.distributed import World
 from train.draws import Draws
 from train.encoder import EncoderConfig
 from train.methods import METHODS, Method, build_method, method_class
@@ -62,7 +63,7 @@ def train(world: World, name: str, pieces: int = 1, batchnorm: bool = True, step
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=rtol, atol=rtol, msg=lambda text, n=name: f"{n}: {text}")
+        assert torch.allclose(found[name], value, rtol=rtol, atol=rtol), name
 
 
 @every_method
