@@ -129,11 +129,18 @@ def plan_run(config: Config, manifest: Manifest) -> RunPlan:
 
 
 def check_batch(config: Config, manifest: Manifest, world: World) -> None:
-    """Raises ValueError unless lanes and processes divide the global batch."""
+    """Raises ValueError unless lanes and processes divide the global batch; warns of one too large for the data."""
     batch = config.run.global_batch_size
     for count, what in ((manifest.num_lanes, "lanes of the shards"), (world.size, "processes")):
         if batch % count:
             raise UserError(f"run.global_batch_size: expected a multiple of the {count} {what}, found {batch}")
+    if world.is_main and 2 * batch > manifest.num_samples:
+        log.warning(
+            "run.global_batch_size: %d is more than half of the %d images, so that batches across a pass's end hold many "
+            "images twice, each as its own negative; a smaller one or more data are better",
+            batch,
+            manifest.num_samples,
+        )
 
 
 def build_loader(config: Config, shards: ShardSet, world: World, start_step: int) -> Loader:
