@@ -136,7 +136,7 @@ def check_batch(config: Config, manifest: Manifest, world: World) -> None:
             raise UserError(f"run.global_batch_size: expected a multiple of the {count} {what}, found {batch}")
     if world.is_main and 2 * batch > manifest.num_samples:
         log.warning(
-            "run.global_batch_size: %d is more than half of the %d images, so that batches across a pass's end hold many "
+            "run.global_batch_size: %d is more than half of the %d images, so batches across a pass's end hold many "
             "images twice, each as its own negative; a smaller one or more data are better",
             batch,
             manifest.num_samples,
