@@ -1,5 +1,6 @@
 """How long a run is, and the learning rate of each of its steps."""
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -7,6 +8,8 @@ from sharding.command import UserError
 from sharding.manifest import Manifest
 from train import schedule
 from train.config import Config
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def plan_run(config: Config, manifest: Manifest) -> RunPlan:
 
 
 def check_batch(config: Config, manifest: Manifest, world_size: int) -> None:
-    """Raises UserError unless lanes, processes and pieces divide the global batch."""
+    """Raises UserError unless lanes, processes and pieces divide the global batch; warns of one too large for the data."""
     batch, piece = config.run.global_batch_size, config.run.micro_batch_size
     for count, what in ((manifest.num_lanes, "lanes of the shards"), (world_size, "processes")):
         if batch % count:
@@ -45,4 +48,11 @@ def check_batch(config: Config, manifest: Manifest, world_size: int) -> None:
     if piece and batch // world_size % piece:
         raise UserError(
             f"run.micro_batch_size: expected a divisor of the {batch // world_size} images of a process, found {piece}"
+        )
+    if 2 * batch > manifest.num_samples:
+        log.warning(
+            "run.global_batch_size: %d is more than half of the %d images, so batches across a pass's end hold many "
+            "images twice, each as its own negative; a smaller one or more data are better",
+            batch,
+            manifest.num_samples,
         )

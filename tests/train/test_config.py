@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ from train.overrides import ConfigError
 
 
 def test_defaults_are_simclr_on_imagenet() -> None:
-    config = load_config()
+    config: Any = load_config()
     assert config.views == preset("simclr")
     assert (config.encoder.name, config.method.temperature) == ("resnet50", 0.1)
 
@@ -17,7 +18,7 @@ def test_defaults_are_simclr_on_imagenet() -> None:
 def test_file_then_overrides(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("views: simclr-cifar\noptim: {name: sgd, learning_rate: 0.06}\n")
-    config = load_config(path, ["optim.epochs=200", "optim.weight_decay=5e-4", "method.temperature=0.5"])
+    config: Any = load_config(path, ["optim.epochs=200", "optim.weight_decay=5e-4", "method.temperature=0.5"])
     assert config.views == preset("simclr-cifar")
     assert (config.optim.name, config.optim.learning_rate, config.optim.weight_decay) == ("sgd", 0.06, 5e-4)
     assert (config.optim.epochs, config.method.temperature) == (200, 0.5)

@@ -16,7 +16,7 @@ _METRICS = {"loss": 4.123, "learning_rate": 0.0312}
 def run_from(directory: Path, start: int, stop: int) -> None:
     with Monitor(directory, start, 100, 128) as monitor:
         for step in range(start + 1, stop + 1):
-            monitor.log(step, _METRICS, _LOADER)
+            monitor.log(step, _METRICS, _LOADER, 0.0)
 
 
 def test_a_resumed_run_starts_on_a_line_of_its_own_and_says_so(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sharding.build import main as build_shards
+from sharding.manifest import open_shards
 from tests.processes import NO_GPU, run_ranks
 from train.automatic import dtype
 from train.checkpoint import checkpoints
@@ -18,7 +19,7 @@ from train.config import load_config
 from train.curves import read_metrics
 from train.distributed import World
 from train.evaluate.__main__ import main as evaluate
-from train.plan import plan_run
+from train.plan import check_batch, plan_run
 from train.pretrain import main, pretrain
 
 _SMALL = [
@@ -168,6 +169,15 @@ def test_a_batch_that_the_world_does_not_divide_is_refused(shards: Path, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("batch", "warned"), [(48, False), (52, True)])
+def test_a_batch_of_more_than_half_of_the_images_is_warned_of(
+    shards: Path, batch: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = open_shards(shards).manifest
+    check_batch(load_config(None, [f"run.global_batch_size={batch}"]), manifest, 1)
+    assert ("more than half of the 96 images" in caplog.text) == warned
+
+
 def test_a_checkpoint_of_other_data_is_refused(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,8 +195,6 @@ def test_a_checkpoint_of_other_data_is_refused(
 
 
 def test_epochs_become_steps(shards: Path) -> None:
-    from sharding.manifest import open_shards
-
     manifest = open_shards(shards).manifest
     plan = plan_run(load_config(None, ["run.global_batch_size=24", "optim.epochs=10.1"]), manifest)
     assert (plan.total_steps, plan.warmup_steps) == (41, 40)

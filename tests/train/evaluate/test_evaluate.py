@@ -28,6 +28,7 @@ def save(
     with torch.no_grad():
         for parameter in method.encoder.parameters():
             change(parameter)
+    run.mkdir(exist_ok=True)
     plain = {"step": step, "config": config.model_dump(mode="json"), "identity": {}, "optimizer": {}}
     torch.save({**plain, "method": method.state_dict()}, run / f"step-{step:09d}.pt")
 
