@@ -81,9 +81,13 @@ def _build(
     max_quarantine: float,
     progress: Progress | None,
 ) -> Manifest:
-    samples_per_shard = _samples_per_shard(source, policy, layout)
+    if len(source) == 0:
+        raise BuildError("the data set is empty")
+    mean_bytes, digest = source.probe()
+    samples_per_shard = _samples_per_shard(source, policy, layout, mean_bytes)
     parts = plan_parts(len(source), layout.lanes, samples_per_shard, layout.seed)
-    _start_or_continue(out, {**options, "data": {"rows": len(source), "rows per shard": samples_per_shard}})
+    data = {"number of rows": len(source), "checksum of evenly spaced rows": digest, "number of rows per shard": samples_per_shard}
+    _start_or_continue(out, {**options, "data": data})
     job = Job(source, policy, out, prefix=re.sub(r"\W.*", "", options["source"]["split"]) or "data")
     records = _records(job, parts, engine, progress, limit=max_quarantine * len(source))
     origin = {**options["source"], "num_rows": len(source), "hub_commit": source.revision}
@@ -111,9 +115,9 @@ def _refuse_changes(out: Directory, before: dict[str, Any], now: dict[str, dict[
     for group, values in now.items():
         for name, value in values.items():
             if (old := before[group].get(name)) != value:
-                what = f"data with {old} {name}" if group == "data" else f"--{name.replace('_', '-')} {old}"
+                what = f"data whose {name} is" if group == "data" else f"--{name.replace('_', '-')}"
                 raise BuildError(
-                    f"{out}: was started with {what}, now it is {value}; "
+                    f"{out}: was started with {what} {old}, now it is {value}; "
                     "repeat the first command on the same data, or choose another --out"
                 )
 
@@ -125,11 +129,9 @@ def _start_or_continue(out: Directory, options: dict[str, dict[str, Any]]) -> No
         out.write(OPTIONS_FILE, json.dumps(options).encode())
 
 
-def _samples_per_shard(source: Source, policy: Policy, layout: Layout) -> int:
+def _samples_per_shard(source: Source, policy: Policy, layout: Layout, mean_bytes: float) -> int:
     """From the mean size of evenly spaced images: as they are, or as the policy re-encodes them."""
-    if len(source) == 0:
-        raise BuildError("the data set is empty")
-    mean = source.mean_bytes() if policy.short_side is None else _mean_encoded_bytes(source, policy)
+    mean = mean_bytes if policy.short_side is None else _mean_encoded_bytes(source, policy) or mean_bytes
     return max(1, round(layout.shard_mb * 1e6 / (mean + 2048)))  # two headers, a label, padding
 
 
@@ -140,7 +142,7 @@ def _mean_encoded_bytes(source: Source, policy: Policy, num_probes: int = 64) ->
             sizes.append(len(encode(source.read(row)[0], policy).data))
         except BadImageError:
             continue
-    return sum(sizes) / len(sizes) if sizes else source.mean_bytes()
+    return sum(sizes) / len(sizes) if sizes else 0
 
 
 def _records(job: Job, parts: Sequence[Part], engine: Engine, progress: Progress | None, limit: float) -> list[Record]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+import xxhash
 from rich.progress import Progress
 
 from sharding.command import UserError
@@ -56,10 +58,19 @@ class Source:
         label = columns[1][0].as_py() if len(columns) > 1 else None
         return _encoded(columns[0][0].as_py()), -1 if label is None else int(label)
 
-    def mean_bytes(self, num_probes: int = 1024) -> float:
+    def mean_bytes(self) -> float:
         """Mean encoded size of evenly spaced rows."""
+        return self.probe()[0]
+
+    def probe(self, num_probes: int = 1024) -> tuple[float, str]:
+        """Mean encoded size of evenly spaced rows, and the xxh3_128 of the class names, these rows and their labels."""
         rows = range(0, len(self), max(1, len(self) // num_probes))
-        return sum(len(self.read(row)[0]) for row in rows) / len(rows)
+        hashed = xxhash.xxh3_128(json.dumps(self.class_names).encode())
+        num_bytes = 0
+        for data, label in map(self.read, rows):
+            num_bytes += len(data)
+            hashed.update(b"%d %d " % (label, len(data)) + data)
+        return num_bytes / len(rows), hashed.hexdigest()
 
 
 def open_source(

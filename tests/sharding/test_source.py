@@ -28,6 +28,7 @@ def test_parquet_gives_untouched_bytes_labels_and_names(parquet: Path, images: l
     assert rows(source) == [(data, row % 3) for row, data in enumerate(images)]
     assert source.class_names == tuple(CLASS_NAMES)
     assert source.mean_bytes() == sum(map(len, images)) / len(images)
+    assert source.probe() == source.probe()
 
 
 def test_a_pickled_source_is_small_and_reads_the_same(parquet: Path, images: list[bytes]) -> None:
