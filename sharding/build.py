@@ -86,7 +86,11 @@ def _build(
     mean_bytes, digest = source.probe()
     samples_per_shard = _samples_per_shard(source, policy, layout, mean_bytes)
     parts = plan_parts(len(source), layout.lanes, samples_per_shard, layout.seed)
-    data = {"number of rows": len(source), "checksum of evenly spaced rows": digest, "number of rows per shard": samples_per_shard}
+    data = {
+        "number of rows": len(source),
+        "checksum of evenly spaced rows": digest,
+        "number of rows per shard": samples_per_shard,
+    }
     _start_or_continue(out, {**options, "data": data})
     job = Job(source, policy, out, prefix=re.sub(r"\W.*", "", options["source"]["split"]) or "data")
     records = _records(job, parts, engine, progress, limit=max_quarantine * len(source))

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
 from rich.table import Table
 
+from sharding.arguments import Parser
 from sharding.command import command
 from sharding.manifest import ShardSet, open_shards
 
@@ -110,7 +111,7 @@ def _class_name(shards: ShardSet, sample: int) -> str:
 
 @command("sharding.inspect")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sharding.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("shards", help="directory or fsspec URL")

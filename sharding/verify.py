@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sharding.arguments import Parser
 from sharding.command import command
 from sharding.encode import BadImageError, Policy, encode
 from sharding.engine import Engine, in_process, processes
@@ -170,7 +171,7 @@ def _check_dali_index(check: Check, number: int) -> list[Problem]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sharding.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
