@@ -60,7 +60,8 @@ def verify(
         ShardError: there is no readable manifest.
     """
     _index.cache_clear()
-    check = Check(out, Manifest.load(out), out.sizes(), decode)
+    sizes = out.sizes()
+    check = Check(out, Manifest.load(out), sizes, decode)
     problems = [*_check_manifest(check), *_check_strays(check), *(damage := _check_index(check))]
     shards = range(len(check.manifest.shards))
     with bar() as shown:
