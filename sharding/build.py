@@ -64,6 +64,8 @@ def build(
     options = {"source": asdict(spec), "policy": asdict(policy), "layout": asdict(layout)}
     if (manifest := _check_out(out, options)) is None:
         source = open_source(spec, cache, streaming, progress)
+        if source.no_labels:
+            say("sharding.build", source.no_labels)
         with out.lock():
             manifest = _build(source, out, layout, policy, options, engine, max_quarantine, progress)
     out.remove_state()
@@ -169,6 +171,12 @@ def _records(job: Job, parts: Sequence[Part], engine: Engine, progress: Progress
             break
     if num_quarantined > limit:
         raise _too_many(job, list(records.values()), limit)
+    if (num_samples := sum(r.shard.num_samples for r in records.values())) < 1 + max(part.lane for part in parts):
+        write_quarantine(job.out, list(records.values()))
+        raise BuildError(
+            f"only {num_samples} of {len(job.source)} images can be used, fewer than --lanes; "
+            f"the reasons are in {job.out}/{QUARANTINE_FILE}"
+        )
     return [records[record_name(part)] for part in parts]
 
 

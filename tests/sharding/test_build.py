@@ -91,6 +91,12 @@ def test_too_many_refused_images_stop_the_build(tmp_path: Path) -> None:
     assert manifest.num_quarantined == 2
 
 
+def test_all_images_refused_is_one_message(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "source", [b"x"] * 8, [0] * 8)
+    with pytest.raises(BuildError, match=r"only 0 of 8 images can be used.*quarantine\.jsonl"):
+        build_shards(source, tmp_path / "out", max_quarantine=1)
+
+
 def test_the_same_command_again_changes_nothing(parquet: Path, tmp_path: Path) -> None:
     build_shards(parquet, tmp_path / "out")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +48,7 @@ def test_index_is_mapped_not_read(shards: Path) -> None:
 
 def test_fingerprint_follows_order_and_content_alone(shards: Path) -> None:
     manifest = Manifest.load(shards)
-    content = (manifest.shards, manifest.num_lanes, manifest.policy, manifest.class_names)
+    content: tuple[Any, ...] = (manifest.shards, manifest.num_lanes, manifest.policy, manifest.class_names)
     assert fingerprint(*content) == manifest.fingerprint
     changed = (content[0][::-1], 2, {**manifest.policy, "quality": 1}, content[3][::-1])
     for place, value in enumerate(changed):
