@@ -68,6 +68,8 @@ def build(
             say("sharding.build", source.no_labels)
         with out.lock():
             manifest = _build(source, out, layout, policy, options, engine, max_quarantine, progress)
+    else:
+        say("sharding.build", f"{out}: already complete, nothing to do")
     out.remove_state()
     discard_spool(spec, cache)
     return manifest
@@ -102,6 +104,8 @@ def _build(
 
 def _check_out(out: Directory, options: dict[str, dict[str, Any]]) -> Manifest | None:
     """The manifest when these very shards are built already; refuses an output made of anything else."""
+    if out.is_local and out.local_path().is_file():
+        raise BuildError(f"{out}: is a file; --out is a directory")
     sizes = out.sizes()
     if foreign := sorted(name for name in sizes if not _OURS.match(name)):
         raise BuildError(f"{out}: holds files of others, such as {foreign[0]!r}; choose an empty --out")
@@ -113,7 +117,10 @@ def _check_out(out: Directory, options: dict[str, dict[str, Any]]) -> Manifest |
     if OPTIONS_FILE in sizes:
         _refuse_changes(out, json.loads(out.read(OPTIONS_FILE)), options)
     elif any(not name.startswith(STATE) for name in sizes):
-        raise BuildError(f"{out}: holds shards without a manifest or a build to continue; choose an empty --out")
+        raise BuildError(
+            f"{out}: holds shards without a manifest or a build to continue; "
+            "the same command with an empty --out makes the same files again, its manifest.json among them"
+        )
     return None
 
 
@@ -211,7 +218,7 @@ def _report(manifest: Manifest, out: Directory, seconds: float) -> str:
         f"{manifest.num_lanes} lanes of {manifest.num_samples_per_lane}, {len(manifest.class_names)} classes",
         f"read {manifest.num_read}, quarantined {manifest.num_quarantined}, surplus {manifest.num_surplus}, "
         f"changed: {changed}",
-        f"fingerprint {manifest.fingerprint}, {seconds:.1f} s ({manifest.num_read / seconds:.0f} images/s)",
+        f"fingerprint {manifest.fingerprint}, {seconds:.1f} s",
     ]
     return "\n".join(lines)
 
@@ -219,6 +226,8 @@ def _report(manifest: Manifest, out: Directory, seconds: float) -> str:
 def _explain(error: Exception, out: Directory) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"{out}: no space left on the disk; free some, then the same command continues"
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"{out}: cannot be written, its file system is read-only; choose a different --out"
     if isinstance(error, BrokenProcessPool):
         return f"a worker process was killed (out of memory? try fewer --workers); the same command continues {out}"
     return str(error)

@@ -52,7 +52,8 @@ def test_fingerprint_follows_order_and_content_alone(shards: Path) -> None:
     assert fingerprint(*content) == manifest.fingerprint
     changed = (content[0][::-1], 2, {**manifest.policy, "quality": 1}, content[3][::-1])
     for place, value in enumerate(changed):
-        assert fingerprint(*content[:place], value, *content[place + 1 :]) != manifest.fingerprint
+        other: list[Any] = [*content[:place], value, *content[place + 1 :]]
+        assert fingerprint(*other) != manifest.fingerprint
 
 
 def test_shards_of_version_1_still_open(shards: Path, tmp_path: Path) -> None:

@@ -231,8 +231,9 @@ def test_a_file_or_an_empty_folder_is_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=str(tmp_path)):
         open_folder(tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(SourceError, match="is a file"):
+    with pytest.raises(SourceError, match="is a file") as refused:
         open_folder(tmp_path / "a.parquet")
+    assert str(refused.value).count("a.parquet") == 1
     with pytest.raises(SourceError, match=str(tmp_path)):
         open_folder(tmp_path)
 
