@@ -9,17 +9,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sharding.command import UserError
 from sharding.storage import STATE, Directory
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # version 1, whose fingerprint leaves the class names out, is read too
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.arrow"
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -43,6 +44,8 @@ class ShardError(UserError):
 
 @dataclass(frozen=True)
 class Shard:
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
     path: str  # relative, "lane-00/train-000000.tar"; its DALI index has the suffix .idx
     lane: int
     num_samples: int
@@ -52,6 +55,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class IndexFile:
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
     num_bytes: int
     xxh3_128: str
     path: str = INDEX_FILE
@@ -104,16 +109,22 @@ class Manifest:
     @classmethod
     def _from_json(cls, raw: Any, where: str) -> Self:
         version = raw.get("version") if isinstance(raw, dict) else None
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise ShardError(
-                f"{where}: format version {version!r}, this program reads version {FORMAT_VERSION}; "
+                f"{where}: format version {version!r}, this program reads versions 1 to {FORMAT_VERSION}; "
                 "build the shards again with this program, or read them with the one that made them"
             )
         if difference := {f.name for f in fields(cls)} ^ set(raw):
             raise ShardError(f"{where}: fields missing or unknown: {', '.join(sorted(difference))}")
-        shards = tuple(Shard(**shard) for shard in raw["shards"])
-        tuples = {name: tuple(raw[name]) for name in ("surplus_rows", "class_names")}
-        return cls(**{**raw, **tuples, "shards": shards, "index": IndexFile(**raw["index"])})
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(raw), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise ShardError(
+                f"{where}: is damaged at {field}: {first['msg']}, found {first['input']!r}; "
+                "put the original back, or build the shards again"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -230,7 +241,9 @@ def check_index(out: Directory, manifest: Manifest, index: Index) -> None:
 
 
 def check_fingerprint(out: Directory, manifest: Manifest) -> None:
-    found = fingerprint(manifest.shards, manifest.num_lanes, manifest.policy)
+    found = fingerprint(
+        manifest.shards, manifest.num_lanes, manifest.policy, manifest.class_names, version=manifest.version
+    )
     if found != manifest.fingerprint:
         raise ShardError(
             f"{out}/{MANIFEST_FILE}: expected the fingerprint {manifest.fingerprint} of its build, its shards have "
@@ -238,14 +251,22 @@ def check_fingerprint(out: Directory, manifest: Manifest) -> None:
         )
 
 
-def fingerprint(shards: Sequence[Shard], num_lanes: int, policy: dict[str, Any]) -> str:
-    """xxh3_128 over everything that decides the samples, their bytes and their order."""
-    content = {
-        "version": FORMAT_VERSION,
+def fingerprint(
+    shards: Sequence[Shard],
+    num_lanes: int,
+    policy: dict[str, Any],
+    class_names: Sequence[str],
+    version: int = FORMAT_VERSION,
+) -> str:
+    """xxh3_128 over everything that decides the samples, their bytes, their order and what their labels mean."""
+    content: dict[str, Any] = {
+        "version": version,
         "num_lanes": num_lanes,
         "policy": policy,
         "shards": [(shard.lane, shard.num_samples, shard.xxh3_128) for shard in shards],
     }
+    if version > 1:
+        content["class_names"] = list(class_names)
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,16 +193,26 @@ def test_full_disk(
         subprocess.run(["umount", str(small_disk)], check=True)
 
 
-def test_changed_data_is_noticed(tmp_path: Path) -> None:
+IMAGES, LABELS = [jpeg(i) for i in range(20)] + [b""] * 5, [0, 1] * 12 + [0]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        ([jpeg(i) for i in range(30)], [0] * 30, "data whose number of rows is 25, now it is 30"),
+        (IMAGES[::-1], LABELS, "data whose checksum of evenly spaced rows is [0-9a-f]{32}, now it is"),
+        (IMAGES, [1 - label for label in LABELS], "data whose checksum of evenly spaced rows is"),
+    ],
+    ids=["rows", "order", "labels"],
+)
+def test_changed_data_are_noticed(tmp_path: Path, images: list[bytes], labels: list[int], message: str) -> None:
     out = tmp_path / "out"
-    data = write_parquet(tmp_path / "data", [jpeg(i) for i in range(20)] + [b""] * 5, [0] * 25)
+    data = write_parquet(tmp_path / "data", IMAGES, LABELS)
     with pytest.raises(BuildError, match="cannot be used"):
         build_shards(data, out)
-    for path in (data / "data").iterdir():
-        path.unlink()
-    (data / "data").rmdir()
-    write_parquet(data, [jpeg(i) for i in range(30)], [0] * 30)
-    with pytest.raises(BuildError, match="was started with data with 25 rows, now it is 30"):
+    shutil.rmtree(data)
+    write_parquet(data, images, labels)
+    with pytest.raises(BuildError, match=message):
         build_shards(data, out)
 
 
