@@ -300,4 +300,4 @@ def _check(path: Path) -> None:
 def _is_unsealed(path: Path, end: bytes) -> bool:
     """Whether it is a sound archive with the ``end`` of one that has no comment."""
     with zipfile.ZipFile(path) as archive:
-        return end[-22:].startswith(b"PK\x05\x06") and archive.testzip() is None
+        return end[-22:].startswith(b"PK\x05\x06") and end.endswith(b"\0\0") and archive.testzip() is None

@@ -40,7 +40,7 @@ def plan_run(config: Config, manifest: Manifest) -> RunPlan:
 
 
 def check_batch(config: Config, manifest: Manifest, world_size: int) -> None:
-    """Raises UserError unless lanes, processes and pieces divide the global batch; warns of one too large for the data."""
+    """Raises UserError unless lanes, processes and pieces divide the global batch; warns of one that is too large."""
     batch, piece = config.run.global_batch_size, config.run.micro_batch_size
     for count, what in ((manifest.num_lanes, "lanes of the shards"), (world_size, "processes")):
         if batch % count:
