@@ -22,6 +22,7 @@ import torch
 
 from pipeline.cache import CacheOptions
 from pipeline.loader import Loader
+from pipeline.order import lanes_of_rank
 from sharding.command import UserError, command
 from sharding.manifest import Manifest, ShardSet, open_shards
 from train import checkpoint, schedule
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def pretrain(config: Config, world: World) -> None:
     """The story of a run. Raises ValueError or OSError for what the user can mend, before any work where possible."""
-    shards = open_shards(config.data.shards)
+    num_lanes = Manifest.load(config.data.shards).num_lanes
+    shards = open_shards(config.data.shards, lanes_of_rank(num_lanes, world.rank, world.size))
     check_batch(config, shards.manifest, world)
     plan = plan_run(config, shards.manifest)
     identity = checkpoint.Identity.of(config, shards.manifest)
