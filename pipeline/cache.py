@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,9 +114,9 @@ class ShardCache:
         source = f"{self._source}/{shard.path}"
         for attempt in range(_NUM_ATTEMPTS):
             try:
-                with self._watch.watching(source):
-                    alive = Callback(hooks={"alive": lambda *_, **__: self._watch.progress(source)})
-                    self._source.fs.get_file(self._source.path(shard.path), str(part), callback=alive)
+                with self._watch.watching(source) as progress:
+                    blocks = _Blocks(progress)
+                    self._source.fs.get_file(self._source.path(shard.path), str(part), callback=blocks)
                 return
             except Exception as error:
                 seconds = _RETRY_SECONDS * 2**attempt
@@ -164,6 +164,17 @@ class ShardCache:
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
                     yield status.st_mtime, self._sizes.get(path.stem, status.st_size), path
+
+
+class _Blocks(Callback):
+    """fsspec tells it of each block that arrives, some stores in a thread of their own."""
+
+    def __init__(self, progress: Callable[[], None]) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def call(self, *_: object, **__: object) -> None:
+        self._progress()
 
 
 @contextlib.contextmanager

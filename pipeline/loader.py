@@ -205,8 +205,8 @@ class Loader:
             try:
                 return pending.result(self._watch.poll_seconds)
             except TimeoutError:
-                if pending.done():  # it is the disk's own
-                    raise
+                if pending.done():  # since; or the error is the disk's own
+                    return pending.result()
                 self._watch.check()
 
     def _rebuild(self) -> None:

@@ -144,7 +144,7 @@ class Reader:
         with self._watching(shard):
             return os.open(self.shards.root / self.shards.manifest.shards[shard].path, os.O_RDONLY)
 
-    def _watching(self, shard: int) -> AbstractContextManager[None]:
+    def _watching(self, shard: int) -> AbstractContextManager[object]:
         return self.watch.watching(f"{self.shards.directory}/{self.shards.manifest.shards[shard].path}")
 
 

@@ -15,11 +15,11 @@ _Jobs = SimpleQueue[tuple["Future[Any]", Callable[..., Any], tuple[Any, ...]] | 
 
 
 class Watch:
-    """Knows which operations of which threads are under way; safe to share between threads."""
+    """Knows which operations are under way, and since when; safe to share between threads."""
 
     def __init__(self, limit_seconds: float = STALL_SECONDS) -> None:
         self.limit_seconds = limit_seconds
-        self._running: dict[int, tuple[str, float]] = {}
+        self._running: dict[object, tuple[str, float]] = {}
 
     @property
     def poll_seconds(self) -> float:
@@ -27,17 +27,20 @@ class Watch:
         return min(1.0, self.limit_seconds)
 
     @contextlib.contextmanager
-    def watching(self, what: str) -> Iterator[None]:
-        """The block reads ``what``, or is noticed by `check`."""
-        self.progress(what)
-        try:
-            yield
-        finally:
-            self._running.pop(threading.get_ident(), None)
+    def watching(self, what: str) -> Iterator[Callable[[], None]]:
+        """The block reads ``what``, or is noticed by `check`. What it is given is to be called, by any thread, when there
+        is progress: the time starts again."""
+        key = object()
+        self._running[key] = (what, time.monotonic())
 
-    def progress(self, what: str) -> None:
-        """What this thread is doing is alive: its time starts again."""
-        self._running[threading.get_ident()] = (what, time.monotonic())
+        def progress() -> None:
+            if key in self._running:
+                self._running[key] = (what, time.monotonic())
+
+        try:
+            yield progress
+        finally:
+            del self._running[key]
 
     def check(self) -> None:
         """Raises OSError, which names what is read, if that had no answer for longer than the limit."""

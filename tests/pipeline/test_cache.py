@@ -9,12 +9,14 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from fsspec.callbacks import Callback
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.cache import CacheOptions
 from pipeline.loader import Batch, Loader
 from pipeline.reader import Reader
 from pipeline.views import ViewSpec
+from pipeline.workers import Watch
 from sharding.manifest import ShardSet, open_shards
 from tests.census import census
 
@@ -245,6 +247,25 @@ def test_a_transfer_that_always_fails_is_an_error_by_name(flaky: ShardSet, tmp_p
     with pytest.raises(OSError, match=r"^flaky://data/shards/lane-00/train-000000.tar: .* attempt 8: reset by peer"):
         reader.read(0)
     reader.close()
+
+
+def test_a_slow_transfer_is_no_stall(flaky: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block that arrives is progress: without an end, but never without an answer."""
+    told: list[float] = []
+    watch = Watch()
+
+    def get_file(_: Flaky, path: str, target: str, callback: Callback) -> None:
+        for size in (1, 2):
+            told.append(max(since for _, since in watch._running.values()))
+            callback.relative_update(size)
+        told.append(max(since for _, since in watch._running.values()))
+        MemoryFileSystem().get_file(path, target)
+
+    monkeypatch.setattr(Flaky, "get_file", get_file)
+    reader = Reader(flaky, options(tmp_path, 10**9), watch)
+    reader.read(0)
+    reader.close()
+    assert told == sorted(set(told))
 
 
 def test_a_transfer_that_never_ends_is_an_error_by_name(flaky: ShardSet, tmp_path: Path) -> None:

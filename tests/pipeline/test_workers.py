@@ -68,8 +68,25 @@ def test_close_names_a_read_that_never_returns(tmp_path: Path) -> None:
     until_running(reading)
     with pytest.raises(OSError, match=r"shard.tar: no answer for \d+ s; check the disk"):
         workers.close()
-    watch.progress("something else")  # of another thread: under way, but not for long
     assert not reading.done()
     release()
     reading.result()
     workers.close()
+
+
+def test_progress_starts_the_time_again_whichever_thread_tells_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("pipeline.workers.time.monotonic", lambda: now)
+    watch = Watch(10)
+    with watch.watching("shard.tar") as progress:
+        now = 11.0
+        thread = threading.Thread(target=progress)
+        thread.start()
+        thread.join()
+        watch.check()
+        now = 22.0
+        with pytest.raises(OSError, match=r"shard.tar: no answer for 11 s"):
+            watch.check()
+    progress()  # too late to matter
+    now = 100.0
+    watch.check()

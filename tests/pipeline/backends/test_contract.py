@@ -185,7 +185,7 @@ def test_a_read_that_never_returns_is_named(name: str, copied_shards: Path) -> N
     """By `next` and by `close`, which leaves its thread behind."""
     shards, before = open_shards(copied_shards), census()
     paths = [copied_shards / shard.path for shard in shards.manifest.shards]
-    stream = Loader(shards, SPECS, seed=5, global_batch_size=BATCH_SIZE, backend=name, num_threads=1, stall_seconds=0.5)
+    stream = Loader(shards, SPECS, seed=5, global_batch_size=BATCH_SIZE, backend=name, num_threads=1, stall_seconds=1)
     next(stream)  # worker processes have opened the shards
     releases = [stalled_read(path) for path in paths]
     stream._reader._files.clear()
