@@ -28,7 +28,7 @@ class Watch:
 
     @contextlib.contextmanager
     def watching(self, what: str) -> Iterator[Callable[[], None]]:
-        """The block reads ``what``, or is noticed by `check`. What it is given is to be called, by any thread, when there
+        """The block reads ``what``, or is noticed by `check`. What it is given is called, by any thread, when there
         is progress: the time starts again."""
         key = object()
         self._running[key] = (what, time.monotonic())
