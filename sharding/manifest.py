@@ -6,7 +6,7 @@ The manifest is written last, so a directory that has one is complete.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -129,7 +129,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Index:
-    """Columns of `index.arrow`, memory-mapped; a sample's id is its row number.
+    """Columns of `index.arrow`, in memory (44 bytes a sample); a sample's id is its row number.
 
     Rows are ordered by lane, shard, and position in the shard, so lane `l` owns ids `[l * n, (l + 1) * n)`.
     """
@@ -153,7 +153,7 @@ class Index:
 
     @classmethod
     def load(cls, root: str | Path | Directory, expected: IndexFile | None = None) -> Self:
-        """Maps the file of a local directory, and reads that of any other.
+        """Reads the file whole: what becomes of it on the disk later can neither change an order nor kill a process.
 
         Raises:
             ShardError: it cannot be read, or has not the checksum of the `expected` one.
@@ -161,10 +161,7 @@ class Index:
         out = Directory.at(root)
         where = f"{out}/{INDEX_FILE}"
         try:
-            if out.is_local:
-                data = pa.memory_map(str(out.local_path(INDEX_FILE))).read_buffer()
-            else:
-                data = pa.py_buffer(out.read(INDEX_FILE))
+            data = pa.py_buffer(out.read(INDEX_FILE))
             if expected and xxhash.xxh3_128_hexdigest(data) != expected.xxh3_128:
                 raise ShardError(
                     f"{where}: is damaged: its checksum is not the manifest's; {repair_command(out)} restores it"
@@ -184,6 +181,7 @@ class ShardSet:
     directory: Directory
     manifest: Manifest
     index: Index
+    lanes: Collection[int] | None = None  # whose shards were checked; None: all
 
     @property
     def root(self) -> Path:
@@ -191,30 +189,35 @@ class ShardSet:
         return self.directory.local_path()
 
 
-def open_shards(root: str | Path | Directory) -> ShardSet:
+def open_shards(root: str | Path | Directory, lanes: Collection[int] | None = None) -> ShardSet:
     """Open a shard directory after checking that its files fit together: the archives by their sizes alone, the index
     by its checksum, since a wrong height would change crops, and a wrong label the evaluation, unseen.
+
+    Of the archives, only those of ``lanes`` need to be there (by default all).
 
     Raises:
         ShardError: names the first file that is missing or does not fit.
     """
     out = Directory.at(root)
     manifest = Manifest.load(out)
-    check_sizes(out, manifest)
+    check_sizes(out, manifest, lanes)
     index = Index.load(out, manifest.index)
     check_index(out, manifest, index)
     check_fingerprint(out, manifest)
-    return ShardSet(out, manifest, index)
+    return ShardSet(out, manifest, index, lanes)
 
 
-def check_sizes(out: Directory, manifest: Manifest) -> None:
+def check_sizes(out: Directory, manifest: Manifest, lanes: Collection[int] | None = None) -> None:
     sizes = out.sizes()
-    expected = {shard.path: shard.num_bytes for shard in manifest.shards}
+    expected = {shard.path: shard.num_bytes for shard in manifest.shards if lanes is None or shard.lane in lanes}
     expected[manifest.index.path] = manifest.index.num_bytes
     for path, num_bytes in expected.items():
         if sizes.get(path) != num_bytes:
             found = f"found {sizes[path]}" if path in sizes else "it is missing"
-            raise ShardError(f"{out}/{path}: expected {num_bytes} bytes, {found}; {repair_command(out)} restores it")
+            whose = "" if lanes is None else f" (this process reads lanes {', '.join(map(str, lanes))})"
+            raise ShardError(
+                f"{out}/{path}: expected {num_bytes} bytes, {found}{whose}; {repair_command(out)} restores it"
+            )
 
 
 def check_index(out: Directory, manifest: Manifest, index: Index) -> None:

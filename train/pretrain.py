@@ -19,8 +19,9 @@ import torch
 
 from pipeline.cache import CacheOptions
 from pipeline.loader import Batch, Loader
+from pipeline.order import lanes_of_rank
 from sharding.command import UserError, command
-from sharding.manifest import ShardSet, open_shards
+from sharding.manifest import Manifest, ShardSet, open_shards
 from train import automatic, checkpoint, stop
 from train.batchnorm import synchronize_batchnorm
 from train.config import Config, load_config
@@ -51,7 +52,8 @@ def pretrain(config: Config, world: World) -> bool:
 
     Raises UserError or OSError for what the user can put right, before any work where possible.
     """
-    shards = open_shards(config.data.shards)
+    num_lanes = Manifest.load(config.data.shards).num_lanes
+    shards = open_shards(config.data.shards, lanes_of_rank(num_lanes, world.rank, world.size))
     check_batch(config, shards.manifest, world.size)
     plan = plan_run(config, shards.manifest)
     identity = checkpoint.Identity.of(config, shards.manifest.fingerprint)

@@ -35,8 +35,9 @@ class Pending(Protocol):
         """Whether `result` would return at once, as far as the host knows."""
         ...
 
-    def result(self) -> Views:
-        """Wait for the views. Raises `UndecodableError`, naming all such samples of the batch."""
+    def result(self, timeout: float | None = None) -> Views:
+        """Wait for the views. Raises `UndecodableError`, naming all such samples of the batch, and TimeoutError where
+        something is missing after ``timeout`` seconds."""
         ...
 
 
@@ -56,7 +57,8 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop; leaves no thread or process behind. A closed backend takes no more plans."""
+        """Stop; leaves no thread or process behind. A closed backend takes no more plans. Raises OSError where that
+        never ends, because a read does not return."""
         ...
 
 

@@ -1,3 +1,4 @@
+import gc
 import itertools
 import logging
 import os
@@ -19,6 +20,7 @@ from pipeline.reader import Reader
 from pipeline.views import ViewSpec
 from sharding.manifest import ShardError, ShardSet, open_shards
 from tests.census import census
+from tests.pipeline.test_reader import num_open_files
 
 SPECS = (ViewSpec(count=2, size=32, kernel=5), ViewSpec(size=16, scale=(0.05, 0.3), kernel=5))
 BATCH_SIZE = 8
@@ -297,6 +299,14 @@ def test_too_many_damaged_samples_stop_the_run(damage: Callable[[int], ShardSet]
     assert len(batches(shards, 3, max_replaced_samples=3)) == 3
 
 
+def test_a_lane_without_a_decodable_sample_ends_the_run_by_name(copied_shards: Path) -> None:
+    shards = open_shards(copied_shards)
+    for path in copied_shards.glob("lane-01/*.tar"):
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ValueError, match=r"all 23 samples of lane 1 cannot be decoded, the last one .*sharding.verify"):
+        batches(shards, 26)
+
+
 @pytest.mark.parametrize("harm", [os.remove, lambda path: os.truncate(path, 5000)], ids=["missing", "truncated"])
 def test_a_harmed_shard_is_refused_by_name_before_anything_is_read(
     copied_shards: Path, harm: Callable[[Path], None]
@@ -330,6 +340,36 @@ def test_close_leaves_nothing_and_delivered_batches_live_on(shard_set: ShardSet,
     assert not equal(batch, whole[0])  # of another order
     with pytest.raises(RuntimeError, match="closed"):
         next(stream)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_a_dropped_loader_closes_itself(shard_set: ShardSet, backend: str) -> None:
+    gc.collect()  # what other tests dropped
+    before, files = census(), num_open_files()
+    stream = loader(shard_set, backend=backend)
+    next(stream)
+    assert census() != before
+    del stream
+    gc.collect()
+    assert census() == before
+    assert num_open_files() == files
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork")
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_a_forked_child_is_told_to_make_its_own(shard_set: ShardSet, backend: str) -> None:
+    with loader(shard_set, backend=backend) as stream:
+        next(stream)
+        child = os.fork()
+        if not child:
+            try:
+                next(stream)
+            except RuntimeError as error:
+                stream.close()
+                os._exit(f"belongs to process {os.getppid()}" not in str(error))
+            os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
+        assert next(stream).step == 1
 
 
 def test_statistics_account_for_the_time(shard_set: ShardSet) -> None:
