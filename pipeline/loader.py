@@ -67,6 +67,7 @@ class Loader:
         num_threads: int = 2,
         prefetch: int = 2,
         max_replaced_samples: int = 100,
+        canary_every: int = 0,
         cache: CacheOptions | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
@@ -85,7 +86,9 @@ class Loader:
         self._num_batches, self._num_ready = 0, 0
         self._wait_seconds, self._plan_seconds, self._copy_seconds = 0.0, 0.0, 0.0
         self._reader, self._horizon = Reader(shards, cache), self._look_ahead(cache)
-        options = BackendOptions(self._reader, flatten(specs), batch_size, num_threads, prefetch, self._device)
+        options = BackendOptions(
+            self._reader, flatten(specs), batch_size, num_threads, prefetch, self._device, canary_every
+        )
         self._backend = build_backend(backend, options)
 
     @property

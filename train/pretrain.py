@@ -137,9 +137,6 @@ def check_batch(config: Config, manifest: Manifest, world: World) -> None:
 
 
 def build_loader(config: Config, shards: ShardSet, world: World, start_step: int) -> Loader:
-    backend = config.data.backend
-    if backend == "auto":
-        backend = "dali" if world.device.type == "cuda" else "cpu"
     return Loader(
         shards,
         config.views,
@@ -149,7 +146,8 @@ def build_loader(config: Config, shards: ShardSet, world: World, start_step: int
         world_size=world.size,
         start_step=start_step,
         window=config.data.window,
-        backend=backend,
+        backend=config.data.backend,
+        canary_every=config.data.canary_every,
         num_threads=config.data.num_threads or cores_per_process(),
         prefetch=config.data.prefetch,
         max_replaced_samples=config.data.max_replaced_samples,
