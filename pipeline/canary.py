@@ -19,11 +19,11 @@ from sharding.command import UserError
 
 log = logging.getLogger(__name__)
 
-# Mean absolute differences of views, in levels of 255: of all images, and of the worst one. One tolerance for decoder
-# and kernels together. Kernels alone are equal to the bit but for the blur; what is left for the decoder is that nvJPEG
-# rounds its inverse DCT, and may interpolate halved chroma, otherwise than libjpeg, which jitter amplifies. An image
-# that was skipped, or a different one, is off by tens of levels.
-MEAN_TOLERANCE = 1.0
+# Mean absolute differences of whole chains, in levels of 255: of all images, and of the worst one. One tolerance for
+# decoder and kernels together. Kernels alone are equal to the bit but for the blur. What is left for the decoder is:
+# nvJPEG rounds its inverse DCT, and may interpolate halved chroma, otherwise than libjpeg, which jitter amplifies. An
+# image that was skipped, or a different one, is off by tens of levels.
+CHAIN_TOLERANCE = 1.0
 WORST_IMAGE_TOLERANCE = 3.0
 
 _SAMPLES_AT_START = 16
@@ -154,7 +154,7 @@ def describe(found: NDArray[np.float64], plan: BatchPlan) -> str:
 
 def _excess(found: NDArray[np.float64], plan: BatchPlan) -> str:
     """What is wrong with views that differ from the reference by that much; "" if nothing is."""
-    if not found.size or (found.mean() <= MEAN_TOLERANCE and found.max() <= WORST_IMAGE_TOLERANCE):
+    if not found.size or (found.mean() <= CHAIN_TOLERANCE and found.max() <= WORST_IMAGE_TOLERANCE):
         return ""
-    limits = f"at most {MEAN_TOLERANCE} on average, {WORST_IMAGE_TOLERANCE} for an image"
+    limits = f"at most {CHAIN_TOLERANCE} on average, {WORST_IMAGE_TOLERANCE} for an image"
     return f"is wrong here: {describe(found, plan)}, expected {limits}"

@@ -106,14 +106,13 @@ def evaluation_view(views: Sequence[ViewSpec]) -> ViewSpec:
 def _features(
     encoder: Encoder, shards: ShardSet, ids: Ints | None, config: Config, device: torch.device, description: str
 ) -> Features:
-    backend = "dali" if device.type == "cuda" else "cpu"
     return extract(
         encoder,
         shards,
         evaluation_view(config.views),
         device=device,
         ids=ids,
-        backend=backend,
+        backend="auto",
         num_threads=cores_per_process(),
         description=description,
     )
