@@ -72,6 +72,7 @@ class Loader:
         num_threads: int = 2,
         prefetch: int = 2,
         max_replaced_samples: int = 100,
+        canary_every: int = 0,
         cache: CacheOptions | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
@@ -92,7 +93,9 @@ class Loader:
         self._wait_seconds, self._plan_seconds, self._copy_seconds = 0.0, 0.0, 0.0
         self._watch = Watch(stall_seconds)
         self._reader, self._horizon = Reader(shards, cache, self._watch), self._look_ahead(cache)
-        options = BackendOptions(self._reader, flatten(specs), batch_size, num_threads, prefetch, self._device)
+        options = BackendOptions(
+            self._reader, flatten(specs), batch_size, num_threads, prefetch, self._device, canary_every
+        )
         self._backend = build_backend(backend, options)
         self._close = weakref.finalize(self, _close, self._process, self._backend, self._reader)
 

@@ -75,6 +75,9 @@ class BatchPlan:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def take(self, rows: slice | Ints) -> "BatchPlan":
+        return replace(self, ids=self.ids[rows], views=tuple(view.take(rows) for view in self.views))
+
 
 def plan_batch(
     specs: Sequence[ViewSpec], seed: int, step: int, ids: Ints, epochs: Ints, heights: Ints, widths: Ints

@@ -19,10 +19,6 @@ def dtype(config: Config, world: World) -> torch.dtype:
     return _DTYPES[automatic if config.run.precision == "auto" else config.run.precision]
 
 
-def backend(name: str, device: torch.device) -> str:
-    return ("dali" if device.type == "cuda" else "cpu") if name == "auto" else name
-
-
 def num_threads(configured: int) -> int:
     """The cores this process may use, shared with the other processes of its node."""
     return configured or max(1, len(os.sched_getaffinity(0)) // processes_on_node())

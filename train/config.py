@@ -46,8 +46,9 @@ HomePath = Annotated[Path, AfterValidator(lambda path: Path(_expand_home(str(pat
 class DataConfig(Settings):
     shards: HomeStr = Field("/data/shards", description="directory or URL made by `python -m sharding.build`")
     backend: Literal["auto", *BACKENDS] = Field(  # type: ignore[valid-type]  # the literal table is the type
-        "auto", description="executor of the views; auto: dali on a GPU, cpu elsewhere"
+        "auto", description="executor of the views; auto: dali on a GPU if its views are cpu's, else cpu"
     )
+    canary_every: int = Field(5000, ge=0, description="steps between comparisons of auto's views with cpu's; 0: never")
     num_threads: int = Field(
         0, ge=0, le=1024, description="loader threads of each process; 0: the machine's cores, shared out"
     )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline.backends import BackendOptions, UndecodableError, Views
 from pipeline.backends.pool import Done, chunks
-from pipeline.dali_decode import Decoder, Encoded, Regions, find_fault, needed_regions
+from pipeline.dali_decode import Decoder, Encoded, Regions, find_fault, largest_size, needed_regions
 from pipeline.memory import recycler
 from pipeline.plan import BatchPlan
 from pipeline.render import render
@@ -76,6 +76,7 @@ class DaliBackend:
 
     def __init__(self, options: BackendOptions, renderer: Renderer) -> None:
         self._options, self._renderer = options, renderer
+        self._largest = largest_size(options.reader.shards.index)
         self._decoder = self._new_decoder(options.batch_size)
         self._wait_seconds = 0.0
         self._readers = Workers(options.num_threads, "dali-read", options.reader.watch)
@@ -184,7 +185,8 @@ class DaliBackend:
     def _new_decoder(self, batch_size: int) -> Decoder:
         device = self._options.device
         on_gpu = device.type == "cuda"
-        return Decoder(batch_size, self._options.num_threads, (device.index or 0) if on_gpu else None)
+        device_id = (device.index or 0) if on_gpu else None
+        return Decoder(batch_size, self._options.num_threads, device_id, self._largest)
 
 
 class CpuRenderer:

@@ -18,7 +18,7 @@ from pipeline.reader import Reader
 from pipeline.views import ViewSpec
 from pipeline.workers import Watch
 from sharding.manifest import ShardSet, open_shards
-from tests.census import census
+from tests.census import census, wait_until
 
 
 def shard_bytes(shards: ShardSet) -> list[int]:
@@ -65,7 +65,7 @@ def test_a_cache_smaller_than_the_data_gives_the_same_batches(
             assert size_of(tmp_path) <= 3 * total // 4
         assert stream.stats()["fetched_bytes"] > 1.2 * total  # 2.6 passes: some were fetched again
     assert same(found, expected)
-    assert census() == before
+    assert census() <= before
 
 
 def test_a_full_permutation_needs_room_for_all_and_fetches_once(
@@ -87,11 +87,8 @@ def test_a_full_permutation_needs_room_for_all_and_fetches_once(
 def test_the_next_shards_are_fetched_before_they_are_read(remote: ShardSet, tmp_path: Path) -> None:
     with loader(remote, window=1, rank=0, world_size=4, cache=options(tmp_path, sum(shard_bytes(remote)))) as stream:
         next(stream)
-        deadline = time.monotonic() + 10
-        while len(list(tmp_path.glob("*.tar"))) < 3:  # all of this rank's lane
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        assert stream.stats()["fetched_bytes"] == sum(s.num_bytes for s in remote.manifest.shards if s.lane == 0)
+        of_this_lane = sum(shard.num_bytes for shard in remote.manifest.shards if shard.lane == 0)
+        wait_until(lambda: stream.stats()["fetched_bytes"] == of_this_lane)
 
 
 def test_least_recently_opened_shards_make_room(remote: ShardSet, tmp_path: Path) -> None:
@@ -140,7 +137,7 @@ def test_a_shard_that_another_process_fetches_is_waited_for(
     thread.join()
     assert reader.stats()["fetched_bytes"] == 0
     reader.close()
-    assert census() == before
+    assert census() <= before
 
 
 def test_close_waits_for_what_is_being_fetched(remote: ShardSet, tmp_path: Path) -> None:
@@ -148,7 +145,7 @@ def test_close_waits_for_what_is_being_fetched(remote: ShardSet, tmp_path: Path)
     reader = Reader(remote, options(tmp_path, 10**9))
     reader.fetch_ahead(list(range(12)))
     reader.close()
-    assert census() == before
+    assert census() <= before
     assert not list(tmp_path.glob("*.part"))
 
 

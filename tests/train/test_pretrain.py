@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 from sharding.build import main as build_shards
 from sharding.manifest import open_shards
+from tests.census import wait_until
 from tests.processes import NO_GPU, run_ranks
 from train.automatic import dtype
 from train.checkpoint import checkpoints
@@ -79,11 +79,12 @@ def test_a_killed_run_continues_exactly(shards: Path, reference: list[float], tm
     command = [sys.executable, "-m", "train.pretrain", *settings(shards, run)]
     environment = {**os.environ, **NO_GPU}  # on the CPU losses repeat to the bit
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not checkpoints(run) and process.poll() is None:
-        time.sleep(0.005)
+    wait_until(lambda: checkpoints(run) or process.poll() is not None)
     process.kill()
     process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode in (-signal.SIGKILL, 0), "0: it was done before this process had its turn"
+    for path in checkpoints(run)[1:]:
+        path.unlink()
     assert run_alone(shards, run) == reference
 
 
@@ -109,10 +110,9 @@ def test_sigterm_saves_and_ends(shards: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "train.pretrain", *settings(shards, run, *more)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = run / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
-        time.sleep(0.05)
+    wait_until(lambda: (metrics.exists() and metrics.stat().st_size) or process.poll() is not None)
     process.terminate()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     (path,) = checkpoints(run)
     last_step = read_metrics(run)[-1]["step"]

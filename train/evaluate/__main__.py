@@ -164,7 +164,7 @@ def _features(encoder: Encoder, images: Images, view: ViewSpec, device: torch.de
         view,
         device=device,
         ids=images.ids,
-        backend=automatic.backend("auto", device),
+        backend="auto",
         num_threads=automatic.num_threads(0),
         description=description,
     )

@@ -120,10 +120,10 @@ def test_threads_change_no_pixel_and_nothing_is_left_when_closed(
     views = backend.submit(plan(shard_set, 3)).result()
     assert equal(views, expected)
     assert backend.stats()["decode_seconds"] > 0
-    assert census() != before
+    assert census() > before
     backend.submit(plan(shard_set, 4))
     backend.close()
-    assert census() == before
+    assert census() <= before
 
 
 @pytest.mark.parametrize("name", EXECUTORS)
