@@ -33,5 +33,5 @@ def _rank(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **NO_GPU}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # rank 0 opens no store of its own
     torch.set_num_threads(1)
-    with session() as world:
+    with session("tests") as world:
         torch.save(function(world, *arguments), Path(directory) / f"{rank}.pt")

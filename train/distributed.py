@@ -114,11 +114,12 @@ class AnyRank:
 
 
 @contextmanager
-def session() -> Iterator[World]:
+def session(command: str) -> Iterator[World]:
     """The world that `torchrun` describes in the environment, else a single process.
 
-    An error within the block ends all ranks, each with a line: see `train.failure`. The group is destroyed at the end
-    of the block, but not after an error: NCCL would first wait for collectives that the other ranks never join.
+    An error within the block ends all ranks of ``command``, each with a line: see `train.failure`. The group is
+    destroyed at the end of the block, but not after an error: NCCL would first wait for collectives that the other
+    ranks never join.
     """
     rank, size, local_rank = (int(os.environ.get(name, d)) for name, d in _VARIABLES.items())
     device = _device(local_rank)
@@ -129,7 +130,7 @@ def session() -> Iterator[World]:
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    failures = Failures(dist.distributed_c10d._get_default_store(), rank)
+    failures = Failures(command, dist.distributed_c10d._get_default_store(), rank)
     with failures.watched():
         yield World(rank, size, device, dist.new_group(backend="gloo"))
     dist.destroy_process_group()

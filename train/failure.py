@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sharding.command import UserError, say
+from sharding.command import UserError, report, say
 
 _KEY = "parallax/failure"
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -24,36 +24,41 @@ class StoppedByOtherRankError(UserError):
 
 
 class Failures:
-    """What the ranks tell each other of their failures through ``store`` (of torch.distributed)."""
+    """What the ranks of ``command`` tell each other of their failures through ``store`` (of torch.distributed)."""
 
-    def __init__(self, store: Any, rank: int) -> None:
-        self._store, self._rank = store.clone(), rank  # of its own: the original is locked while it waits for others
+    def __init__(self, command: str, store: Any, rank: int) -> None:
+        self._command, self._rank = command, rank
+        self._store = store.clone()  # the original is locked while it waits for others
         self._ended = threading.Event()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """An error within the block is told to the other ranks; theirs ends this process.
+        """An error within the block is printed, told to the other ranks, and ends this process; theirs ends it too.
 
-        Raises StoppedByOtherRankError in the place of an error that was only the consequence of a different rank's.
+        Raises SystemExit for an own error, which is printed before the others know and have the launcher end this
+        process, and StoppedByOtherRankError for one that was only the consequence of a different rank's.
         """
         watcher = threading.Thread(target=self._watch, name="failures", daemon=True)
         watcher.start()
         try:
             yield
-        except BaseException as error:
-            self._ended.set()
-            watcher.join()
+        except Exception as error:
+            self._end(watcher)
             if cause := self._cause(error):
                 raise StoppedByOtherRankError(cause) from None
+            code = report(self._command, error)
             self._tell(error)
-            raise
+            raise SystemExit(code) from None
+        self._end(watcher)
+
+    def _end(self, watcher: threading.Thread) -> None:
         self._ended.set()
         watcher.join()
 
     def _watch(self) -> None:
         while not self._ended.wait(_SECONDS_BETWEEN_LOOKS):
             if news := self._news():
-                say("train", news)
+                say(self._command, news)
                 os._exit(EXIT_CODE)  # the main thread may hang in a collective for ever
 
     def _cause(self, error: BaseException) -> str | None:

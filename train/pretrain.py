@@ -10,7 +10,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     config = load_config(options.config, options.overrides)
-    with session() as world:
+    with session("train.pretrain") as world:
         finished = pretrain(config, world)
     return 0 if finished else stop.EXIT_CODE
 
@@ -235,12 +235,12 @@ def _introduce(config: Config, state: checkpoint.State | None, plan: RunPlan) ->
 
 def _monitor(config: Config, plan: RunPlan, start_step: int, world: World) -> Any:
     batch = config.run.global_batch_size
-    return Monitor(config.run.dir, start_step, plan.total_steps, batch) if world.is_main else ExitStack()
+    return Monitor(config.run.dir, start_step, plan.total_steps, batch) if world.is_main else nullcontext()
 
 
 def _writer(config: Config, world: World) -> Any:
     run = config.run
-    return checkpoint.Writer(run.dir, run.keep_checkpoints, run.keep_every) if world.is_main else ExitStack()
+    return checkpoint.Writer(run.dir, run.keep_checkpoints, run.keep_every) if world.is_main else nullcontext()
 
 
 def _nothing_to_do(config: Config, step: int, plan: RunPlan, world: World) -> bool:
