@@ -222,7 +222,7 @@ def test_shards_behind_a_url_come_through_a_cache(
         (["--images", "0"], "--images: expected 1 to 200, found 0"),
         (["--images", "201"], "--images: expected 1 to 200, found 201"),
         (["--step", "-1"], "--step: expected at least 0, found -1"),
-        (["--out", "picture.txt"], "'txt' is not supported"),
+        (["--out", "picture.txt"], "expected a picture (avif, eps"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )
