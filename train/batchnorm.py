@@ -29,7 +29,8 @@ def _with_gloo_batchnorm(module: nn.Module) -> nn.Module:
         layer = GlooBatchNorm(
             module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
         )
-        layer.load_state_dict(module.state_dict(), assign=True)  # their dtype too
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            setattr(layer, name, tensor)  # the same ones, with their dtype, and frozen where they are
         return layer.train(module.training)
     for name, child in module.named_children():
         setattr(module, name, _with_gloo_batchnorm(child))
