@@ -16,6 +16,7 @@ from train.encoder import Encoder, EncoderConfig
 METHODS = {
     "simclr": "train.methods.simclr:SimCLR",
     "barlow": "train.methods.barlow:BarlowTwins",
+    "vicreg": "train.methods.vicreg:VICReg",
 }
 
 
