@@ -17,6 +17,7 @@ METHODS = {
     "simclr": "train.methods.simclr:SimCLR",
     "barlow": "train.methods.barlow:BarlowTwins",
     "vicreg": "train.methods.vicreg:VICReg",
+    "lejepa": "train.methods.lejepa:LeJEPA",
 }
 
 
