@@ -18,6 +18,7 @@ METHODS = {
     "barlow": "train.methods.barlow:BarlowTwins",
     "vicreg": "train.methods.vicreg:VICReg",
     "lejepa": "train.methods.lejepa:LeJEPA",
+    "visreg": "train.methods.visreg:VISReg",
 }
 
 
