@@ -20,7 +20,7 @@ def test_projector_ends_without_batchnorm() -> None:
     barlow = build_method(BarlowTwinsConfig(hidden=16, out=8), EncoderConfig(name="resnet18", width=8), World())
     e = barlow([torch.randn(6, 3, 32, 32) for _ in range(2)], NO_DRAWS)
     assert e.z.shape == (2, 6, 8)
-    assert [type(layer).__name__ for layer in barlow.projector][-2:] == ["ReLU", "Linear"]  # type: ignore[union-attr,arg-type]
+    assert [type(layer).__name__ for layer in barlow.projector][-2:] == ["ReLU", "Linear"]  # type: ignore[union-attr]
 
 
 def test_loss_is_the_pure_one_times_its_scale() -> None:
