@@ -125,6 +125,7 @@ def synchronize_batchnorm(module: nn.Module, world: World) -> nn.Module:
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             layer = GlooBatchNorm(child.num_features, child.eps, child.momentum or 0.1)
             layer.to(child.weight.dtype).load_state_dict(child.state_dict())
+            layer.requires_grad_(child.weight.requires_grad)  # a teacher's is not trained
             setattr(module, name, layer)
         else:
             synchronize_batchnorm(child, world)

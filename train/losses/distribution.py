@@ -47,7 +47,7 @@ def centre(z: torch.Tensor) -> torch.Tensor:
 
 def scale(z: torch.Tensor) -> torch.Tensor:
     """VISReg's scale term (equation 1) of z (V, N, D): ``(1 - std)^2``, averaged over dimensions and views."""
-    return (1 - _std(z)).square().mean()
+    return (1 - z.std(dim=-2, correction=0)).square().mean()
 
 
 def shape(z: torch.Tensor, slices: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
@@ -56,13 +56,40 @@ def shape(z: torch.Tensor, slices: torch.Tensor, eps: float = 1e-4) -> torch.Ten
     The squared Wasserstein distance between the standardised embeddings along a slice, sorted, and the Gaussian's
     quantiles at i / (N + 1). No gradient passes through the standard deviation, which is the scale term's matter.
     """
-    standard = (z - z.mean(-2, keepdim=True)) / (_std(z).detach().unsqueeze(-2) + eps)
+    deviation = z.detach().std(dim=-2, correction=0, keepdim=True)
+    standard = (z - z.mean(-2, keepdim=True)) / (deviation + eps)
     num_images = z.shape[-2]
     positions = torch.arange(1, num_images + 1, dtype=z.dtype, device=z.device) / (num_images + 1)
     along = (standard @ slices).sort(dim=-2).values
     return (along - torch.special.ndtri(positions)[:, None]).square().mean((0, 1))
 
 
-def _std(z: torch.Tensor) -> torch.Tensor:
-    """(V, D), biased; where all images are equal its gradient is 0."""
-    return (z - z.mean(-2, keepdim=True)).norm(dim=-2) / z.shape[-2] ** 0.5
+def fourier_features(
+    z: torch.Tensor, directions: torch.Tensor, radii: torch.Tensor, phases: torch.Tensor, c: float
+) -> torch.Tensor:
+    """Random features (..., F) of z (..., D), with ``E[f(x) . f(y)] = c / sqrt(c^2 + |x - y|^2)``.
+
+    directions (D, F), radii (F,)    standard normal: the inverse multiquadric is a mixture of Gaussian kernels, since
+                                     ``E_r exp(-r^2 |x - y|^2 / (2 c^2)) = (1 + |x - y|^2 / c^2)^(-1/2)``
+    phases (F,)                      uniform in [0, 1), turns
+    """
+    angles = z @ (directions * radii / c) + 2 * torch.pi * phases
+    return (2 / len(radii)) ** 0.5 * angles.cos()
+
+
+def hsic_with_image(features: torch.Tensor) -> torch.Tensor:
+    """HSIC(Z, Y), the dependence of embeddings on their image (Li et al., 2021), by features (M, N, F) of M views.
+
+    The kernel ``k = f . f`` is summed over pairs of views of an image, and over all pairs:
+    ``sum_i |sum_p f_ip|^2 / (N M (M - 1)) - |sum_ip f_ip|^2 / (N M)^2 - 1 / (M - 1)``, where the last is k of equals.
+    """
+    num_views, num_images, _ = features.shape
+    of_image = features.sum(0).square().sum() / (num_images * num_views * (num_views - 1))
+    return of_image - features.mean((0, 1)).square().sum() - 1 / (num_views - 1)
+
+
+def hsic_with_itself(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """HSIC(Z, Z) (Li et al., 2021), biased, by two independent sets of features (M, N, F) of the same embeddings: the
+    squared Frobenius norm of their cross-covariance."""
+    a, b = a.flatten(0, 1), b.flatten(0, 1)
+    return ((a - a.mean(0)).T @ (b - b.mean(0)) / len(a)).square().sum()

@@ -19,6 +19,7 @@ METHODS = {
     "vicreg": "train.methods.vicreg:VICReg",
     "lejepa": "train.methods.lejepa:LeJEPA",
     "visreg": "train.methods.visreg:VISReg",
+    "ssl-hsic": "train.methods.ssl_hsic:SSLHSIC",
 }
 
 
