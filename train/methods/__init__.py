@@ -20,6 +20,7 @@ METHODS = {
     "lejepa": "train.methods.lejepa:LeJEPA",
     "visreg": "train.methods.visreg:VISReg",
     "ssl-hsic": "train.methods.ssl_hsic:SSLHSIC",
+    "supervised": "train.methods.supervised:Supervised",
 }
 
 
