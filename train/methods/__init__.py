@@ -21,6 +21,7 @@ METHODS = {
     "visreg": "train.methods.visreg:VISReg",
     "ssl-hsic": "train.methods.ssl_hsic:SSLHSIC",
     "supervised": "train.methods.supervised:Supervised",
+    "supcon": "train.methods.supcon:SupCon",
 }
 
 
