@@ -16,6 +16,13 @@ from train.encoder import Encoder, EncoderConfig
 METHODS = {
     "simclr": "train.methods.simclr:SimCLR",
     "byol": "train.methods.byol:BYOL",
+    "barlow": "train.methods.barlow:BarlowTwins",
+    "vicreg": "train.methods.vicreg:VICReg",
+    "lejepa": "train.methods.lejepa:LeJEPA",
+    "visreg": "train.methods.visreg:VISReg",
+    "ssl-hsic": "train.methods.ssl_hsic:SSLHSIC",
+    "supervised": "train.methods.supervised:Supervised",
+    "supcon": "train.methods.supcon:SupCon",
 }
 
 
