@@ -11,7 +11,7 @@ from tests.processes import run_ranks
 from train.distributed import World, synchronize_batchnorm
 from train.draws import Draws
 from train.encoder import EncoderConfig
-from train.methods import METHODS, Method, build_method, method_class
+from train.methods import METHODS, Method, MethodConfig, build_method, method_class
 from train.optim import OptimConfig, build_optimizer
 from train.step import TrainStep
 
@@ -32,10 +32,16 @@ def labels() -> torch.Tensor:
     return torch.arange(_BATCH) % 3
 
 
+def narrow(config: type[MethodConfig]) -> MethodConfig:
+    """The method's own defaults, but for widths, which some papers have in the thousands."""
+    widths = {"hidden", "out", "slices", "num_classes"} & config.model_fields.keys()
+    return config.model_validate(dict.fromkeys(widths, 48))
+
+
 def build(name: str, world: World, batchnorm: bool = True) -> Method:
     torch.manual_seed(0)
     encoder = EncoderConfig(name="resnet18", width=8, stem="cifar")
-    method = build_method(method_class(name).Config(), encoder, world).double()
+    method = build_method(narrow(method_class(name).Config), encoder, world).double()
     for module in list(method.modules()):
         for child_name, child in module.named_children():
             if not batchnorm and isinstance(child, nn.modules.batchnorm._BatchNorm):
