@@ -9,9 +9,9 @@ def sinkhorn(scores: torch.Tensor, epsilon: float, iterations: int) -> torch.Ten
 
     scores  (B, K) similarities of B embeddings, of the whole batch, to K prototypes
 
-    ``exp(scores / epsilon)``, its columns and then its rows scaled to equal sums, alternately. Returns the codes (B, K):
-    rows are distributions over prototypes, and columns sum to B / K as far as the iterations came. In logarithms, so
-    that no ``epsilon`` overflows.
+    ``exp(scores / epsilon)``, its columns and then its rows scaled to equal sums, alternately; in logarithms, so that
+    no ``epsilon`` overflows. Returns codes (B, K): rows are distributions over prototypes, and columns sum to B / K as
+    far as the iterations came.
     """
     logits = scores / epsilon
     for _ in range(iterations):
