@@ -16,6 +16,7 @@ from train.encoder import Encoder, EncoderConfig
 METHODS = {
     "simclr": "train.methods.simclr:SimCLR",
     "swav": "train.methods.swav:SwAV",
+    "dino": "train.methods.dino:DINO",
 }
 
 
