@@ -121,6 +121,15 @@ def _without_dropping(model: nn.Module) -> nn.Module:
     return model
 
 
+def sines_and_cosines(height: int, width: int, dimensions: int) -> torch.Tensor:
+    """Position embeddings (height * width, D): D / 4 sines and cosines of the column, then of the row, with frequencies
+    from 1 down to 1 / 10000 (Vaswani et al., 2017, in two dimensions as MAE has them)."""
+    omega = 10000.0 ** (-torch.arange(dimensions // 4, dtype=torch.float64) / (dimensions // 4))
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = [place.flatten()[:, None] * omega for place in (columns, rows)]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1).float()
+
+
 class _ScaledResNet(ResNet):
     """torchvision's ResNet, its stages ``width / 64`` times as wide, with the chosen stem and no classifier."""
 

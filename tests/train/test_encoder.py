@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from torchvision.models import get_model
 
 from sharding.command import UserError
-from train.encoder import Encoder, EncoderConfig
+from train.encoder import Encoder, EncoderConfig, sines_and_cosines
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
@@ -99,3 +99,15 @@ def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> N
 def test_image_size_of_a_convolutional_network_of_timm_is_refused() -> None:
     with pytest.raises(UserError, match=r"encoder.image_size: timm:resnet18 has no position embeddings"):
         Encoder(EncoderConfig(name="timm:resnet18", image_size=64))
+
+
+def test_sines_and_cosines_tell_places_by_their_distance() -> None:
+    """The inner product of two places depends on how far apart they are alone, and is largest where they are one."""
+    positions = sines_and_cosines(5, 7, 32).view(5, 7, 32)
+    torch.testing.assert_close(positions[0, 0], torch.tensor([0.0] * 8 + [1.0] * 8).repeat(2))
+    torch.testing.assert_close(positions[3, 2, 0], torch.tensor(2.0).sin())  # columns first, of frequency 1
+    torch.testing.assert_close(positions[3, 2, 24], torch.tensor(3.0).cos())
+    products = positions.flatten(0, 1) @ positions.flatten(0, 1).T
+    torch.testing.assert_close(products.diagonal(), torch.full((35,), 16.0))
+    torch.testing.assert_close(positions[1, 1] @ positions[2, 4], positions[3, 2] @ positions[4, 5])
+    assert products.fill_diagonal_(0).max() < 16

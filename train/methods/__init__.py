@@ -17,6 +17,7 @@ METHODS = {
     "simclr": "train.methods.simclr:SimCLR",
     "swav": "train.methods.swav:SwAV",
     "dino": "train.methods.dino:DINO",
+    "mae": "train.methods.mae:MAE",
 }
 
 

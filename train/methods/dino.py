@@ -1,8 +1,8 @@
 """DINO (Caron et al., "Emerging properties in self-supervised vision transformers", 2021).
 
 ``s = head(encoder(view))`` of all views, ``t`` the same of a teacher that follows by a moving average and sees the
-first two, global views. Each view predicts, by ``softmax(s / 0.1)``, the teacher's ``softmax((t - centre) / temperature)``
-of every other global view (equations 2 and 3); the centre follows the mean of t over the global batch (equation 4).
+first two, global views. Each view predicts, by ``softmax(s / 0.1)``, the teacher's ``softmax((t - centre) / tau)`` of
+every other global view (equations 2 and 3); the centre follows the mean of t over the global batch (equation 4).
 
 Kept: the head of three layers with GELU and a last layer of unit weight vectors, of cosines with a bottleneck of 256;
 that layer frozen at first; the teacher's momentum to 1 by a cosine; the teacher's temperature warmed up linearly; the
