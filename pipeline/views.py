@@ -149,6 +149,7 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
     "multicrop-2x160+4x96": _multicrop(2, 160, 4),
     "multicrop-2x224+6x96": _multicrop(2, 224, 6),
     "dino": _dino(),
+    "mae": [{"scale": (0.2, 1.0), **_NO_AUGMENTATION, "flip": 0.5}],  # He et al., 2022, section 4
     "eval": [{"crop": "center", **_NO_AUGMENTATION}],
 }
 

@@ -1,51 +1,141 @@
-"""Encoders: torchvision's ResNets without their classifier, for ImageNet or for small images."""
+"""Encoders: torchvision's ResNets without their classifier, for ImageNet or for small images, and all that timm has."""
 
-from typing import Literal
+import difflib
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from pipeline.settings import Settings
+from sharding.command import UserError
 
-_RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+TIMM = "timm:"
+
+
+class _Shape(NamedTuple):
+    block: type[BasicBlock | Bottleneck]
+    layers: list[int]
+    groups: int = 1
+    width_per_group: int = 64
+
+
+_RESNETS = {
+    "resnet18": _Shape(BasicBlock, [2, 2, 2, 2]),
+    "resnet34": _Shape(BasicBlock, [3, 4, 6, 3]),
+    "resnet50": _Shape(Bottleneck, [3, 4, 6, 3]),
+    "resnet101": _Shape(Bottleneck, [3, 4, 23, 3]),
+    "resnet152": _Shape(Bottleneck, [3, 8, 36, 3]),
+    "resnext50_32x4d": _Shape(Bottleneck, [3, 4, 6, 3], 32, 4),
+    "resnext101_32x8d": _Shape(Bottleneck, [3, 4, 23, 3], 32, 8),
+    "resnext101_64x4d": _Shape(Bottleneck, [3, 4, 23, 3], 64, 4),
+    "wide_resnet50_2": _Shape(Bottleneck, [3, 4, 6, 3], 1, 128),
+    "wide_resnet101_2": _Shape(Bottleneck, [3, 4, 23, 3], 1, 128),
 }
 
 
 class EncoderConfig(Settings):
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = Field("resnet50", description="architecture")
+    name: str = Field("resnet50", description=f"architecture: {', '.join(_RESNETS)}, or timm:NAME")
     stem: Literal["imagenet", "cifar"] = Field(
         "imagenet", description="7x7 stride 2 and max-pool, or 3x3 stride 1 without (images of 32 px)"
     )
     width: int = Field(64, ge=1, description="channels of the first stage; 64 is the standard network")
     zero_init_residual: bool = Field(True, description="residual branches start at zero (Goyal et al., 2017)")
+    image_size: int | None = Field(
+        None, ge=1, description="ViTs: view size that has position embeddings of its own; others interpolate them"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        known = [TIMM + model for model in _timm().list_models()] if name.startswith(TIMM) else list(_RESNETS)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1) or [f"one of {', '.join(_RESNETS)} or timm:NAME"]
+            raise ValueError(f"unknown architecture; expected {near[0]}")
+        return name
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> "EncoderConfig":
+        if self.name.startswith(TIMM):
+            for field in ("stem", "width", "zero_init_residual"):
+                if getattr(self, field) != EncoderConfig.model_fields[field].default:
+                    raise ValueError(f"{field}: only the ResNets without {TIMM} have it, {self.name} does not")
+            return self
+        if self.image_size is not None:
+            raise ValueError(f"image_size: {self.name} takes views of any size; leave it out")
+        if self.width * _RESNETS[self.name].width_per_group % 64:
+            step = 64 // _RESNETS[self.name].width_per_group
+            raise ValueError(f"width: expected a multiple of {step} for {self.name}, found {self.width}")
+        return self
 
 
 class Encoder(nn.Module):
-    """``forward``: images (n, 3, H, W) -> representations h (n, ``num_features``), averaged over positions."""
+    """``forward``: images (n, 3, H, W) -> representations h (n, ``num_features``): averaged over positions, or what the
+    timm model pools them to (of most ViTs the class token). ViTs take any size that their patches divide, so views of
+    many sizes. Nothing is drawn in it: timm's dropout and drop path are off."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        block, layers = _RESNETS[config.name]
-        self.backbone = _ScaledResNet(block, layers, config)
-        self.num_features = 8 * config.width * block.expansion
+        if config.name.startswith(TIMM):
+            self.backbone = _timm_model(config)
+            self.num_features: int = self.backbone.head_hidden_size
+        else:
+            shape = _RESNETS[config.name]
+            self.backbone = _ScaledResNet(shape, config)
+            self.num_features = 8 * config.width * shape.block.expansion
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         h: torch.Tensor = self.backbone(images)
         return h
 
 
+def _timm() -> Any:
+    """timm, which takes seconds to import."""
+    import timm
+
+    return timm
+
+
+def _timm_model(config: EncoderConfig) -> Any:
+    """Without classifier, randomly initialised, with positions for any view size where the model can have them."""
+    name = config.name.removeprefix(TIMM)
+    for options in ({"dynamic_img_size": True}, {}):
+        try:
+            model = _timm().create_model(name, num_classes=0, img_size=config.image_size, **options)
+            return _without_dropping(model)
+        except TypeError as error:  # from the constructor's signature, before anything is built
+            if "unexpected keyword" not in str(error):
+                raise
+    raise UserError(f"encoder.image_size: {config.name} has no position embeddings; leave it out")
+
+
+def _without_dropping(model: nn.Module) -> nn.Module:
+    """Some models drop paths by default, and would draw them from torch's generator."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "drop_prob"):  # timm's DropPath
+            module.drop_prob = 0.0  # type: ignore[assignment]
+    return model
+
+
+def sines_and_cosines(height: int, width: int, dimensions: int) -> torch.Tensor:
+    """Position embeddings (height * width, D): D / 4 sines and cosines of the column, then of the row, with frequencies
+    from 1 down to 1 / 10000 (Vaswani et al., 2017, in two dimensions as MAE has them)."""
+    omega = 10000.0 ** (-torch.arange(dimensions // 4, dtype=torch.float64) / (dimensions // 4))
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = [place.flatten()[:, None] * omega for place in (columns, rows)]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1).float()
+
+
 class _ScaledResNet(ResNet):
     """torchvision's ResNet, its stages ``width / 64`` times as wide, with the chosen stem and no classifier."""
 
-    def __init__(self, block: type[BasicBlock | Bottleneck], layers: list[int], config: EncoderConfig) -> None:
+    def __init__(self, shape: _Shape, config: EncoderConfig) -> None:
         self._width = config.width
-        super().__init__(block, layers, num_classes=1, zero_init_residual=config.zero_init_residual)
+        block, layers, groups, width_per_group = shape
+        super().__init__(block, layers, 1, config.zero_init_residual, groups, width_per_group)
         self.fc = nn.Identity()
         self.conv1 = nn.Conv2d(3, config.width, 7, stride=2, padding=3, bias=False)
         if config.stem == "cifar":

@@ -23,6 +23,9 @@ METHODS = {
     "ssl-hsic": "train.methods.ssl_hsic:SSLHSIC",
     "supervised": "train.methods.supervised:Supervised",
     "supcon": "train.methods.supcon:SupCon",
+    "swav": "train.methods.swav:SwAV",
+    "dino": "train.methods.dino:DINO",
+    "mae": "train.methods.mae:MAE",
 }
 
 

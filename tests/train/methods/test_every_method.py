@@ -39,10 +39,16 @@ def narrow(config: type[MethodConfig]) -> MethodConfig:
     return config.model_validate(dict.fromkeys(widths, 48))
 
 
+def small_encoder(name: str) -> EncoderConfig:
+    """Of the kind that the recipe has: a ViT or a ResNet."""
+    if method_class(name).recipe.sections.get("encoder", {}).get("name", "").startswith("timm:vit"):
+        return EncoderConfig(name="timm:vit_tiny_patch16_224", image_size=32)
+    return EncoderConfig(name="resnet18", width=8, stem="cifar")
+
+
 def build(name: str, world: World, batchnorm: bool = True) -> Method:
     torch.manual_seed(0)
-    encoder = EncoderConfig(name="resnet18", width=8, stem="cifar")
-    method = build_method(narrow(method_class(name).Config), encoder, world).double()
+    method = build_method(narrow(method_class(name).Config), small_encoder(name), world).double()
     for module in list(method.modules()):
         for child_name, child in module.named_children():
             if not batchnorm and isinstance(child, nn.modules.batchnorm._BatchNorm):

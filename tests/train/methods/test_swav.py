@@ -1,0 +1,89 @@
+import torch
+import torch.nn.functional as F
+
+from tests.train.losses.test_clustering import transcribed_sinkhorn
+from train.distributed import World
+from train.draws import Draws
+from train.encoder import EncoderConfig
+from train.methods import Update, build_method
+from train.methods.swav import Scores, SwAV, SwAVConfig
+from train.optim import OptimConfig, build_optimizer
+from train.step import TrainStep
+
+NO_DRAWS = Draws(0, 0, torch.arange(6))
+
+
+def build(**fields: float) -> SwAV:
+    torch.manual_seed(0)
+    config = SwAVConfig.model_validate({"hidden": 16, "out": 8, "prototypes": 10, **fields})
+    method = build_method(config, EncoderConfig(name="resnet18", width=8, stem="cifar"), World()).double()
+    assert isinstance(method, SwAV)
+    return method
+
+
+def views() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(6, 3, size, size, dtype=torch.float64, generator=generator) for size in (24, 24, 16, 16)]
+
+
+def transcribed(scores: torch.Tensor) -> torch.Tensor:
+    """Algorithm 1 of the paper with section 3.2's crops: value with graph."""
+    loss = torch.zeros(()).double()
+    for i in range(2):
+        q = transcribed_sinkhorn(scores[i].detach(), 0.05, 3)
+        others = [v for v in range(len(scores)) if v != i]
+        subloss = sum((-(q * F.log_softmax(scores[v] / 0.1, dim=1)).sum(1).mean() for v in others), torch.zeros(()))
+        loss = loss + subloss / len(others)
+    return loss / 2
+
+
+def test_loss_and_gradient_are_the_papers() -> None:
+    method = build()
+    scores = method(views(), NO_DRAWS).scores.detach()
+    gradients = []
+    for loss in (transcribed, lambda s: method.loss(Scores(s)).value):
+        leaf = scores.clone().requires_grad_()
+        value = loss(leaf)
+        gradients.append((value.detach(), *torch.autograd.grad(value, leaf)))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-12)
+
+
+def test_scores_are_cosines() -> None:
+    method = build()
+    scores = method(views(), NO_DRAWS).scores
+    assert scores.shape == (4, 6, 10)
+    assert scores.abs().max() <= 1
+    torch.testing.assert_close(method.prototypes.norm(dim=1), torch.ones(10).double(), rtol=1e-6, atol=0)
+
+
+def test_prototypes_are_frozen_at_first_and_always_of_unit_length() -> None:
+    method = build(frozen=0.2)
+    optimizer = build_optimizer(OptimConfig(name="lars", weight_decay=0.01), method)
+    step = TrainStep(method, method, optimizer, torch.float64)
+    seen = [method.prototypes.detach().clone()]
+    for number in range(3):
+        step(views(), NO_DRAWS, 5.0, (number + 1) / 10)
+        seen.append(method.prototypes.detach().clone())
+        torch.testing.assert_close(seen[-1].norm(dim=1), torch.ones(10).double())
+    torch.testing.assert_close(seen[2], F.normalize(seen[0], dim=1), rtol=0, atol=1e-12)
+    assert (seen[3] - seen[2]).abs().max() > 1e-4
+
+
+def test_a_refused_update_moves_nothing() -> None:
+    method = build()
+    torch.nn.init.normal_(method.prototypes)
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    with torch.no_grad():
+        method.after_update(Update(0.5, torch.tensor(0.0)))
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+
+
+def test_codes_forbid_collapse() -> None:
+    """Where all images score alike, codes are uniform: the loss is at least log K, and its least value is not there."""
+    method = build()
+    alike = F.normalize(torch.randn(10).double(), dim=0).expand(4, 6, 10)
+    apart = torch.eye(10).double()[:6].expand(4, 6, 10)
+    collapsed, spread = (method.loss(Scores(scores)) for scores in (alike, apart))
+    assert collapsed.value > torch.tensor(10.0).log()
+    assert spread.value < collapsed.value
+    assert spread.metrics["prototypes_used"] > collapsed.metrics["prototypes_used"]
