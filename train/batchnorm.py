@@ -30,6 +30,8 @@ def _with_gloo_batchnorm(module: nn.Module) -> nn.Module:
             module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
         )
         layer.load_state_dict(module.state_dict(), assign=True)  # their dtype too
+        for ours, theirs in zip(layer.parameters(), module.parameters(), strict=True):
+            ours.requires_grad_(theirs.requires_grad)  # a teacher's stay as they are
         return layer.train(module.training)
     for name, child in module.named_children():
         setattr(module, name, _with_gloo_batchnorm(child))
@@ -46,11 +48,17 @@ class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
-        weight, bias = (self.weight, self.bias) if self.affine else (torch.ones(x.shape[1]), torch.zeros(x.shape[1]))
-        y, mean, variance, count = _BatchNormFunction.apply(x, weight, bias, self.eps)
+        y, mean, variance, count = _BatchNormFunction.apply(x, *self._scale(x), self.eps)
         if self.num_batches_tracked is not None:
             self._track(mean, variance * (count / (count - 1)))
         return y
+
+    def _scale(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias: ones and zeros where the layer has none."""
+        if self.affine:
+            return self.weight, self.bias
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.ones(x.shape[1], dtype=dtype), torch.zeros(x.shape[1], dtype=dtype)
 
     @torch.no_grad()
     def _track(self, mean: torch.Tensor, variance: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from train.encoder import Encoder, EncoderConfig
 # name -> "module:class", imported when chosen
 METHODS = {
     "simclr": "train.methods.simclr:SimCLR",
+    "simsiam": "train.methods.simsiam:SimSiam",
 }
 
 
