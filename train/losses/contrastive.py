@@ -24,3 +24,13 @@ def nt_xent(z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float
     positives = logits.gather(1, columns)
     logits = logits.scatter(1, columns[own][:, None], float("-inf"))
     return (logits.logsumexp(1) - positives[~own].view(len(rows), -1).mean(1)).mean()
+
+
+def info_nce(queries: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float) -> torch.Tensor:
+    """InfoNCE (van den Oord et al., 2018, equation 4) among the keys of a batch, as a mean over queries, a scalar.
+
+    queries  (b, D) of b images
+    keys     (B, D) of the whole batch, in which the queries' positives are rows ``offset`` to ``offset + b``
+    """
+    logits = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T / temperature
+    return F.cross_entropy(logits, offset + torch.arange(len(queries), device=queries.device))
