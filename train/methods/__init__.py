@@ -14,6 +14,7 @@ from train.encoder import Encoder, EncoderConfig
 
 # name -> "module:class", imported when chosen
 METHODS = {
+    "mocov2": "train.methods.mocov2:MoCoV2",
     "mocov3": "train.methods.mocov3:MoCoV3",
     "simclr": "train.methods.simclr:SimCLR",
     "simsiam": "train.methods.simsiam:SimSiam",
