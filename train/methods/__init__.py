@@ -16,6 +16,7 @@ from train.encoder import Encoder, EncoderConfig
 METHODS = {
     "mocov2": "train.methods.mocov2:MoCoV2",
     "mocov3": "train.methods.mocov3:MoCoV3",
+    "nnclr": "train.methods.nnclr:NNCLR",
     "simclr": "train.methods.simclr:SimCLR",
     "simsiam": "train.methods.simsiam:SimSiam",
 }
