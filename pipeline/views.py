@@ -116,6 +116,11 @@ def _supervised() -> list[dict[str, Any]]:
     return [{**_NO_AUGMENTATION, "flip": 0.5}]
 
 
+def _mocov2() -> list[dict[str, Any]]:
+    """Chen et al., "Improved baselines with momentum contrastive learning", 2020, and SimSiam (facebookresearch/moco)."""
+    return [{"count": 2, "scale": (0.2, 1.0), "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}]
+
+
 def _multicrop(count: int, size: int, small_count: int) -> list[dict[str, Any]]:
     """SwAV's groups (Caron et al., 2020): full crops of [0.14, 1] of the area and 96 px crops of [0.05, 0.14]."""
     return [
@@ -146,6 +151,8 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
     "lejepa": _lejepa(),
     "visreg": _visreg(),
     "supervised": _supervised(),
+    "mocov2": _mocov2(),
+    "mocov3": [{**group, "scale": (0.2, 1.0)} for group in _byol()],
     "multicrop-2x160+4x96": _multicrop(2, 160, 4),
     "multicrop-2x224+6x96": _multicrop(2, 224, 6),
     "dino": _dino(),

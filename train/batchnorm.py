@@ -47,11 +47,17 @@ class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
-        weight, bias = (self.weight, self.bias) if self.affine else (torch.ones(x.shape[1]), torch.zeros(x.shape[1]))
-        y, mean, variance, count = _BatchNormFunction.apply(x, weight, bias, self.eps)
+        y, mean, variance, count = _BatchNormFunction.apply(x, *self._scale(x), self.eps)
         if self.num_batches_tracked is not None:
             self._track(mean, variance * (count / (count - 1)))
         return y
+
+    def _scale(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias: ones and zeros where the layer has none."""
+        if self.affine:
+            return self.weight, self.bias
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.ones(x.shape[1], dtype=dtype), torch.zeros(x.shape[1], dtype=dtype)
 
     @torch.no_grad()
     def _track(self, mean: torch.Tensor, variance: torch.Tensor) -> None:

@@ -20,5 +20,5 @@ def follow(teacher: nn.Module, student: nn.Module, tau: float, accepted: torch.T
     ours: list[torch.Tensor] = list(teacher.parameters())
     theirs: list[torch.Tensor] = list(student.parameters())
     change = list(torch._foreach_sub(theirs, ours))
-    torch._foreach_mul_(change, (1 - tau) * accepted)
+    torch._foreach_mul_(change, (1 - tau) * accepted.double())  # a float32 would round tau, in float64 runs too
     torch._foreach_add_(ours, change)

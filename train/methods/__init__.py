@@ -14,6 +14,9 @@ from train.encoder import Encoder, EncoderConfig
 
 # name -> "module:class", imported when chosen
 METHODS = {
+    "mocov2": "train.methods.mocov2:MoCoV2",
+    "mocov3": "train.methods.mocov3:MoCoV3",
+    "nnclr": "train.methods.nnclr:NNCLR",
     "simclr": "train.methods.simclr:SimCLR",
     "byol": "train.methods.byol:BYOL",
     "barlow": "train.methods.barlow:BarlowTwins",
@@ -26,6 +29,7 @@ METHODS = {
     "swav": "train.methods.swav:SwAV",
     "dino": "train.methods.dino:DINO",
     "mae": "train.methods.mae:MAE",
+    "simsiam": "train.methods.simsiam:SimSiam",
 }
 
 

@@ -78,26 +78,32 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.allclose(found[name], value, rtol=rtol, atol=rtol), name
 
 
+def train_all(world: World) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+    """Of every method: the undivided batch, and pieces without BatchNorm. One start of processes for all."""
+    return {name: {"whole": train(world, name), "pieces": train(world, name, 2, batchnorm=False)} for name in METHODS}
+
+
+@pytest.fixture(scope="module")
+def processes() -> dict[int, list[Any]]:
+    return {world_size: run_ranks(train_all, world_size) for world_size in (2, 3)}
+
+
 @every_method
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_many_processes_make_the_steps_of_one(name: str, world_size: int) -> None:
+def test_many_processes_make_the_steps_of_one(name: str, processes: dict[int, list[Any]]) -> None:
     expected = train(World(), name)
-    for found in run_ranks(train, world_size, name):
-        assert_equal(found, expected, rtol=1e-9)
+    for ranks in processes.values():
+        for found in ranks:
+            assert_equal(found[name]["whole"], expected, rtol=1e-9)
 
 
 @every_method
-@pytest.mark.parametrize("pieces", [2, 6])
-def test_pieces_make_the_steps_of_the_undivided_batch(name: str, pieces: int) -> None:
+def test_pieces_make_the_steps_of_the_undivided_batch(name: str, processes: dict[int, list[Any]]) -> None:
+    """Without BatchNorm, whose statistics would be those of a piece; in one process, and in several."""
     expected = train(World(), name, batchnorm=False)
-    assert_equal(train(World(), name, pieces, batchnorm=False), expected, rtol=1e-10)
-
-
-@every_method
-def test_pieces_on_two_processes(name: str) -> None:
-    expected = train(World(), name, batchnorm=False)
-    for found in run_ranks(train, 2, name, 3, False):
-        assert_equal(found, expected, rtol=1e-10)
+    assert_equal(train(World(), name, 6, batchnorm=False), expected, rtol=1e-10)
+    for ranks in processes.values():
+        for found in ranks:
+            assert_equal(found[name]["pieces"], expected, rtol=1e-10)
 
 
 @every_method
