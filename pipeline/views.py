@@ -117,7 +117,7 @@ def _supervised() -> list[dict[str, Any]]:
 
 
 def _mocov2() -> list[dict[str, Any]]:
-    """Chen et al., "Improved baselines with momentum contrastive learning", 2020, and SimSiam (facebookresearch/moco)."""
+    """Chen et al., "Improved baselines with momentum contrastive learning", 2020; SimSiam's as well."""
     return [{"count": 2, "scale": (0.2, 1.0), "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.views import ViewSpec, flatten, preset
+from pipeline.views import flatten, preset
 from tests.processes import run_ranks
 from train.batchnorm import synchronize_batchnorm
 from train.distributed import World
@@ -22,8 +22,9 @@ every_method = pytest.mark.parametrize("name", METHODS)
 
 
 def views(name: str) -> list[torch.Tensor]:
-    """As many as the recipe has, of at most 32 px."""
-    specs: tuple[ViewSpec, ...] = flatten(preset(method_class(name).recipe.views))
+    """Of the recipe's kinds, two of each at most, of at most 32 px."""
+    groups = preset(method_class(name).recipe.views)
+    specs = flatten([group.model_copy(update={"count": min(2, group.count)}) for group in groups])
     generator = torch.Generator().manual_seed(1)
     shapes = [(_BATCH, 3, min(32, spec.size), min(32, spec.size)) for spec in specs]
     return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -80,7 +81,9 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 def train_all(world: World) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
     """Of every method: the undivided batch, and pieces without BatchNorm. One start of processes for all."""
-    return {name: {"whole": train(world, name), "pieces": train(world, name, 2, batchnorm=False)} for name in METHODS}
+    whole = {name: train(world, name) for name in METHODS}
+    pieces = {name: train(world, name, 2, batchnorm=False, steps=1) for name in METHODS}
+    return {"whole": whole, "pieces": pieces}
 
 
 @pytest.fixture(scope="module")
@@ -93,17 +96,17 @@ def test_many_processes_make_the_steps_of_one(name: str, processes: dict[int, li
     expected = train(World(), name)
     for ranks in processes.values():
         for found in ranks:
-            assert_equal(found[name]["whole"], expected, rtol=1e-9)
+            assert_equal(found["whole"][name], expected, rtol=1e-9)
 
 
 @every_method
 def test_pieces_make_the_steps_of_the_undivided_batch(name: str, processes: dict[int, list[Any]]) -> None:
     """Without BatchNorm, whose statistics would be those of a piece; in one process, and in several."""
-    expected = train(World(), name, batchnorm=False)
-    assert_equal(train(World(), name, 6, batchnorm=False), expected, rtol=1e-10)
+    expected = train(World(), name, batchnorm=False, steps=1)
+    assert_equal(train(World(), name, 6, batchnorm=False, steps=1), expected, rtol=1e-10)
     for ranks in processes.values():
         for found in ranks:
-            assert_equal(found[name]["pieces"], expected, rtol=1e-10)
+            assert_equal(found["pieces"][name], expected, rtol=1e-10)
 
 
 @every_method
