@@ -1,9 +1,22 @@
+import itertools
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from train.losses.contrastive import nt_xent
+from train.losses.contrastive import align_uniform, dcl, dclw, nt_xent, spectral
+
+LOSSES = {
+    "ntxent": partial(nt_xent, temperature=0.2),
+    "dcl": partial(dcl, temperature=0.2),
+    "dclw": partial(dclw, temperature=0.2),
+    "spectral": spectral,
+    "align_uniform": align_uniform,
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
 def transcribed(z: torch.Tensor, temperature: float) -> float:
@@ -72,3 +85,129 @@ def test_gradient_spreads_a_collapsing_batch() -> None:
         return float((rows @ rows.T).mean())
 
     assert similarity(z.detach() - 0.1 * z.grad) < similarity(z.detach())
+
+
+def doubles(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def decoupled(z: torch.Tensor, temperature: float, sigma: float | None = None) -> list[torch.Tensor]:
+    """DCL and, with a sigma, DCLW of each anchor of (2, N, D) embeddings, loop by loop."""
+    z, anchors = F.normalize(z, dim=-1), []
+    alike = [torch.exp(z[0, i] @ z[1, i] / (sigma or 1)) for i in range(z.shape[1])]
+    for v, i in itertools.product(range(2), range(z.shape[1])):
+        weight = 1 if sigma is None else 2 - alike[i] / torch.stack(alike).mean()
+        negatives = [z[v, i] @ z[w, j] / temperature for w in range(2) for j in range(z.shape[1]) if j != i]
+        anchors.append(-weight * (z[0, i] @ z[1, i]) / temperature + torch.stack(negatives).exp().sum().log())
+    return anchors
+
+
+def transcribed_spectral(z: torch.Tensor) -> torch.Tensor:
+    """The two terms of the paper, on (2, N, D) embeddings of a length below 1."""
+    pairs = [(z[0, i] @ z[1, j]) ** 2 for i in range(z.shape[1]) for j in range(z.shape[1]) if i != j]
+    return -2 * torch.stack([a @ b for a, b in zip(z[0], z[1], strict=True)]).mean() + torch.stack(pairs).mean()
+
+
+def transcribed_align_uniform(z: torch.Tensor) -> torch.Tensor:
+    """The implementation that the paper prints, on (2, N, D) embeddings."""
+    x, y = F.normalize(z, dim=-1)
+    uniform = [torch.pdist(one).pow(2).mul(-2).exp().mean().log() for one in (x, y)]
+    return (x - y).norm(dim=1).pow(2).mean() + sum(uniform) / 2
+
+
+@pytest.mark.parametrize(
+    ("loss", "transcription"),
+    [
+        (LOSSES["dcl"], lambda z: torch.stack(decoupled(z, 0.2)).mean()),
+        (LOSSES["dclw"], lambda z: torch.stack(decoupled(z, 0.2, sigma=0.5)).mean()),
+        (spectral, transcribed_spectral),
+        (align_uniform, transcribed_align_uniform),
+    ],
+    ids=["dcl", "dclw", "spectral", "align_uniform"],
+)
+def test_values_and_gradients_are_the_papers(loss: Any, transcription: Any) -> None:
+    z = (0.2 * doubles(2, 6, 5)).requires_grad_()
+    found, expected = loss(z, z, 0), transcription(z)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(value, z)[0] for value in (found, expected)))
+
+
+@every_loss
+@pytest.mark.parametrize("num_views", [2, 4])
+def test_parts_average_to_the_whole_and_so_do_their_gradients(loss: Any, num_views: int) -> None:
+    z = (0.3 * doubles(num_views, 6, 5)).requires_grad_()
+    parts = torch.stack([loss(z[:, i : i + 2], z, i) for i in (0, 2, 4)]).mean()
+    whole = loss(z, z, 0)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(value, z)[0] for value in (parts, whole)))
+
+
+@every_loss
+def test_images_and_views_can_be_exchanged(loss: Any) -> None:
+    z = 0.3 * doubles(3, 6, 5)
+    for other in (z.flip(0), z.flip(1)):
+        torch.testing.assert_close(loss(other, other, 0), loss(z, z, 0), rtol=1e-12, atol=1e-12)
+
+
+def test_dcl_is_nt_xent_without_the_positive_in_the_denominator() -> None:
+    """So an anchor's NT-Xent is log(1 + exp(its DCL))."""
+    z = doubles(2, 6, 5)
+    anchors = torch.stack(decoupled(z, 0.2))
+    torch.testing.assert_close(dcl(z, z, 0, 0.2), anchors.mean())
+    torch.testing.assert_close(nt_xent(z, z, 0, 0.2), F.softplus(anchors).mean())
+
+
+def test_dclw_of_equally_similar_pairs_is_dcl() -> None:
+    z = doubles(1, 6, 5).expand(2, 6, 5)
+    torch.testing.assert_close(dclw(z, z, 0, 0.2), dcl(z, z, 0, 0.2))
+
+
+def population(num_images: int = 2, num_views: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Probabilities (n, m) that a view is made of an image; of each view w; the normalised adjacency of views."""
+    views = doubles(num_images, num_views).softmax(1)
+    joint = views.T @ views / num_images
+    w = joint.sum(1)
+    return views, w, joint / (w[:, None] * w).sqrt()
+
+
+def expected_spectral(f: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
+    """Over all batches of two views of each of two images; f (m, D), a row a view."""
+    expected = torch.zeros(()).double()
+    for i, j in itertools.product(range(2), repeat=2):
+        for a, b, c, d in itertools.product(range(3), repeat=4):
+            z = torch.stack([f[[a, c]], f[[b, d]]])
+            expected += views[i, a] * views[i, b] * views[j, c] * views[j, d] / 4 * spectral(z, z, 0, mu=math.inf)
+    return expected
+
+
+def test_spectral_is_in_expectation_a_matrix_factorisation() -> None:
+    """Lemma 3.2: |A - F F^T|^2 less |A|^2, with rows sqrt(w) f."""
+    (views, w, adjacency), f = population(), doubles(3, 2)
+    factors = w.sqrt()[:, None] * f
+    factorised = (adjacency - factors @ factors.T).square().sum() - adjacency.square().sum()
+    torch.testing.assert_close(expected_spectral(f, views), factorised, rtol=1e-10, atol=1e-10)
+
+
+def test_spectral_is_least_at_the_first_eigenvectors() -> None:
+    views, w, adjacency = population()
+    eigenvalues, eigenvectors = torch.linalg.eigh(adjacency)
+    f = (eigenvectors[:, 1:] * eigenvalues[1:].sqrt() / w.sqrt()[:, None]).requires_grad_()
+    least = expected_spectral(f, views)
+    assert least.item() == pytest.approx(-float(eigenvalues[1:].square().sum()))
+    assert torch.autograd.grad(least, f)[0].abs().max() < 1e-9
+
+
+def test_spectral_cuts_long_embeddings_alone() -> None:
+    z = F.normalize(doubles(2, 6, 5), dim=-1)
+    torch.testing.assert_close(spectral(7 * z, 7 * z, 0, mu=4), spectral(2 * z, 2 * z, 0, mu=math.inf))
+    torch.testing.assert_close(spectral(z, z, 0, mu=4), spectral(z, z, 0, mu=math.inf))
+
+
+def test_known_values_of_orthogonal_and_of_equal_embeddings() -> None:
+    apart, same = torch.eye(6).double().expand(2, 6, 6), torch.ones(2, 6, 5).double()
+    assert spectral(apart, apart, 0).item() == pytest.approx(-2)
+    assert spectral(same, same, 0).item() == pytest.approx(-1)
+    assert align_uniform(apart, apart, 0).item() == pytest.approx(-4)
+    assert align_uniform(same, same, 0).item() == pytest.approx(0, abs=1e-12)
+    assert dcl(apart, apart, 0, 0.5).item() == pytest.approx(math.log(10) - 2)
+    assert dcl(same, same, 0, 0.5).item() == pytest.approx(math.log(10))

@@ -34,8 +34,11 @@ def batch(step: int) -> list[torch.Tensor]:
 
 
 def nearest(z: torch.Tensor, queue: list[torch.Tensor]) -> torch.Tensor:
-    chosen = [max(queue, key=lambda row, a=one: float(a @ row / a.norm())) for one in z.detach()]
-    return torch.stack(chosen)
+    rows = []
+    for one in z.detach():
+        cosines = [float(one @ row / one.norm()) for row in queue]
+        rows.append(queue[cosines.index(max(cosines))])
+    return torch.stack(rows)
 
 
 def contrast(neighbours: torch.Tensor, p: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 import torch
 
+from tests.processes import run_ranks
+from train.batchnorm import synchronize_batchnorm
 from train.distributed import World
 from train.draws import Draws
 from train.encoder import EncoderConfig
@@ -30,3 +32,30 @@ def test_views_of_several_sizes() -> None:
     views = [torch.randn(4, 3, size, size) for size in sizes]
     assert [len(group) for group in same_size(views)] == [2, 3]
     assert embeddings(views)[0].z.shape == (5, 4, 8)
+
+
+LOSSES = ("ntxent", "dcl", "dclw", "spectral", "align_uniform")
+
+
+def gradients(world: World) -> dict[str, torch.Tensor]:
+    """Of all parameters, by each of the losses."""
+    found: dict[str, torch.Tensor] = {}
+    rows = slice(world.rank * 4 // world.size, (world.rank + 1) * 4 // world.size)
+    generator = torch.Generator().manual_seed(1)
+    views = [torch.randn(4, 3, 16, 16, dtype=torch.float64, generator=generator)[rows] for _ in range(3)]
+    for loss in LOSSES:
+        torch.manual_seed(0)
+        config = SimCLRConfig.model_validate({"loss": loss, "hidden": 16, "out": 8, "layers": 2})
+        simclr = build_method(config, EncoderConfig(name="resnet18", width=8, stem="cifar"), world).double()
+        wrapped = world.wrap(synchronize_batchnorm(simclr, world))
+        simclr.loss(wrapped(views, NO_DRAWS.rows(rows))).value.backward()
+        found |= {f"{loss}.{name}": p.grad for name, p in simclr.named_parameters() if p.grad is not None}
+    return found
+
+
+def test_two_processes_have_the_gradients_of_one_by_all_losses() -> None:
+    expected = gradients(World())
+    assert {name.split(".")[0] for name in expected} == set(LOSSES)
+    for found in run_ranks(gradients, 2):
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)

@@ -6,7 +6,7 @@ from train.distributed import World
 from train.draws import Draws
 from train.encoder import EncoderConfig
 from train.methods import build_method
-from train.methods.simsiam import Embeddings, SimSiamConfig, negative_cosine
+from train.methods.simsiam import Embeddings, SimSiam, SimSiamConfig, negative_cosine
 
 NO_DRAWS = Draws(0, 0, torch.arange(6))
 
@@ -15,10 +15,12 @@ def embeddings(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def build() -> torch.nn.Module:
+def build() -> SimSiam:
     torch.manual_seed(0)
     config = SimSiamConfig(hidden=16, out=8, layers=2, predictor_hidden=4)
-    return build_method(config, EncoderConfig(name="resnet18", width=8, stem="cifar"), World()).double()
+    method = build_method(config, EncoderConfig(name="resnet18", width=8, stem="cifar"), World())
+    assert isinstance(method, SimSiam)
+    return method.double()
 
 
 def transcribed(p1: torch.Tensor, p2: torch.Tensor, z1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
@@ -37,7 +39,7 @@ def test_loss_and_gradients_are_the_papers() -> None:
     found = simsiam.loss(Embeddings(z, p)).value
     expected = transcribed(p[0], p[1], z[0], z[1])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    assert torch.autograd.grad(found, z, retain_graph=True, allow_unused=True) == (None,)
+    assert torch.autograd.grad(found, z, retain_graph=True, allow_unused=True)[0] is None
     torch.testing.assert_close(*(torch.autograd.grad(value, p)[0] for value in (found, expected)))
 
 
