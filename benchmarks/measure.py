@@ -57,7 +57,8 @@ def rate_of(work: Callable[[], int], seconds: float, warmup: int, finish: Callab
     for _ in range(warmup):
         work()
     finish()
-    done, start = 0, time.perf_counter()
+    start = time.perf_counter()
+    done = work()  # at least one, however busy the machine is
     while time.perf_counter() - start < seconds:
         done += work()
     finish()

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from pipeline.backends import BACKENDS, BackendOptions, Views, build_backend
+from pipeline.canary import CHAIN_TOLERANCE, WORST_IMAGE_TOLERANCE
 from pipeline.loader import plan_samples
 from pipeline.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, BatchPlan, ViewPlan
 from pipeline.reader import Reader
@@ -28,10 +29,7 @@ from pipeline.views import PRESETS, ViewSpec, preset
 from sharding.command import UserError, command
 from sharding.manifest import ShardSet, open_shards, repair_command
 
-# The tolerances that backends keep, mean absolute difference in levels: of all images, and of the worst one
-OPERATION_TOLERANCE = 0.5
-CHAIN_TOLERANCE = 1.0
-WORST_IMAGE_TOLERANCE = 3.0
+OPERATION_TOLERANCE = 0.5  # mean absolute difference in levels of all images; those of chains are the canary's
 
 References = list[NDArray[np.uint8]]  # a (n, size, size, 3) per view
 

@@ -124,6 +124,7 @@ def _step_rate(
 
 def _build_step(options: argparse.Namespace) -> Callable[[Loader], int]:
     from train.distributed import World
+    from train.draws import Draws
     from train.encoder import EncoderConfig
     from train.methods import build_method
     from train.methods.simclr import SimCLRConfig
@@ -131,13 +132,13 @@ def _build_step(options: argparse.Namespace) -> Callable[[Loader], int]:
     from train.step import TrainStep
 
     world = World(device=_device())
-    method: Any = build_method(SimCLRConfig(), EncoderConfig(name=options.step), world.gather, 0)
-    method.to(world.device, memory_format=torch.channels_last)
+    method = build_method(SimCLRConfig(), EncoderConfig(name=options.step), world)
+    method.to(world.device).to(memory_format=torch.channels_last)
     train_step = TrainStep(method, method, build_optimizer(OptimConfig(), method), _dtype())
 
     def step(loader: Loader) -> int:
         batch = next(loader)
-        train_step(batch.views, 0.01, 0.5)
+        train_step(batch.views, Draws(0, batch.step, batch.ids), 0.01, 0.5)
         return len(batch.labels)
 
     return step

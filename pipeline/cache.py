@@ -6,21 +6,28 @@ that were opened longest ago; a process that is reading one of them keeps its op
 
 import contextlib
 import fcntl
+import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
+from fsspec.callbacks import Callback
 
+from pipeline.workers import Watch, Workers
 from sharding.command import UserError
 from sharding.manifest import Shard, ShardSet
 
 _NUM_FETCHERS = 4  # shards at a time: one stream of an object store is far slower than the network
 _CHUNK_BYTES = 1 << 24
+_NUM_ATTEMPTS = 8
+_RETRY_SECONDS = 1.0  # before the second attempt, and twice as long before each further one: two minutes in all
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class ShardCache:
     Raises ValueError when not even the largest shard fits.
     """
 
-    def __init__(self, shards: ShardSet, options: CacheOptions) -> None:
+    def __init__(self, shards: ShardSet, options: CacheOptions, watch: Watch) -> None:
         largest = max(shards.manifest.shards, key=lambda shard: shard.num_bytes)
         if options.max_bytes < largest.num_bytes:
             raise UserError(
@@ -49,7 +56,8 @@ class ShardCache:
         self._fetching: dict[int, Future[None]] = {}
         self._lock = threading.Lock()
         self._fetched_bytes, self._fetch_seconds = 0, 0.0
-        self._pool = ThreadPoolExecutor(_NUM_FETCHERS, thread_name_prefix="shard-cache")
+        self._watch, self._closing = watch, threading.Event()
+        self._pool = Workers(_NUM_FETCHERS, "shard-cache", watch)
 
     def open(self, number: int) -> int:
         """Descriptor of the local copy of shard ``number``, fetched if need be. Raises OSError where that fails."""
@@ -74,7 +82,8 @@ class ShardCache:
         return {"fetch_seconds": self._fetch_seconds, "fetched_bytes": self._fetched_bytes}
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._closing.set()
+        self._pool.close()
 
     def _path(self, shard: Shard) -> Path:
         return self._options.directory / f"{shard.xxh3_128}.tar"
@@ -92,13 +101,30 @@ class ShardCache:
             if path.exists():  # another process was faster
                 return
             self._make_room()
-            self._source.fs.get_file(self._source.path(shard.path), str(part))
+            self._copy(shard, part)
             self._check(part, shard)
             with self._directory_lock():
                 part.replace(path)
         with self._lock:
             self._fetched_bytes += shard.num_bytes
             self._fetch_seconds += time.perf_counter() - start
+
+    def _copy(self, shard: Shard, part: Path) -> None:
+        """Tries again where the network fails, which each store has exceptions of its own for."""
+        source = f"{self._source}/{shard.path}"
+        for attempt in range(_NUM_ATTEMPTS):
+            try:
+                with self._watch.watching(source) as progress:
+                    blocks = _Blocks(progress)
+                    self._source.fs.get_file(self._source.path(shard.path), str(part), callback=blocks)
+                return
+            except Exception as error:
+                seconds = _RETRY_SECONDS * 2**attempt
+                is_final = isinstance(error, (FileNotFoundError, PermissionError)) or attempt + 1 == _NUM_ATTEMPTS
+                if is_final or self._closing.is_set():
+                    raise OSError(f"{source}: cannot be fetched, attempt {attempt + 1}: {error}") from error
+                log.warning("%s: %s; trying again in %.0f s", source, error, seconds)
+                self._closing.wait(seconds)
 
     def _check(self, part: Path, shard: Shard) -> None:
         found = (part.stat().st_size, _checksum(part))
@@ -138,6 +164,17 @@ class ShardCache:
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
                     yield status.st_mtime, self._sizes.get(path.stem, status.st_size), path
+
+
+class _Blocks(Callback):
+    """fsspec tells it of each block that arrives, some stores in a thread of their own."""
+
+    def __init__(self, progress: Callable[[], None]) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def call(self, *_: object, **__: object) -> None:
+        self._progress()
 
 
 @contextlib.contextmanager

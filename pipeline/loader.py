@@ -1,8 +1,10 @@
 """The loader: an infinite stream of batches in which ``batch(step)`` depends on (shards, views, seed, step) alone."""
 
 import logging
+import os
 import time
-from collections import deque
+import weakref
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -10,7 +12,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from pipeline.backends import BackendOptions, Pending, UndecodableError, Views, build_backend
+from pipeline.backends import Backend, BackendOptions, Pending, UndecodableError, Views, build_backend
 from pipeline.cache import CacheOptions
 from pipeline.horizon import Horizon
 from pipeline.order import Ids, Order
@@ -19,6 +21,7 @@ from pipeline.random import key_from_seed, philox, to_integer
 from pipeline.reader import Reader
 from pipeline.transfer import to_batch, upload
 from pipeline.views import ViewSpec, flatten
+from pipeline.workers import STALL_SECONDS, Watch
 from sharding.command import UserError
 from sharding.manifest import ShardSet
 
@@ -49,7 +52,9 @@ class Loader:
     ``rank`` and ``world_size`` choose a contiguous slice of each global batch; backend, threads, prefetch and cache
     change nothing but the speed. ``cache`` says where to keep shards that lie behind a URL. Samples that cannot be
     decoded are logged, counted, and replaced by others of their lane, the same ones whatever happened before; more
-    than ``max_replaced_samples`` of them are an error.
+    than ``max_replaced_samples`` of them are an error. So is a read without an answer for ``stall_seconds``.
+
+    For one thread of the process that made it: threads and open files do not survive a fork.
     """
 
     def __init__(
@@ -67,9 +72,11 @@ class Loader:
         num_threads: int = 2,
         prefetch: int = 2,
         max_replaced_samples: int = 100,
+        canary_every: int = 0,
         cache: CacheOptions | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        stall_seconds: float = STALL_SECONDS,
     ) -> None:
         _check_slice(global_batch_size, rank, world_size)
         _check_at_least({"start_step": (start_step, 0), "num_threads": (num_threads, 1), "prefetch": (prefetch, 1)})
@@ -79,14 +86,18 @@ class Loader:
         batch_size = global_batch_size // world_size
         self._rows = slice(rank * batch_size, (rank + 1) * batch_size)
         self._num_threads, self._prefetch, self._max_replaced = num_threads, prefetch, max_replaced_samples
-        self._next_step, self._closed = start_step, False
+        self._next_step, self._closed, self._process = start_step, False, os.getpid()
         self._undecodable: dict[int, str] = {}
         self._pending: deque[tuple[BatchPlan, Pending]] = deque()
         self._num_batches, self._num_ready = 0, 0
         self._wait_seconds, self._plan_seconds, self._copy_seconds = 0.0, 0.0, 0.0
-        self._reader, self._horizon = Reader(shards, cache), self._look_ahead(cache)
-        options = BackendOptions(self._reader, flatten(specs), batch_size, num_threads, prefetch, self._device)
+        self._watch = Watch(stall_seconds)
+        self._reader, self._horizon = Reader(shards, cache, self._watch), self._look_ahead(cache)
+        options = BackendOptions(
+            self._reader, flatten(specs), batch_size, num_threads, prefetch, self._device, canary_every
+        )
         self._backend = build_backend(backend, options)
+        self._close = weakref.finalize(self, _close, self._process, self._backend, self._reader)
 
     @property
     def num_steps_per_epoch(self) -> int:
@@ -104,6 +115,11 @@ class Loader:
     def __next__(self) -> Batch:
         if self._closed:
             raise RuntimeError("the loader is closed")
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"this loader belongs to process {self._process}, and this is its child {os.getpid()} by a fork, which "
+                "has none of its threads; make a loader in the process that uses it"
+            )
         start = time.perf_counter()
         self._submit_ahead()
         self._num_ready += sum(pending.done() for _, pending in self._pending)
@@ -131,11 +147,10 @@ class Loader:
         }
 
     def close(self) -> None:
-        """Stop threads and processes. What was delivered stays valid."""
+        """Stop threads and processes. What was delivered stays valid. Raises OSError where a read never returns."""
         self._closed = True
         self._pending.clear()
-        self._backend.close()
-        self._reader.close()
+        self._close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -180,13 +195,22 @@ class Loader:
         while True:
             plan, pending = self._pending[0]
             try:
-                views = pending.result()
+                views = self._wait(pending)
             except UndecodableError as error:
                 self._report(error)
                 self._rebuild()
             else:
                 self._pending.popleft()
                 return plan, views
+
+    def _wait(self, pending: Pending) -> Views:
+        while True:
+            try:
+                return pending.result(self._watch.poll_seconds)
+            except TimeoutError:
+                if pending.done():  # since; or the error is the disk's own
+                    return pending.result()
+                self._watch.check()
 
     def _rebuild(self) -> None:
         """Plan and submit again what is pending: a failed batch may have taken its successors with it."""
@@ -199,13 +223,20 @@ class Loader:
         for sample, reason in error.reasons.items():
             log.warning("replaced %s: %s", self._reader.describe(sample), reason)
         self._undecodable |= error.reasons
-        if len(self._undecodable) > self._max_replaced:
+        if too_many := self._too_many():
             sample, reason = next(reversed(error.reasons.items()))
             raise UserError(
-                f"more than max_replaced_samples = {self._max_replaced} samples cannot be decoded, the last one "
-                f"{self._reader.describe(sample)}: {reason}; check the shards with "
-                f"`python -m sharding.verify {self._shards.directory}`"
+                f"{too_many} cannot be decoded, the last one {self._reader.describe(sample)}: {reason}; check the "
+                f"shards with `python -m sharding.verify {self._shards.directory}`"
             )
+
+    def _too_many(self) -> str:
+        """Says why the run cannot go on with so many undecodable samples; "" if it can."""
+        if len(self._undecodable) > self._max_replaced:
+            return f"more than max_replaced_samples = {self._max_replaced} samples"
+        per_lane = self._order.samples_per_lane
+        lane, count = Counter(sample // per_lane for sample in self._undecodable).most_common(1)[0]
+        return f"all {count} samples of lane {lane}" if count == per_lane else ""
 
     def _replace(self, ids: Ids, epochs: Ids) -> Ids:
         """Each undecodable id exchanged for one of its lane drawn by (seed, epoch, id, attempt)."""
@@ -223,6 +254,15 @@ class Loader:
         words = philox(key_from_seed(self._seed), epoch, sample, _REPLACEMENT_STREAM, attempt)
         per_lane = self._order.samples_per_lane
         return sample // per_lane * per_lane + int(to_integer(words[..., 0], per_lane))
+
+
+def _close(process: int, backend: Backend, reader: Reader) -> None:
+    if os.getpid() != process:  # the parent's, which may go on
+        return
+    try:
+        backend.close()
+    finally:
+        reader.close()
 
 
 def _check_slice(global_batch_size: int, rank: int, world_size: int) -> None:

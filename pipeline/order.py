@@ -89,6 +89,11 @@ class Order:
         return shuffled
 
 
+def lanes_of_rank(num_lanes: int, rank: int, world_size: int) -> range:
+    """The lanes that a rank's slice of a global batch overlaps. It reads no others, replacements included."""
+    return range(rank * num_lanes // world_size, -(-(rank + 1) * num_lanes // world_size))
+
+
 def _members(sizes: tuple[int, ...], shards: Ids) -> Ids:
     """The offsets within the lane of all samples of the given shards."""
     starts = np.cumsum((0, *sizes))

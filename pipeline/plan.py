@@ -75,6 +75,9 @@ class BatchPlan:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def take(self, rows: slice | Ints) -> "BatchPlan":
+        return replace(self, ids=self.ids[rows], views=tuple(view.take(rows) for view in self.views))
+
 
 def plan_batch(
     specs: Sequence[ViewSpec], seed: int, step: int, ids: Ints, epochs: Ints, heights: Ints, widths: Ints
@@ -137,10 +140,11 @@ def _random_crops(spec: ViewSpec, attempts: UInt32, heights: Ints, widths: Ints)
 
 
 def _fallback_sizes(spec: ViewSpec, heights: Ints, widths: Ints) -> tuple[Ints, Ints]:
+    """At least one pixel high and wide, where torchvision's `get_params` rounds to none and then fails."""
     narrowest, widest = spec.ratio
     h = np.where(widths < narrowest * heights, np.rint(widths / narrowest).astype(np.int64), heights)
     w = np.where(widths > widest * heights, np.rint(heights * widest).astype(np.int64), widths)
-    return h, w
+    return np.maximum(1, h), np.maximum(1, w)
 
 
 def _center_crops(spec: ViewSpec, heights: Ints, widths: Ints) -> NDArray[np.float64]:

@@ -40,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     figure = draw_sheet(options, read_views(options.views))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out, dpi=150, format=options.out.suffix[1:] or "png")
+    kind, kinds = options.out.suffix[1:] or "png", figure.canvas.get_supported_filetypes()
+    if kind not in kinds:
+        raise UserError(f"--out {options.out}: expected a picture ({', '.join(sorted(kinds))}), found .{kind}")
+    figure.savefig(options.out, dpi=150, format=kind)
     print(options.out)
     return 0
 

@@ -7,13 +7,15 @@ truncated or a disk that fails under a running process is an OSError with a name
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from pipeline.cache import CacheOptions, ShardCache
+from pipeline.workers import Watch, Workers
 from sharding.command import UserError
 from sharding.manifest import ShardSet, open_shards, repair_command
 from sharding.storage import Directory
@@ -24,23 +26,24 @@ _MAX_OPEN_FILES = 256  # of the 1024 that many systems allow a process
 class Reader:
     """Reads the samples of an opened (and thereby checked) shard directory; safe to share between threads.
 
-    Shards behind a URL need a ``cache``. A reader that is pickled opens the shards again where it arrives.
+    Shards behind a URL need a ``cache``. ``watch`` knows of reads that do not return. A reader that is pickled opens
+    the shards again where it arrives.
     """
 
-    def __init__(self, shards: ShardSet, cache: CacheOptions | None = None) -> None:
+    def __init__(self, shards: ShardSet, cache: CacheOptions | None = None, watch: Watch | None = None) -> None:
         if cache is None and not shards.directory.is_local:
             raise UserError(
                 f"{shards.directory}: is not a local directory; name one to fetch its shards to: data.cache_dir of a "
                 "run, --cache-dir of pipeline.preview"
             )
-        self.shards, self._options = shards, cache
-        self._cache = None if shards.directory.is_local or cache is None else ShardCache(shards, cache)
+        self.shards, self.watch, self._options = shards, watch or Watch(), cache
+        self._cache = None if shards.directory.is_local or cache is None else ShardCache(shards, cache, self.watch)
         self._files: dict[int, _File] = {}
         self._advised: set[int] = set()
         self._lock = threading.Lock()
         self._seconds = 0.0
         # Advice about a cold disk takes 15 us a sample, too much for the thread that training waits for.
-        self._adviser = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._adviser = Workers(1, "read-ahead", self.watch)
 
     def read(self, sample: int) -> NDArray[np.uint8]:
         """The JPEG bytes of a sample, in memory of their own.
@@ -53,7 +56,8 @@ class Reader:
         shard, offset, size = int(index.shard[sample]), int(index.offset[sample]), int(index.size[sample])
         data = np.empty(size, np.uint8)
         file = self._file(shard)  # stays open, while it is referred to, whatever other threads do
-        num_bytes = os.preadv(file.descriptor, [data.data], offset)
+        with self._watching(shard):
+            num_bytes = os.preadv(file.descriptor, [data.data], offset)
         if num_bytes != size:
             raise OSError(
                 f"{self.describe(sample)}: expected {size} bytes, found {num_bytes}: the shard was truncated while it "
@@ -96,25 +100,27 @@ class Reader:
         return {"read_seconds": self._seconds, **(self._cache.stats() if self._cache else {})}
 
     def close(self) -> None:
-        self._adviser.shutdown(cancel_futures=True)
-        with self._lock:
-            self._files = {}
         if self._cache:
             self._cache.close()
+        self._adviser.close()
+        with self._lock:
+            self._files = {}
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _open_again, (self.shards.directory, self._options)
+        return _open_again, (self.shards.directory, self.shards.lanes, self._options, self.watch.limit_seconds)
 
     def _advise(self, samples: NDArray[np.int64]) -> None:
         index = self.shards.index
         for sample in samples.tolist():
             file = self._file(int(index.shard[sample]))
             offset, size = int(index.offset[sample]), int(index.size[sample])
-            os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+            with self._watching(int(index.shard[sample])):
+                os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def _advise_whole(self, shard: int) -> None:
         file = self._file(shard)
-        os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        with self._watching(shard):
+            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
 
     def _file(self, shard: int) -> "_File":
         with self._lock:
@@ -135,7 +141,11 @@ class Reader:
     def _open(self, shard: int) -> int:
         if self._cache:
             return self._cache.open(shard)
-        return os.open(self.shards.root / self.shards.manifest.shards[shard].path, os.O_RDONLY)
+        with self._watching(shard):
+            return os.open(self.shards.root / self.shards.manifest.shards[shard].path, os.O_RDONLY)
+
+    def _watching(self, shard: int) -> AbstractContextManager[object]:
+        return self.watch.watching(f"{self.shards.directory}/{self.shards.manifest.shards[shard].path}")
 
 
 class _File:
@@ -152,5 +162,7 @@ class _File:
         os.close(self.descriptor)
 
 
-def _open_again(directory: Directory, cache: CacheOptions | None) -> Reader:
-    return Reader(open_shards(directory), cache)
+def _open_again(
+    directory: Directory, lanes: Collection[int] | None, cache: CacheOptions | None, limit_seconds: float
+) -> Reader:
+    return Reader(open_shards(directory, lanes), cache, Watch(limit_seconds))

@@ -31,10 +31,12 @@ class GpuRenderer:
         return partial(self._wait, done, images, views)
 
     def _wait(self, done: torch.cuda.Event, images: Any, views: Views) -> Views:  # noqa: ARG002
-        """Holds DALI's ``images`` until the kernels have read them, because DALI knows nothing of our stream.
+        """Holds DALI's ``images`` until the *host* has seen that the kernels have read them.
 
-        The host waits as well: so it sees, and counts, when the views are late, and runs no further ahead than the
-        loader's prefetching. They have had that long to be made.
+        nvJPEG's hardware decoder ignores the order of streams: it writes its output before work that was queued earlier
+        on the same stream has run (pytorch/torchcodec#1634, pytorch/vision#9606), so an event that a stream waits for
+        protects no memory that is decoded into again. The views have had the loader's prefetching to be made; if they
+        are late all the same, the host's wait counts it.
         """
         done.synchronize()
         current = torch.cuda.current_stream(self._device)

@@ -7,9 +7,11 @@ copy_seconds      normalising, casting, and starting the copy to the device (on 
 queue_occupancy   share of the prefetched batches that were ready when `next` was called, a mean from 0 to 1: at 1
                   the loader is ahead, at 0 every batch is waited for
 num_threads       that the loader was given; what follows is summed over them, so that divided by ``num_threads``
-                  and the elapsed time it is the share of the threads' time
+                  and the elapsed time it is the share of the threads' time. `dali` has so many for reading, for
+                  decoding and for the views each; there the shares can add up to more than 1
 read_seconds      reading encoded images; some 0.03 ms each from the page cache, more: the disk is waited for
-decode_seconds    decoding, reading included
+decode_seconds    decoding, reading included. DALI's threads cannot be asked: of `dali` it is the time that its
+                  driving thread waits for them, all of which decode meanwhile, times their number
 geometry_seconds  cutting, resizing and mirroring the views; not measured on a GPU, where it overlaps with training
 photometric_seconds  jitter, grey, blur and solarize; likewise
 replaced_samples  that could not be decoded; the log names each

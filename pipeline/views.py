@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from pipeline.settings import Settings
 from sharding.command import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -15,14 +16,13 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 Probability = Annotated[float, Field(ge=0, le=1)]
 Interval = tuple[float, float]
 PerChannel = tuple[float, float, float]
+Divisor = Annotated[float, Field(gt=0)]
 
 
-class ViewSpec(BaseModel):
+class ViewSpec(Settings):
     """One group of views. The operations follow torchvision's definitions and SimCLR's sequence: crop and antialiased
     bilinear resize, flip, colour jitter (its four operations in random order), grey, blur, solarize, normalise.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     count: int = Field(1, ge=1, description="views of this kind per image")
     size: int = Field(224, ge=1, description="side of the square view, pixels")
@@ -42,7 +42,7 @@ class ViewSpec(BaseModel):
     kernel: int = Field(23, ge=1, description="blur: odd window, pixels")
     solarize: Probability = Field(0.0, description="probability of inverting values of 128 and above")
     mean: PerChannel = Field(IMAGENET_MEAN, description="subtracted, of values in [0, 1]")
-    std: PerChannel = Field(IMAGENET_STD, description="divided by, of values in [0, 1]")
+    std: tuple[Divisor, Divisor, Divisor] = Field(IMAGENET_STD, description="divided by, of values in [0, 1]")
 
     @model_validator(mode="after")
     def _check(self) -> "ViewSpec":
@@ -61,15 +61,64 @@ class ViewSpec(BaseModel):
         return self
 
 
+_NO_AUGMENTATION = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0}
+
+
 def _simclr_cifar() -> list[dict[str, Any]]:
     jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
     return [{"count": 2, "size": 32, "blur": 0.0, **jitter, "mean": CIFAR10_MEAN, "std": CIFAR10_STD}]
 
 
 def _byol() -> list[dict[str, Any]]:
-    """Table 6 of Grill et al., 2020."""
+    """Table 6 of Grill et al., 2020; Barlow Twins' too. Their crops are bicubic, ours bilinear."""
     common = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
     return [{**common, "blur": 1.0}, {**common, "blur": 0.1, "solarize": 0.2}]
+
+
+def _byol_cifar() -> list[dict[str, Any]]:
+    """BYOL's two views at 32 px without blur: solo-learn's asymmetric augmentations of CIFAR-10."""
+    size = {"size": 32, "mean": CIFAR10_MEAN, "std": CIFAR10_STD, "blur": 0.0}
+    return [{**group, **size} for group in _byol()]
+
+
+def _vicreg() -> list[dict[str, Any]]:
+    """Bardes et al., 2022, appendix C.1: both views from one distribution. Their crops are bicubic, ours bilinear."""
+    jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+    return [{"count": 2, **jitter, "solarize": 0.1}]
+
+
+def _vicreg_cifar() -> list[dict[str, Any]]:
+    """solo-learn's for VICReg on CIFAR-10: at 32 px, crops of at least 0.2 of the area, no blur."""
+    size = {"size": 32, "scale": (0.2, 1.0), "mean": CIFAR10_MEAN, "std": CIFAR10_STD, "blur": 0.0}
+    return [{**group, **size} for group in _vicreg()]
+
+
+def _lejepa() -> list[dict[str, Any]]:
+    """Balestriero & LeCun, 2025: two global views and six local ones, alike but for their crops. Theirs are bicubic,
+    ours bilinear."""
+    common = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "solarize": 0.2}
+    return [
+        {**common, "count": 2, "scale": (0.3, 1.0)},
+        {**common, "count": 6, "size": 98, "scale": (0.05, 0.3)},
+    ]
+
+
+def _visreg() -> list[dict[str, Any]]:
+    """HaiyuWu/visreg, configs/default.yaml: LeJEPA's with four global views, local ones of 96 px, less hue and a
+    window of 9 px for the blur. Their crops are bicubic, ours bilinear."""
+    common = {"hue": 0.05, "kernel": 9}
+    large, small = _lejepa()
+    return [{**large, **common, "count": 4}, {**small, **common, "size": 96}]
+
+
+def _supervised() -> list[dict[str, Any]]:
+    """Goyal et al., 2017: a random crop and flip."""
+    return [{**_NO_AUGMENTATION, "flip": 0.5}]
+
+
+def _mocov2() -> list[dict[str, Any]]:
+    """Chen et al., "Improved baselines with momentum contrastive learning", 2020, and SimSiam (facebookresearch/moco)."""
+    return [{"count": 2, "scale": (0.2, 1.0), "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}]
 
 
 def _multicrop(count: int, size: int, small_count: int) -> list[dict[str, Any]]:
@@ -81,7 +130,8 @@ def _multicrop(count: int, size: int, small_count: int) -> list[dict[str, Any]]:
 
 
 def _dino() -> list[dict[str, Any]]:
-    """Caron et al., 2021: two global views of their own, six local ones."""
+    """Caron et al., 2021: two global views of their own, six local ones. Their code resizes bicubically; here
+    every view is resized bilinearly."""
     common = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
     return [
         {**common, "scale": (0.4, 1.0), "blur": 1.0},
@@ -90,13 +140,19 @@ def _dino() -> list[dict[str, Any]]:
     ]
 
 
-_NO_AUGMENTATION = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0}
-
 # name -> groups of views, as a configuration file would write them
 PRESETS: dict[str, list[dict[str, Any]]] = {
     "simclr": [{"count": 2}],
     "simclr-cifar": _simclr_cifar(),
     "byol": _byol(),
+    "byol-cifar": _byol_cifar(),
+    "vicreg": _vicreg(),
+    "vicreg-cifar": _vicreg_cifar(),
+    "lejepa": _lejepa(),
+    "visreg": _visreg(),
+    "supervised": _supervised(),
+    "mocov2": _mocov2(),
+    "mocov3": [{**group, "scale": (0.2, 1.0)} for group in _byol()],
     "multicrop-2x160+4x96": _multicrop(2, 160, 4),
     "multicrop-2x224+6x96": _multicrop(2, 224, 6),
     "dino": _dino(),

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from sharding.encode import Policy
 from sharding.source import SourceSpec
@@ -33,6 +34,13 @@ class Layout:
     seed: int = 0
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; `--help` has the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
 @dataclass(frozen=True)
 class Arguments:
     spec: SourceSpec
@@ -47,7 +55,7 @@ class Arguments:
 
 
 def parse(description: str | None, argv: Sequence[str] | None) -> Arguments:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sharding.build",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -60,11 +68,18 @@ def parse(description: str | None, argv: Sequence[str] | None) -> Arguments:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+    if args.quality and not args.short_side:
+        parser.error("--quality is that of --short-side; without it only images that must be converted are encoded")
     return Arguments(
         SourceSpec(args.dataset, args.config, args.split, args.revision, args.image_column, args.label_column),
         Directory.at(args.out),
         Layout(args.lanes, args.shard_mb, args.seed),
-        Policy(args.short_side, args.quality, max_pixels=args.max_pixels),
+        Policy(
+            args.short_side,
+            args.quality or Policy.quality,
+            max_pixels=args.max_pixels,
+            keep_truncated=args.keep_truncated,
+        ),
         args.max_quarantine,
         args.engine,
         args.workers,
@@ -99,7 +114,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     add("--shard-mb", type=float, default=layout.shard_mb, help="target size (default: %(default)s)")
     add("--seed", type=int, default=layout.seed, help="of the shuffle (default: %(default)s)")
     add("--short-side", type=int, help="re-encode for faster decoding: larger images to this many pixels")
-    add("--quality", type=int, default=policy.quality, help="JPEG quality for --short-side (default: %(default)s)")
+    add("--quality", type=int, help=f"JPEG quality for --short-side (default: {policy.quality})")
+    add("--keep-truncated", action="store_const", const=True, help="keep JPEGs that end early, re-encoded")
     add("--max-pixels", type=int, default=policy.max_pixels, help="refuse larger images (default: %(default)s)")
     add("--max-quarantine", type=float, default=0.01, help="fraction of unusable images (default: %(default)s)")
 

@@ -64,8 +64,12 @@ def build(
     options = {"source": asdict(spec), "policy": asdict(policy), "layout": asdict(layout)}
     if (manifest := _check_out(out, options)) is None:
         source = open_source(spec, cache, streaming, progress)
+        if source.no_labels:
+            say("sharding.build", source.no_labels)
         with out.lock():
             manifest = _build(source, out, layout, policy, options, engine, max_quarantine, progress)
+    else:
+        say("sharding.build", f"{out}: already complete, nothing to do")
     out.remove_state()
     discard_spool(spec, cache)
     return manifest
@@ -81,9 +85,17 @@ def _build(
     max_quarantine: float,
     progress: Progress | None,
 ) -> Manifest:
-    samples_per_shard = _samples_per_shard(source, policy, layout)
+    if len(source) == 0:
+        raise BuildError("the data set is empty")
+    mean_bytes, digest = source.probe()
+    samples_per_shard = _samples_per_shard(source, policy, layout, mean_bytes)
     parts = plan_parts(len(source), layout.lanes, samples_per_shard, layout.seed)
-    _start_or_continue(out, {**options, "data": {"rows": len(source), "rows per shard": samples_per_shard}})
+    data = {
+        "number of rows": len(source),
+        "checksum of evenly spaced rows": digest,
+        "number of rows per shard": samples_per_shard,
+    }
+    _start_or_continue(out, {**options, "data": data})
     job = Job(source, policy, out, prefix=re.sub(r"\W.*", "", options["source"]["split"]) or "data")
     records = _records(job, parts, engine, progress, limit=max_quarantine * len(source))
     origin = {**options["source"], "num_rows": len(source), "hub_commit": source.revision}
@@ -92,6 +104,8 @@ def _build(
 
 def _check_out(out: Directory, options: dict[str, dict[str, Any]]) -> Manifest | None:
     """The manifest when these very shards are built already; refuses an output made of anything else."""
+    if out.is_local and out.local_path().is_file():
+        raise BuildError(f"{out}: is a file; --out is a directory")
     sizes = out.sizes()
     if foreign := sorted(name for name in sizes if not _OURS.match(name)):
         raise BuildError(f"{out}: holds files of others, such as {foreign[0]!r}; choose an empty --out")
@@ -103,7 +117,10 @@ def _check_out(out: Directory, options: dict[str, dict[str, Any]]) -> Manifest |
     if OPTIONS_FILE in sizes:
         _refuse_changes(out, json.loads(out.read(OPTIONS_FILE)), options)
     elif any(not name.startswith(STATE) for name in sizes):
-        raise BuildError(f"{out}: holds shards without a manifest or a build to continue; choose an empty --out")
+        raise BuildError(
+            f"{out}: holds shards without a manifest or a build to continue; "
+            "the same command with an empty --out makes the same files again, its manifest.json among them"
+        )
     return None
 
 
@@ -111,9 +128,9 @@ def _refuse_changes(out: Directory, before: dict[str, Any], now: dict[str, dict[
     for group, values in now.items():
         for name, value in values.items():
             if (old := before[group].get(name)) != value:
-                what = f"data with {old} {name}" if group == "data" else f"--{name.replace('_', '-')} {old}"
+                what = f"data whose {name} is" if group == "data" else f"--{name.replace('_', '-')}"
                 raise BuildError(
-                    f"{out}: was started with {what}, now it is {value}; "
+                    f"{out}: was started with {what} {old}, now it is {value}; "
                     "repeat the first command on the same data, or choose another --out"
                 )
 
@@ -125,11 +142,9 @@ def _start_or_continue(out: Directory, options: dict[str, dict[str, Any]]) -> No
         out.write(OPTIONS_FILE, json.dumps(options).encode())
 
 
-def _samples_per_shard(source: Source, policy: Policy, layout: Layout) -> int:
+def _samples_per_shard(source: Source, policy: Policy, layout: Layout, mean_bytes: float) -> int:
     """From the mean size of evenly spaced images: as they are, or as the policy re-encodes them."""
-    if len(source) == 0:
-        raise BuildError("the data set is empty")
-    mean = source.mean_bytes() if policy.short_side is None else _mean_encoded_bytes(source, policy)
+    mean = mean_bytes if policy.short_side is None else _mean_encoded_bytes(source, policy) or mean_bytes
     return max(1, round(layout.shard_mb * 1e6 / (mean + 2048)))  # two headers, a label, padding
 
 
@@ -140,7 +155,7 @@ def _mean_encoded_bytes(source: Source, policy: Policy, num_probes: int = 64) ->
             sizes.append(len(encode(source.read(row)[0], policy).data))
         except BadImageError:
             continue
-    return sum(sizes) / len(sizes) if sizes else source.mean_bytes()
+    return sum(sizes) / len(sizes) if sizes else 0
 
 
 def _records(job: Job, parts: Sequence[Part], engine: Engine, progress: Progress | None, limit: float) -> list[Record]:
@@ -163,6 +178,12 @@ def _records(job: Job, parts: Sequence[Part], engine: Engine, progress: Progress
             break
     if num_quarantined > limit:
         raise _too_many(job, list(records.values()), limit)
+    if (num_samples := sum(r.shard.num_samples for r in records.values())) < 1 + max(part.lane for part in parts):
+        write_quarantine(job.out, list(records.values()))
+        raise BuildError(
+            f"only {num_samples} of {len(job.source)} images can be used, fewer than --lanes; "
+            f"the reasons are in {job.out}/{QUARANTINE_FILE}"
+        )
     return [records[record_name(part)] for part in parts]
 
 
@@ -197,7 +218,7 @@ def _report(manifest: Manifest, out: Directory, seconds: float) -> str:
         f"{manifest.num_lanes} lanes of {manifest.num_samples_per_lane}, {len(manifest.class_names)} classes",
         f"read {manifest.num_read}, quarantined {manifest.num_quarantined}, surplus {manifest.num_surplus}, "
         f"changed: {changed}",
-        f"fingerprint {manifest.fingerprint}, {seconds:.1f} s ({manifest.num_read / seconds:.0f} images/s)",
+        f"fingerprint {manifest.fingerprint}, {seconds:.1f} s",
     ]
     return "\n".join(lines)
 
@@ -205,6 +226,8 @@ def _report(manifest: Manifest, out: Directory, seconds: float) -> str:
 def _explain(error: Exception, out: Directory) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"{out}: no space left on the disk; free some, then the same command continues"
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"{out}: cannot be written, its file system is read-only; choose a different --out"
     if isinstance(error, BrokenProcessPool):
         return f"a worker process was killed (out of memory? try fewer --workers); the same command continues {out}"
     return str(error)

@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +27,7 @@ def command(name: str) -> Callable[[Main], Main]:
             try:
                 return main(*args)
             except (UserError, OSError) as error:
-                say(name, str(error))
-                return 2
+                return report(name, error)
             except KeyboardInterrupt:
                 say(name, "stopped by Ctrl-C")
                 return 130
@@ -35,6 +35,15 @@ def command(name: str) -> Callable[[Main], Main]:
         return run
 
     return decorate
+
+
+def report(name: str, error: Exception) -> int:
+    """Print an error as its kind deserves, and return the exit code."""
+    if not isinstance(error, UserError | OSError):
+        traceback.print_exception(error)
+        return 1
+    say(name, str(error))
+    return 2
 
 
 def say(name: str, message: str) -> None:

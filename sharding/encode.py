@@ -17,9 +17,11 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sharding.jpeg import BASELINE, PROGRESSIVE, SOI, JpegError, JpegHeader, read_header, strip
+from sharding.jpeg import BASELINE, EOI, PROGRESSIVE, SOI, JpegError, JpegHeader, lacks_scans, read_header, strip
 
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
+_UNSUPPORTED = {"AVIF": (4, b"ftypavi"), "HEIC": (4, b"ftyphe"), "ICO": (0, b"\0\0\1\0"), "PSD": (0, b"8BPS")}
+_RARE_SAMPLING = "Could not determine subsampling level"  # of TurboJPEG; libjpeg and so PIL knows all there are
 
 
 class BadImageError(ValueError):
@@ -36,6 +38,7 @@ class Policy:
     max_pixels: int = 89_478_485  # height times width; more is a decompression bomb (PIL's own limit)
     orientation: str = "upright"  # EXIF and XMP orientation is applied to the pixels, and no tag remains
     alpha: str = "white"  # what shines through transparent pixels
+    keep_truncated: bool | None = None  # JPEGs that end early are re-encoded, and grey where nothing is left
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,21 @@ def encode(data: bytes, policy: Policy) -> Encoded:
     if not data.startswith(SOI):
         return _convert(data, policy, change="")
     try:
-        header = read_header(data)
+        return _encode_jpeg(data, read_header(data), policy)
     except JpegError as error:
         raise BadImageError(str(error)) from None
+
+
+def _encode_jpeg(data: bytes, header: JpegHeader, policy: Policy) -> Encoded:
     _check_pixels(header.height, header.width, policy)
-    _check_blocks(data)
-    if change := _must_convert(header):
+    complaint = _complaint(data)
+    if _RARE_SAMPLING in complaint:
+        return _convert(data, policy, "rare chroma sampling")
+    if policy.keep_truncated and complaint.startswith("Premature end"):
+        return _convert(data + EOI, policy, "truncated")
+    if complaint:
+        raise BadImageError(complaint)
+    if change := _must_convert(header, data):
         return _convert(data, policy, change)
     if policy.short_side is not None:
         larger = min(header.height, header.width) > policy.short_side
@@ -75,7 +87,7 @@ def encode(data: bytes, policy: Policy) -> Encoded:
     return Encoded(strip(data, header.bad_exif), header.height, header.width, change)
 
 
-def _must_convert(header: JpegHeader) -> str:
+def _must_convert(header: JpegHeader, data: bytes) -> str:
     """Why this JPEG cannot stay as it is, or ""."""
     if header.orientation != 1:
         return "orientation applied"
@@ -83,22 +95,22 @@ def _must_convert(header: JpegHeader) -> str:
         return "CMYK to RGB"
     if header.frame not in (BASELINE, PROGRESSIVE) or header.precision != 8:
         return "unusual JPEG process"
+    if header.frame == PROGRESSIVE and lacks_scans(data):
+        return "scans missing"
     return ""
 
 
-def _check_blocks(data: bytes) -> None:
-    """Entropy-decode every block of a JPEG.
+def _complaint(data: bytes) -> str:
+    """What libjpeg-turbo has to say against any block of a JPEG; PIL would pass lost synchronisation over in silence.
 
     At 1/8 scale only the inverse DCT, which cannot fail, is left out: the same verdict for a third less time.
-    JPEG has no checksum, so a changed byte can still pass as another picture.
-
-    Raises:
-        BadImageError: libjpeg-turbo has to complain; PIL would pass lost synchronisation over in silence.
+    JPEG has no checksum, so a changed byte can still pass as a different picture.
     """
     try:
         simplejpeg.decode_jpeg(data, min_height=1, min_width=1, min_factor=8)
     except ValueError as error:
-        raise BadImageError(str(error)) from None
+        return str(error)
+    return ""
 
 
 def _decode(data: bytes, header: JpegHeader) -> NDArray[np.uint8]:
@@ -118,6 +130,7 @@ def _convert(data: bytes, policy: Policy, change: str) -> Encoded:
                 image.verify()  # checksums, which load() does not look at
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 image.load()
+                _check_range(image)
                 change = change or f"{image.format} {image.mode} to JPEG"
                 pixels = np.asarray(_to_grey_or_rgb(ImageOps.exif_transpose(image)))
     except BadImageError:
@@ -135,6 +148,14 @@ def _without_pils_limit() -> Iterator[None]:
         yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
+
+
+def _check_range(image: Image.Image) -> None:
+    """PIL has floats as mode F, and 32 bits as mode I, as which it also has the 16 bits of PGM."""
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise BadImageError(
+            f"{image.format} of 32-bit {'floats' if image.mode == 'F' else 'integers'}: no agreed range"
+        )
 
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
@@ -178,5 +199,7 @@ def _check_pixels(height: int, width: int, policy: Policy) -> None:
 
 def _describe(error: Exception, data: bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
+        if found := next((name for name, (at, magic) in _UNSUPPORTED.items() if data.startswith(magic, at)), None):
+            return f"format not supported: {found}"
         return f"not an image: begins with {data[:16]!r}"
     return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"

@@ -63,7 +63,7 @@ def finish(
     policy = asdict(job.policy)
     manifest = Manifest(
         version=FORMAT_VERSION,
-        fingerprint=fingerprint([r.shard for r in shards], layout["lanes"], policy),
+        fingerprint=fingerprint([r.shard for r in shards], layout["lanes"], policy, job.source.class_names),
         source=source,
         policy=policy,
         layout=layout,

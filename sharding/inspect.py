@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
 from rich.table import Table
 
+from sharding.arguments import Parser
 from sharding.command import command
 from sharding.manifest import ShardSet, open_shards
 
@@ -44,6 +46,7 @@ def summary(shards: ShardSet) -> Table:
         ),
         ("changed", ", ".join(f"{count:,} {change}" for change, count in manifest.changes.items()) or "none"),
         ("classes", f"{len(manifest.class_names):,} named, {len(np.unique(index.label)):,} present"),
+        ("occur more than once", f"{_num_repeated(index.xxh3_64):,} images"),
         ("fingerprint", manifest.fingerprint),
     ]:
         table.add_row(name, value)
@@ -51,6 +54,12 @@ def summary(shards: ShardSet) -> Table:
         spread = ", ".join(f"{value:,.4g}" for value in np.quantile(values, _QUANTILES))
         table.add_row(f"{name}: least, 1 %, median, 99 %, most", spread)
     return table
+
+
+def _num_repeated(digests: NDArray[np.uint64]) -> int:
+    """How many images have the same bytes as a different one."""
+    counts = np.unique(digests, return_counts=True)[1]
+    return int(counts[counts > 1].sum())
 
 
 def save_histograms(shards: ShardSet, path: Path) -> None:
@@ -93,7 +102,8 @@ def _measures(shards: ShardSet) -> dict[str, NDArray]:
 def _draw_classes(axis: Axes, labels: NDArray[np.int32]) -> None:
     counts = np.sort(np.unique(labels, return_counts=True)[1])[::-1]
     axis.fill_between(np.arange(len(counts) + 1), [*counts, counts[-1]], step="post", color="tab:blue")
-    axis.set(xlabel="class, largest first", ylabel="images", ylim=(0, None))
+    axis.set(xlabel="class, largest first", ylabel="images", ylim=(0, 1.1 * counts[0]))
+    axis.locator_params(integer=True)
 
 
 def _read(shards: ShardSet, sample: int) -> Image.Image:
@@ -105,12 +115,13 @@ def _read(shards: ShardSet, sample: int) -> Image.Image:
 
 def _class_name(shards: ShardSet, sample: int) -> str:
     label, names = int(shards.index.label[sample]), shards.manifest.class_names
-    return names[label] if 0 <= label < len(names) else str(label)
+    name = names[label] if 0 <= label < len(names) else str(label)
+    return re.sub(r"^n\d{8}[\W_]+", "", name)  # the WordNet id in front of a name would fill the caption
 
 
 @command("sharding.inspect")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sharding.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("shards", help="directory or fsspec URL")

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-SOI = b"\xff\xd8"
+SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 BASELINE, PROGRESSIVE = 0xC0, 0xC2
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn: not DHT, JPG, DAC
 _STANDALONE = frozenset(range(0xD0, 0xD8)) | {0x01, 0xD8}  # markers without a length
@@ -18,6 +18,7 @@ _APP1, _SOS, _EOI = 0xE1, 0xDA, 0xD9
 _EXIF = b"Exif\x00\x00"
 _ORIENTATION_TAG = 0x0112
 _INTEGER_FORMATS = {1: "B", 3: "H", 4: "I"}  # TIFF types BYTE, SHORT, LONG
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # after coded data, in which 0xFF is stuffed or a restart
 _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)\s*([0-9])")
 
 
@@ -48,6 +49,8 @@ def read_header(data: bytes) -> JpegHeader:
     exif: list[tuple[int, int]] = []
     xmp = 1
     for marker, start, end in _segments(data):
+        if marker == _SOS:
+            break
         if marker in _FRAMES:
             frame = (marker, *_frame_fields(data[start + 4 : end]))
         elif marker == _APP1 and data.startswith(_EXIF, start + 4):
@@ -60,6 +63,23 @@ def read_header(data: bytes) -> JpegHeader:
     return JpegHeader(*frame, orientation, bad_exif)
 
 
+def lacks_scans(data: bytes) -> bool:
+    """Whether a progressive JPEG leaves coefficients unknown or inexact.
+
+    libjpeg guesses them from the neighbouring blocks, and differently where only a part of the image is decoded.
+    Raises JpegError when the segments cannot be followed to the end.
+    """
+    exact: dict[int, set[int]] = {}  # by component, the coefficients that are known to the last bit
+    for marker, start, end in _segments(data):
+        if marker in _FRAMES:
+            exact = {component: set() for component in data[start + 10 : end : 3]}
+        elif marker == _SOS:
+            first, last, missing_bits = data[end - 3], data[end - 2], data[end - 1] & 15
+            for component in data[start + 5 : end - 3 : 2]:
+                exact.setdefault(component, set()).update(() if missing_bits else range(first, last + 1))
+    return any(len(coefficients) < 64 for coefficients in exact.values())
+
+
 def strip(data: bytes, ranges: tuple[tuple[int, int], ...]) -> bytes:
     """Cut byte ranges out. Removing a whole APPn segment leaves every pixel as it was."""
     kept, position = [], 0
@@ -70,18 +90,18 @@ def strip(data: bytes, ranges: tuple[tuple[int, int], ...]) -> bytes:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start of its 0xFF, end of the segment) up to the first scan."""
+    """(marker, start of its 0xFF, end of the segment) of all segments, with those of the scans."""
     if not data.startswith(SOI):
         raise JpegError("the file does not begin as a JPEG does")
     position = 2
-    while position + 4 <= len(data):
+    while position + 2 <= len(data):
         if data[position] != 0xFF:
             raise JpegError(f"no JPEG marker at byte {position}")
         marker = data[position + 1]
         if marker == 0xFF:  # fill byte
             position += 1
             continue
-        if marker in (_SOS, _EOI):
+        if marker == _EOI:
             return
         if marker in _STANDALONE:
             position += 2
@@ -91,7 +111,9 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             raise JpegError(f"the JPEG segment at byte {position} ends past the file")
         yield marker, position, end
         position = end
-    raise JpegError("the JPEG ends before its first scan")
+        if marker == _SOS and (coded := _NEXT_MARKER.search(data, end)):
+            position = coded.start()
+    raise JpegError("the JPEG ends without its end marker")
 
 
 def _frame_fields(body: bytes) -> tuple[int, int, int, int]:

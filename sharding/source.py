@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+import xxhash
 from rich.progress import Progress
 
 from sharding.command import UserError
@@ -19,7 +23,9 @@ if TYPE_CHECKING:
 
 IMAGENET = "ILSVRC/imagenet-1k"
 DEMO = "demo"
-_LABEL_NAMES = ("label", "cls")  # of integer columns that hold labels, where no class label column exists
+_LABEL_NAMES = ("label", "labels", "cls")  # of columns that hold labels, where no class label column exists
+_KEY = "__key__"  # column of an archive's member names
+_WNID = re.compile(r"(?:.*/)?(n\d{8})_\d+")  # ILSVRC's member names: the class and a number
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}  # by suffix; others: imagefolder
 
 
@@ -46,20 +52,46 @@ class Source:
     dataset: Dataset  # only the image and label columns, in Arrow format
     class_names: tuple[str, ...] = ()  # by label
     revision: str | None = None  # commit on the hub
+    no_labels: str = ""  # why there are none
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read(self, row: int) -> tuple[bytes, int]:
-        """Encoded bytes, untouched, and label (-1: none) of one row. Raises OSError for an unreadable file."""
+        """Encoded bytes, untouched, and label (-1: none) of one row.
+
+        Raises OSError for an unreadable file, and SourceError for a label that cannot be one.
+        """
         columns = self.dataset[row].columns
         label = columns[1][0].as_py() if len(columns) > 1 else None
-        return _encoded(columns[0][0].as_py()), -1 if label is None else int(label)
+        return _encoded(columns[0][0].as_py()), self._label(label, row)
 
-    def mean_bytes(self, num_probes: int = 1024) -> float:
+    def _label(self, value: int | str | None, row: int) -> int:
+        if value is None:
+            return -1
+        label = self._labels[_class_name(value)] if isinstance(value, str) else value
+        if not -1 <= label < 2**31:
+            column = self.dataset.column_names[1]
+            raise SourceError(f"row {row}: column {column!r} holds {label}; labels go from 0 to 2**31 - 1, -1 is none")
+        return label
+
+    @functools.cached_property
+    def _labels(self) -> dict[str, int]:
+        return {name: label for label, name in enumerate(self.class_names)}
+
+    def mean_bytes(self) -> float:
         """Mean encoded size of evenly spaced rows."""
+        return self.probe()[0]
+
+    def probe(self, num_probes: int = 1024) -> tuple[float, str]:
+        """Mean encoded size of evenly spaced rows, and the xxh3_128 of the class names, these rows and their labels."""
         rows = range(0, len(self), max(1, len(self) // num_probes))
-        return sum(len(self.read(row)[0]) for row in rows) / len(rows)
+        hashed = xxhash.xxh3_128(json.dumps(self.class_names).encode())
+        num_bytes = 0
+        for data, label in map(self.read, rows):
+            num_bytes += len(data)
+            hashed.update(b"%d %d " % (label, len(data)) + data)
+        return num_bytes / len(rows), hashed.hexdigest()
 
 
 def open_source(
@@ -76,6 +108,8 @@ def open_source(
     """
     import datasets
 
+    if "://" not in spec.dataset and not Path(spec.dataset).exists() and spec.dataset.startswith(("/", ".")):
+        raise SourceError(f"{spec.dataset}: no such folder; --dataset says where the data set is")
     if spec.dataset == DEMO:
         from sharding.demo import load_demo
 
@@ -86,6 +120,8 @@ def open_source(
         names, dataset = _load(spec, options)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise SourceError(_no_access(spec.dataset, str(error))) from None
+    except SourceError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:
         if _is_hub_id(spec.dataset) and isinstance(error, OSError):
             raise SourceError(_no_access(spec.dataset, str(error))) from None
@@ -95,7 +131,7 @@ def open_source(
 
 def _load(spec: SourceSpec, options: dict[str, Any]) -> tuple[tuple[str, ...], Dataset | IterableDataset]:
     """Class names, where they are known from elsewhere than the features, and the data set."""
-    from datasets import load_dataset
+    from datasets import load_dataset, load_from_disk
 
     folder = Directory.at(spec.dataset)
     if "://" not in spec.dataset and Path(spec.dataset).is_file():
@@ -106,6 +142,8 @@ def _load(spec: SourceSpec, options: dict[str, Any]) -> tuple[tuple[str, ...], D
         manifest = Manifest.load(folder)
         urls = [_url(spec.dataset, shard.path) for shard in manifest.shards]
         return manifest.class_names, load_dataset("webdataset", data_files={spec.split: urls}, **options)
+    if folder.exists("state.json"):
+        return (), load_from_disk(spec.dataset)
     if "://" not in spec.dataset:
         return (), load_dataset(spec.dataset, spec.config, **options)
     builder, files = _remote_files(spec)
@@ -136,7 +174,7 @@ def _source(
     features = dataset.features
     if features is None:
         raise SourceError(f"{spec.dataset}: does not say its columns when streamed; leave --streaming out")
-    image, label = _columns(features, spec)
+    image, label, no_labels = _columns(features, spec)
     dataset = dataset.select_columns([image, *([label] if label else [])])
     if isinstance(features[image], Image):
         dataset = dataset.cast_column(image, Image(decode=False))
@@ -146,7 +184,19 @@ def _source(
         from sharding.spool import spool
 
         dataset = spool(dataset, spec, cache, progress)
-    return Source(dataset.with_format("arrow"), names, revision)
+    if label and getattr(features[label], "dtype", "").endswith("string"):
+        found = [value for value in dataset.unique(label) if value is not None]
+        if label == _KEY and not all(map(_WNID.fullmatch, found)):
+            dataset, found = dataset.select_columns([image]), []
+            no_labels = "no labels: neither a label column nor names like n01440764_18.JPEG; see --label-column"
+        names = tuple(sorted(set(map(_class_name, found))))
+    return Source(dataset.with_format("arrow"), names, revision, no_labels)
+
+
+def _class_name(value: str) -> str:
+    """The class that a string says: its WordNet id where it is the name of one of ILSVRC's files, else itself."""
+    found = _WNID.fullmatch(value)
+    return found[1] if found else value
 
 
 def _is_hub_id(dataset: str) -> bool:
@@ -183,18 +233,47 @@ def _no_access(dataset: str, error: str) -> str:
     return "\n".join(steps)
 
 
-def _columns(features: dict[str, Any], spec: SourceSpec) -> tuple[str, str | None]:
-    """Names of the image column and of the label column, if any."""
-    from datasets import ClassLabel, Image, Value
+def _columns(features: dict[str, Any], spec: SourceSpec) -> tuple[str, str | None, str]:
+    """Names of the image column and of the label column, if any; else why there is none."""
+    from datasets import ClassLabel, Image
 
     images = [name for name, f in features.items() if isinstance(f, Image)]
     images = images or [name for name, f in features.items() if _holds_bytes(f)]
     labels = [name for name, f in features.items() if isinstance(f, ClassLabel)]
-    integers = [n for n, f in features.items() if isinstance(f, Value) and "int" in f.dtype and n in _LABEL_NAMES]
+    named = [name for name, f in features.items() if name in _LABEL_NAMES and _holds_labels(f)]
     image = _choose(spec.image_column, images, features, "image", spec.dataset)
     if image is None:
         raise SourceError(f"{spec.dataset}: no image column in {list(features)}; name it with --image-column")
-    return image, _choose(spec.label_column, labels or integers, features, "label", spec.dataset)
+    if not isinstance(features[image], Image) and not _holds_bytes(features[image]):
+        raise SourceError(f"{spec.dataset}: column {image!r} holds {_kind(features[image])}, not encoded images")
+    keys = [_KEY] if _KEY in features else []
+    label = _choose(spec.label_column, labels or named or keys, features, "label", spec.dataset)
+    if label and (label == image or not _holds_labels(features[label])):
+        raise SourceError(
+            f"{spec.dataset}: column {label!r} holds {_kind(features[label])}; "
+            "--label-column needs class labels, integers or strings, one for each image"
+        )
+    return image, label, "" if label else _no_labels(features)
+
+
+def _no_labels(features: dict[str, Any]) -> str:
+    found = ", ".join(f"{name!r} holds {_kind(feature)}" for name, feature in features.items())
+    return f"no labels: of the columns ({found}) none is known to hold labels; see --label-column"
+
+
+def _kind(feature: Any) -> str:
+    """What a column holds, in short: int64, string, Image, a list, nested columns."""
+    if isinstance(feature, dict):
+        return "nested columns"
+    name = type(feature).__name__
+    return f"{feature.dtype}" if name == "Value" else {"List": "a list", "LargeList": "a list"}.get(name, name)
+
+
+def _holds_labels(feature: Any) -> bool:
+    from datasets import ClassLabel, Value
+
+    is_value = isinstance(feature, Value) and ("int" in feature.dtype or feature.dtype.endswith("string"))
+    return is_value or isinstance(feature, ClassLabel)
 
 
 def _holds_bytes(feature: Any) -> bool:

@@ -68,11 +68,16 @@ class Directory:
             raise OSError(f"{self}: cannot be reached: {error}") from error
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file below this directory, by relative name. One listing, no file is opened."""
+        """Bytes of every file below this directory, by relative name. One listing, no file is opened.
+
+        Raises UserError for a pipe, a socket or a device, which no one could read to the end.
+        """
         if not self.exists(""):
             return {}
         root = self.path("")
         found = self.fs.find(root, detail=True)
+        if special := [name for name, info in found.items() if info["type"] == "other"]:
+            raise UserError(f"{special[0]}: is not a regular file; move it away")
         return {name[len(root) :].lstrip("/"): int(info["size"]) for name, info in found.items()}
 
     def open(self, name: str) -> BinaryIO:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sharding.arguments import Parser
 from sharding.command import command
 from sharding.encode import BadImageError, Policy, encode
 from sharding.engine import Engine, in_process, processes
@@ -59,7 +60,8 @@ def verify(
         ShardError: there is no readable manifest.
     """
     _index.cache_clear()
-    check = Check(out, Manifest.load(out), out.sizes(), decode)
+    sizes = out.sizes()
+    check = Check(out, Manifest.load(out), sizes, decode)
     problems = [*_check_manifest(check), *_check_strays(check), *(damage := _check_index(check))]
     shards = range(len(check.manifest.shards))
     with bar() as shown:
@@ -170,7 +172,7 @@ def _check_dali_index(check: Check, number: int) -> list[Problem]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sharding.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import spawn
 
 from train.distributed import session
@@ -20,8 +21,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
     ``function`` must be importable (defined at the top of a test module).
     """
     with tempfile.TemporaryDirectory() as directory:
-        port = 20000 + os.getpid() % 20000 + world_size
-        spawn(_rank, (world_size, port, directory, function, arguments), nprocs=world_size)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port, as torchrun's
+        spawn(_rank, (world_size, store.port, directory, function, arguments), nprocs=world_size)
         return [torch.load(Path(directory) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
@@ -30,6 +31,7 @@ def _rank(
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **NO_GPU}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # rank 0 opens no store of its own
     torch.set_num_threads(1)
-    with session() as world:
+    with session("tests") as world:
         torch.save(function(world, *arguments), Path(directory) / f"{rank}.pt")

@@ -1,170 +1,236 @@
 """The configuration of a run: defaults, then a YAML file, then ``a.b=c`` overrides, strictly validated."""
 
+import copy
 import difflib
+import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, create_model, model_validator
 
 from pipeline.backends import BACKENDS
+from pipeline.settings import Settings
 from pipeline.views import PRESETS, ViewSpec
-from sharding.command import UserError
 from train.encoder import EncoderConfig
-from train.methods import MethodConfig
-from train.methods.simclr import SimCLRConfig
+from train.methods import METHODS, MethodConfig, method_class
 from train.optim import OptimConfig
+from train.overrides import ConfigError, apply, check_length, preset_groups, read_yaml
 
-
-class ConfigError(UserError):
-    """A configuration that cannot be run; the message names the field, what was expected and what was found."""
+_DEFAULT_METHOD = "simclr"
 
 
 def _expand_preset(value: Any) -> Any:
-    if isinstance(value, str):
-        if value not in PRESETS:
-            raise ValueError(f"expected a list of views or one of {', '.join(PRESETS)}")
+    if value is None:
+        return PRESETS["simclr"]
+    if isinstance(value, str) and value in PRESETS:
         return PRESETS[value]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(
+            f"expected a list of groups or one of {', '.join(PRESETS)}, found {value!r}; "
+            "views.size=96, for example, changes every group"
+        )
     return value
 
 
-class DataConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+def _expand_home(path: str) -> str:
+    return os.path.expanduser(path)  # noqa: PTH111  # that of Path raises RuntimeError where there is no home
 
-    shards: str = Field("/data/shards", description="directory or URL made by `python -m sharding.build`")
+
+HomeStr = Annotated[str, AfterValidator(_expand_home)]
+HomePath = Annotated[Path, AfterValidator(lambda path: Path(_expand_home(str(path))))]
+
+
+class DataConfig(Settings):
+    shards: HomeStr = Field("/data/shards", description="directory or URL made by `python -m sharding.build`")
     backend: Literal["auto", *BACKENDS] = Field(  # type: ignore[valid-type]  # the literal table is the type
-        "auto", description="executor of the views; auto: dali on a GPU, cpu elsewhere"
+        "auto", description="executor of the views; auto: dali on a GPU if its views are cpu's, else cpu"
     )
-    num_threads: int = Field(0, ge=0, description="loader threads of each process; 0: the machine's cores, shared out")
-    prefetch: int = Field(3, ge=1, description="batches in the making")
+    canary_every: int = Field(5000, ge=0, description="steps between comparisons of auto's views with cpu's; 0: never")
+    num_threads: int = Field(
+        0, ge=0, le=1024, description="loader threads of each process; 0: the machine's cores, shared out"
+    )
+    prefetch: int = Field(3, ge=1, le=64, description="batches in the making")
     window: int | None = Field(None, ge=1, description="shuffle within this many shards at a time, for slow storage")
-    cache_dir: Path | None = Field(None, description="where to keep shards that lie behind a URL")
+    cache_dir: HomePath | None = Field(None, description="where to keep shards that lie behind a URL")
     cache_bytes: int = Field(200 * 10**9, ge=1, description="limit of cache_dir, which the processes of a node share")
     max_replaced_samples: int = Field(100, ge=0, description="undecodable samples to replace before giving up")
 
 
-class RunConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    dir: Path = Field(Path("runs/simclr"), description="checkpoints, logs and the effective configuration")
-    seed: int = Field(0, ge=0, description="of initial weights, order and views")
+class RunConfig(Settings):
+    dir: HomePath = Field(Path("runs/simclr"), description="checkpoints, logs and the effective configuration")
+    seed: int = Field(0, ge=0, lt=2**64, description="of initial weights, order and views")
     global_batch_size: int = Field(512, ge=2, description="images per step, over all processes")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 elsewhere")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="images of a process that pass the network at a time, to save memory; default: all"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
+        "auto", description="auto: bf16 on a GPU, fp32 elsewhere; fp64: on a CPU, to verify"
+    )
     sync_batchnorm: bool = Field(True, description="BatchNorm over the global batch")
     compile: bool = Field(False, description="torch.compile the method's forward")
+    init_from: HomePath | None = Field(
+        None, description="begin with an encoder's weights: a run, one of its checkpoints, or a torch file of them"
+    )
     resume: bool = Field(True, description="continue from the newest checkpoint in dir, if there is one")
     log_every: int = Field(10, ge=1, description="steps between log lines")
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints; the last step always makes one")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints to keep")
+    keep_every: int | None = Field(None, ge=1, description="keep the checkpoints of every so many steps for ever")
 
 
-class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Config(Settings):
+    """All sections. Which fields ``method`` has depends on its name: see `config_class`."""
 
     data: DataConfig = DataConfig()
     views: Annotated[tuple[ViewSpec, ...], BeforeValidator(_expand_preset), Field(min_length=1)] = tuple(
         ViewSpec(**group) for group in PRESETS["simclr"]
     )
     encoder: EncoderConfig = EncoderConfig()
-    method: MethodConfig = SimCLRConfig()
+    method: MethodConfig = Field(default_factory=lambda: method_class(_DEFAULT_METHOD).Config())
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
 
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        count = sum(group.count for group in self.views)
+        if count < self.method.min_views:
+            raise ValueError(
+                f"views: expected at least {self.method.min_views} views of each image for {self.method.name}, "
+                f"found {count}; set views.count={self.method.min_views}, for example"
+            )
+        return self
+
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """All of it, as `load_config` reads it."""
+        tree = self.model_dump(mode="json")
+        del tree["optim"]["steps" if self.optim.steps is None else "epochs"]
+        return yaml.safe_dump(tree, sort_keys=False)
+
+    def differences(self) -> str:
+        """What is not as by default, in YAML; empty where everything is."""
+        tree = self.model_dump(mode="json", exclude_defaults=True)
+        return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None) if tree else ""
+
+
+@cache
+def config_class(method: str) -> type[Config]:
+    """`Config` with the section of one method. Raises ConfigError for an unknown one."""
+    if method not in METHODS:
+        near = difflib.get_close_matches(str(method), METHODS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(METHODS)}"
+        raise ConfigError(f"method.name: unknown method {method!r}; {hint}")
+    section = method_class(method).Config
+    return create_model("Config", __base__=Config, method=(section, section()))
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The effective configuration. Raises `ConfigError`, naming every wrong field, or the unreadable file."""
-    tree = _read_yaml(path) if path else {}
-    if isinstance(tree.get("views"), str):
-        tree["views"] = _preset_groups(tree["views"])
+    """The effective configuration of a run: the defaults, the recipe of its method, the file, the overrides.
+
+    Raises `ConfigError`, naming every wrong field and where it was set, or the unreadable file.
+    """
+    tree = read_yaml(path) if path else {}
+    check_length(tree.get("optim"), str(path))
+    check_length([override.partition("=")[0].removeprefix("optim.") for override in overrides], "overrides")
+    tree = _with_recipe(tree, _method_name(tree, overrides))
     for override in overrides:
-        _apply(tree, override)
-    return validate(tree, str(path) if path else "configuration")
+        apply(tree, override)
+    config = validate(tree, str(path) if path else "configuration", overrides)
+    _check_directory(config.run.dir)
+    return config
 
 
-def validate(tree: dict[str, Any], where: str) -> Config:
+def validate(tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Config:
+    """Raises `ConfigError`; a wrong field that an override set is blamed on that override, all others on ``where``."""
+    model = config_class(_method_name(tree))
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(dict(e)) for e in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+        lines = [
+            f"{_origin(e['loc'] or _OF_ALL, overrides) or where}: {_explain(dict(e), model)}" for e in error.errors()
+        ]
+        raise ConfigError("; ".join(lines)) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); pass an existing YAML file to --config"
-        ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
-    return tree
+def _method_name(tree: dict[str, Any], overrides: Sequence[str] = ()) -> str:
+    """As the last override has it, or the file, or by default."""
+    scratch = {"method": copy.deepcopy(tree.get("method"))}
+    for override in overrides:
+        if override.startswith(("method=", "method.name=")):
+            apply(scratch, override)
+    method = scratch["method"]
+    name = method.get("name") if isinstance(method, dict) else method
+    return name if isinstance(name, str) else _DEFAULT_METHOD
 
 
-def _preset_groups(name: str) -> Any:
-    return [dict(group) for group in PRESETS[name]] if name in PRESETS else name
+def _with_recipe(tree: dict[str, Any], method: str) -> dict[str, Any]:
+    """The tree on top of what the method's recipe says."""
+    config_class(method)
+    recipe = method_class(method).recipe
+    merged = {**tree, "views": preset_groups(tree.get("views") or recipe.views)}
+    for section, fields in recipe.sections.items():
+        given = tree.get(section) or {}
+        if isinstance(given, dict):
+            length = ("epochs",) if "steps" in given else ()
+            merged[section] = {k: v for k, v in fields.items() if k not in length} | given
+    return merged
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set ``a.b=value`` (value in YAML) in place. ``views.size=96`` sets every group, ``views.0.size=96`` one."""
-    name, separator, text = override.partition("=")
-    if not separator or not name:
-        raise ConfigError(f"override {override!r}: expected section.field=value, e.g. optim.epochs=200")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: expected a value in YAML, found {text!r}") from None
-    *parents, last = name.split(".")
-    if name == "views":
-        tree["views"] = _preset_groups(value) if isinstance(value, str) else value
-        return
-    if parents and parents[0] == "views":
-        tree.setdefault("views", _preset_groups("simclr"))
-    for node in _descend(tree, parents, override):
-        node[last] = value
+_OF_ALL = ("views",)  # what the check of the whole configuration is about
 
 
-def _descend(tree: dict[str, Any], parents: Sequence[str], override: str) -> list[dict[str, Any]]:
-    nodes: list[Any] = [tree]
-    for key in parents:
-        if key.isdecimal() and all(isinstance(node, list) and int(key) < len(node) for node in nodes):
-            nodes = [node[int(key)] for node in nodes]
-        else:
-            flat = [item for node in nodes for item in (node if isinstance(node, list) else [node])]
-            nodes = [node.setdefault(key, {}) if isinstance(node, dict) else node for node in flat]
-    nodes = [item for node in nodes for item in (node if isinstance(node, list) else [node])]
-    if not all(isinstance(node, dict) for node in nodes):
-        raise ConfigError(f"override {override!r}: {'.'.join(parents)} is not a section of the configuration")
-    return nodes
+def _origin(location: tuple[int | str, ...], overrides: Sequence[str]) -> str | None:
+    """The last override that set the field, a part of it, or the section that it is in."""
+    names = [part for part in location if isinstance(part, str)]
+    for override in reversed(overrides):
+        key = [part for part in override.partition("=")[0].split(".") if not part.isdecimal()]
+        if names[: len(key)] == key[: len(names)]:
+            return f"override {override!r}"
+    return None
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _check_directory(path: Path) -> None:
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"run.dir: expected a directory that can be written to, found {nearest} in {path}")
+
+
+def _explain(error: dict[str, Any], model: type[Config]) -> str:
     field = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{field}: unknown{_suggestion(error['loc'])}"
-    found = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"  # a section says what it found
-    return f"{field}: {error['msg'].removeprefix('Value error, ')}{found}"
+        return f"{field}: unknown{_suggestion(error['loc'], model)}"
+    own = error["msg"].removeprefix("Value error, ")
+    text = own if own != error["msg"] else f"{own}, found {error['input']!r}"
+    return f"{field}: {text}" if field else text
 
 
-def _suggestion(location: tuple[Any, ...]) -> str:
-    """The nearest of the names that are allowed where an unknown one was found."""
-    model: Any = Config
-    for part in location[:-1]:
-        model = ViewSpec if isinstance(part, int) else model.model_fields[part].annotation if model is Config else model
+def _suggestion(location: tuple[Any, ...], config: type[Config]) -> str:
+    """The nearest of the names that are allowed where an unknown one was found, or where it belongs."""
+    *parents, unknown = location
+    model: Any = config
+    if parents:
+        model = ViewSpec if parents[0] == "views" else config.model_fields[parents[0]].annotation
     names = list(getattr(model, "model_fields", {}))
-    near = difflib.get_close_matches(str(location[-1]), names, n=1)
-    near = near or [f"{section}.{location[-1]}" for section in _sections_with(str(location[-1]))]
-    return f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(names)}"
+    if near := difflib.get_close_matches(str(unknown), names, n=1) or _abbreviated(str(unknown), names):
+        return f"; did you mean {near[0]!r}?"
+    if elsewhere := _sections_with(str(unknown), config):
+        return f"; did you mean '{elsewhere[0]}.{unknown}'?"
+    if methods := [name for name in METHODS if unknown in method_class(name).Config.model_fields]:
+        return (
+            f"; it belongs to {' and '.join(methods)}, and method.name is {config.model_fields['method'].default.name}"
+        )
+    return f"; expected one of {', '.join(names)}"
 
 
-def _sections_with(field: str) -> list[str]:
-    sections = {name: section.annotation for name, section in Config.model_fields.items()}
+def _abbreviated(short: str, names: list[str]) -> list[str]:
+    """``lr`` is learning_rate."""
+    return [name for name in names if "".join(word[0] for word in name.split("_")) == short]
+
+
+def _sections_with(field: str, config: type[Config]) -> list[str]:
+    sections = {name: section.annotation for name, section in config.model_fields.items()}
     return [name for name, model in sections.items() if field in getattr(model, "model_fields", {})]
 
 
@@ -180,7 +246,17 @@ def _describe(model: type[BaseModel], prefix: str = "") -> list[str]:
     return lines
 
 
+def describe() -> str:
+    """Every setting with its default and its meaning, as text."""
+    lines = _describe(config_class(_DEFAULT_METHOD))
+    lines += ["", "of each view (views.size=96 sets all, views.0.size=96 the first):", *_describe(ViewSpec, "views.")]
+    for name in METHODS:
+        method = method_class(name)
+        recipe = yaml.safe_dump(method.recipe.sections, default_flow_style=True, width=1000).strip()
+        lines += ["", f"method.name={name}, with views={method.recipe.views} and {recipe} by default:"]
+        lines += _describe(method.Config, "method.")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print("\n".join(_describe(Config)))
-    print("\nof each view (views.size=96 sets all, views.0.size=96 the first):")
-    print("\n".join(_describe(ViewSpec, "views.")))
+    print(describe())

@@ -44,8 +44,8 @@ def _environment() -> dict[str, str]:
 
 
 def _summarise(run: Path) -> None:
-    newest = max(run.glob("evaluation-*.json"), key=lambda path: path.stat().st_mtime)
-    accuracy = json.loads(newest.read_text())["accuracy_percent"]
+    newest = (run / "evaluation.jsonl").read_text().splitlines()[-1]
+    accuracy = json.loads(newest)["accuracy_percent"]
     print("\nAccuracy on the test images, percent (chance: 10):")
     for protocol, pretrained in accuracy["pretrained"].items():
         print(f"  {protocol:<8} pretrained {pretrained:5.1f}   untrained {accuracy['untrained'][protocol]:5.1f}")

@@ -4,10 +4,11 @@ import difflib
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from pipeline.settings import Settings
 from sharding.command import UserError
 
 TIMM = "timm:"
@@ -34,9 +35,7 @@ _RESNETS = {
 }
 
 
-class EncoderConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class EncoderConfig(Settings):
     name: str = Field("resnet50", description=f"architecture: {', '.join(_RESNETS)}, or timm:NAME")
     stem: Literal["imagenet", "cifar"] = Field(
         "imagenet", description="7x7 stride 2 and max-pool, or 3x3 stride 1 without (images of 32 px)"

@@ -21,8 +21,9 @@ def mlp(
 ) -> nn.Sequential:
     """``layers`` linear layers, ``hidden`` wide, each followed by a ``norm`` and all but the last by an ``activation``.
 
-    ``last_norm`` says whether the last layer has a norm too, as SimCLR's has (google-research/simclr, where that
-    BatchNorm has no bias; here it has). Layers that are followed by a norm have no bias.
+    ``last_norm`` says whether the last layer has a norm too, as SimCLR's has (google-research/simclr; two details of
+    theirs are not here: that BatchNorm has no bias, and linear layers start at N(0, 0.01) where these start as torch's
+    do). Layers that are followed by a norm have no bias.
     """
     modules: list[nn.Module] = []
     widths = [num_features, *[hidden] * (layers - 1), out]

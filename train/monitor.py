@@ -1,19 +1,41 @@
 """What a run shows and records: progress bar, ``metrics.jsonl``, TensorBoard.
 
-How to read the numbers: ``images_per_second`` counts source images over all processes since the previous line;
-``data_wait_percent`` is the share of that time in which the main process stood waiting for the loader: near 0 the
-accelerator is the limit, far from 0 the input pipeline is.
+How to read the numbers: ``images_per_second`` counts source images over all processes since the previous line, in the
+time of training; ``pause_seconds`` is the time since that line that was not training (checkpoints, evaluation).
+``data_wait_percent`` is the share of training time in which the main process stood waiting for the loader: near 0 the
+accelerator is the limit, far from 0 the input pipeline is. The first record after a resume says ``resumed_at``.
 """
 
 import json
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
-_TEXT = "{images_per_second:.1f} images/s  loss {loss:.3f}  lr {learning_rate:.3g}  wait {data_wait_percent:.1f}%"
+# What matters most comes first: a narrow terminal cuts the end off.
+_TEXT = "loss {loss:.3f}  {images_per_second:.1f} images/s  wait {data_wait_percent:.1f}%  lr {learning_rate:.3g}"
+
+
+def progress_bar(console: Console) -> Progress:
+    """80 columns wide; where there are fewer, the text is cut, as a bar of several lines could not be redrawn."""
+    text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+    left = TextColumn("left", table_column=Column(no_wrap=True))
+    done, remaining = (kind(table_column=Column(no_wrap=True)) for kind in (MofNCompleteColumn, TimeRemainingColumn))
+    return Progress(done, BarColumn(bar_width=6), text, left, remaining, console=console)
+
+
+def _open_for_lines(path: Path) -> TextIO:
+    """To append to, on a line of its own: what a crash left half written must not spoil the next record."""
+    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    file = path.open("a", buffering=1)
+    if torn:
+        file.write("\n")
+    return file
 
 
 class Monitor:
@@ -22,19 +44,17 @@ class Monitor:
     def __init__(self, directory: Path, start_step: int, total_steps: int, global_batch_size: int) -> None:
         self._total_steps, self._global_batch_size = total_steps, global_batch_size
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = (directory / "metrics.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step)
-        self._progress = Progress(  # 80 columns wide at most
-            MofNCompleteColumn(),
-            BarColumn(bar_width=6),
-            TextColumn("{task.fields[text]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
+        self._file = _open_for_lines(directory / "metrics.jsonl")
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+        if (config := directory / "config.yaml").exists():
+            self._board.add_text("config", f"```yaml\n{config.read_text()}```", start_step + 1)
+        self._resumed_at: dict[str, float] = {"resumed_at": start_step} if start_step else {}
+        self._progress = progress_bar(Console())
         self._console = self._progress.console
         self._progress.disable = not self._console.is_terminal
         self._task = self._progress.add_task("pretrain", total=total_steps, completed=start_step, text="")
         self._last_step, self._last_time, self._last_wait = start_step, time.perf_counter(), 0.0
+        self._last_pause = 0.0
 
     def __enter__(self) -> "Monitor":
         self._progress.start()
@@ -51,21 +71,25 @@ class Monitor:
         """Move the bar: ``step`` updates are done."""
         self._progress.update(self._task, completed=step)
 
-    def log(self, step: int, metrics: dict[str, float], loader: dict[str, float]) -> None:
-        """Record host values after ``step`` updates; ``loader`` is `Loader.stats`."""
-        now = time.perf_counter()
-        seconds = max(now - self._last_time, 1e-9)
+    def log(self, step: int, metrics: dict[str, float], loader: dict[str, float], pause_seconds: float) -> None:
+        """Record host values after ``step`` updates; ``loader`` is `Loader.stats`, ``pause_seconds`` `loop.Clock`'s."""
+        now, paused = time.perf_counter(), pause_seconds - self._last_pause
+        seconds = max(now - self._last_time - paused, 1e-9)
         record = {
             "step": step,
             **metrics,
             "images_per_second": (step - self._last_step) * self._global_batch_size / seconds,
             "data_wait_percent": 100 * (loader["wait_seconds"] - self._last_wait) / seconds,
+            "pause_seconds": paused,
             "replaced_samples": loader["replaced_samples"],
+            **self._resumed_at,
         }
+        self._resumed_at = {}
         self._last_step, self._last_time, self._last_wait = step, now, loader["wait_seconds"]
+        self._last_pause = pause_seconds
         self._file.write(json.dumps(record) + "\n")
         for name, value in record.items():
-            if name != "step":
+            if name not in ("step", "resumed_at"):
                 self._board.add_scalar(name, value, step)
         text = _TEXT.format(**record)
         self._progress.update(self._task, text=text)

@@ -4,26 +4,37 @@ All of them take ``found_inf``, a device tensor set by the train step: where it 
 parameters and state as they are, without the host being asked.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 from torch import nn
+from torch.optim.sgd import sgd
+
+from pipeline.settings import Settings
 
 
-class OptimConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class OptimConfig(Settings):
     name: Literal["lars", "sgd", "adamw"] = "lars"
     learning_rate: float = Field(0.3, gt=0, description="peak is this x B/256 (linear) or x sqrt(B) (sqrt)")
     scaling: Literal["linear", "sqrt"] = "linear"
     weight_decay: float = Field(1e-6, ge=0, description="not on biases and BatchNorm")
     momentum: float = Field(0.9, ge=0, lt=1, description="of LARS and SGD; beta_1 of AdamW")
     eta: float = Field(0.001, gt=0, description="LARS: trust coefficient; 0.02 on small data sets")
+    clip_norm: float | None = Field(None, gt=0, description="scale gradients of a larger norm down to this one")
     epochs: float = Field(100, gt=0, description="passes over the data; the run ends at the next whole step")
     steps: int | None = Field(None, ge=1, description="updates of the run, instead of epochs")
     warmup_epochs: float = Field(10, ge=0, description="linear warm-up; cut to a tenth of a run given in steps")
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimConfig":
+        if self.steps is None and self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs: expected less than the {self.epochs:g} optim.epochs, found {self.warmup_epochs:g}; "
+                f"set optim.warmup_epochs={self.epochs / 10:g}, for example"
+            )
+        return self
 
 
 def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
@@ -39,6 +50,14 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optim
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.momentum, 0.999), fused=True)
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state but keep the settings of this ``optimizer``: torch would put the saved ones in their place."""
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group |= own
 
 
 class LARS(torch.optim.Optimizer):
@@ -63,25 +82,33 @@ class LARS(torch.optim.Optimizer):
                 self._update(group, params)
 
     def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
-        raw = [p.grad for p in params if p.grad is not None]
-        gradients = torch._foreach_add(raw, params, alpha=group["weight_decay"])
+        """The gradients serve as memory for the update; torch's fused SGD applies it, or leaves all as it is."""
+        gradients = [p.grad for p in params if p.grad is not None]
+        if group["weight_decay"]:
+            torch._foreach_add_(gradients, params, alpha=group["weight_decay"])
         if group["adapt"]:
-            gradients = torch._foreach_mul(gradients, self._trust(params, gradients, group["eta"]))
+            torch._foreach_mul_(gradients, self._trust(params, gradients, group["eta"]))
         torch._foreach_mul_(gradients, group["lr"])
-        found_inf = getattr(self, "found_inf", None)
-        stopped = torch.zeros((), device=params[0].device) if found_inf is None else found_inf
-        for p, gradient in zip(params, gradients, strict=True):
-            buffer = self._buffer(p)
-            updated = torch.add(gradient, buffer, alpha=group["momentum"])
-            buffer.copy_(torch.where(stopped > 0, buffer, updated))
-            p.sub_(torch.where(stopped > 0, 0.0, updated))
+        sgd(
+            params,
+            gradients,
+            [self._buffer(p) for p in params],
+            fused=True,
+            found_inf=getattr(self, "found_inf", None),
+            weight_decay=0.0,
+            momentum=group["momentum"],
+            lr=1.0,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
 
     @staticmethod
-    def _trust(params: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], eta: float) -> list[torch.Tensor]:
-        norms = zip(torch._foreach_norm(list(params)), torch._foreach_norm(list(gradients)), strict=True)
-        return [torch.where((w > 0) & (g > 0), eta * w / g, 1.0) for w, g in norms]
+    def _trust(params: list[torch.Tensor], gradients: list[torch.Tensor], eta: float) -> list[torch.Tensor]:
+        w, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, gradients))
+        return list(torch.where((w > 0) & (g > 0), eta * w / g, 1.0).unbind())
 
-    def _buffer(self, parameter: torch.Tensor) -> torch.Tensor:
+    def _buffer(self, parameter: torch.Tensor) -> torch.Tensor | None:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)

@@ -3,37 +3,38 @@
     torchrun --standalone --nproc_per_node=2 -m train.pretrain --config configs/x.yaml optim.epochs=200
 
 A run that is started again continues from its newest checkpoint, on any number of processes, and sees exactly the
-batches that it would have seen.
+batches that it would have seen. Ctrl-C, SIGTERM and SIGUSR1 save after the step at hand and end with exit code 3.
 """
 
 import argparse
 import logging
-import math
-import os
-import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.cache import CacheOptions
-from pipeline.loader import Loader
+from pipeline.loader import Batch, Loader
+from pipeline.order import lanes_of_rank
 from sharding.command import UserError, command
 from sharding.manifest import Manifest, ShardSet, open_shards
-from train import checkpoint, schedule
+from train import automatic, checkpoint, stop
+from train.batchnorm import synchronize_batchnorm
 from train.config import Config, load_config
 from train.curves import draw_curves
-from train.distributed import World, session, synchronize_batchnorm
-from train.methods import build_method
+from train.distributed import AnyRank, World, session
+from train.draws import Draws
+from train.loop import Clock, Hook, StepDone, fit
+from train.methods import Loss, Method, build_method
 from train.monitor import Monitor
-from train.optim import build_optimizer
+from train.optim import build_optimizer, restore
+from train.plan import RunPlan, check_batch, plan_run
+from train.run_directory import run_directory
 from train.step import TrainStep
-
-log = logging.getLogger("train")
 
 
 @command("train.pretrain")
@@ -41,105 +42,139 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     config = load_config(options.config, options.overrides)
-    with session() as world:
-        pretrain(config, world)
-    return 0
+    with session("train.pretrain") as world:
+        finished = pretrain(config, world)
+    return 0 if finished else stop.EXIT_CODE
 
 
-def pretrain(config: Config, world: World) -> None:
-    """The story of a run. Raises ValueError or OSError for what the user can mend, before any work where possible."""
-    shards = open_shards(config.data.shards)
-    check_batch(config, shards.manifest, world)
+def pretrain(config: Config, world: World) -> bool:
+    """The story of a run: True at its end, False if it was stopped before.
+
+    Raises UserError or OSError for what the user can put right, before any work where possible.
+    """
+    num_lanes = Manifest.load(config.data.shards).num_lanes
+    shards = open_shards(config.data.shards, lanes_of_rank(num_lanes, world.rank, world.size))
+    check_batch(config, shards.manifest, world.size)
     plan = plan_run(config, shards.manifest)
-    identity = checkpoint.Identity.of(config, shards.manifest)
-    state = _resumed(config, identity)
-    start_step = state["step"] if state else 0
-
-    torch.manual_seed(config.run.seed)
-    method: Any = build_method(config.method, config.encoder, world.gather, world.rank)
-    method = method.to(world.device, memory_format=torch.channels_last)
-    if config.run.sync_batchnorm:
-        method = synchronize_batchnorm(method, world)
-    optimizer = build_optimizer(config.optim, method)
-    if state:
-        method.load_state_dict(state["method"])
-        optimizer.load_state_dict(state["optimizer"])
-    compiled: Any = torch.compile(method) if config.run.compile else method
-    wrapped = world.wrap(compiled)
-    train_step = TrainStep(method, wrapped, optimizer, precision(config, world))
-    stop = StopRequest()
-
-    def save(step: int) -> None:
-        if world.is_main:
-            tensors = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
-            plain = {"step": step, "identity": asdict(identity), "config": config.model_dump(mode="json")}
-            checkpoint.save(config.run.dir, step, {**tensors, **plain}, config.run.keep_checkpoints)
-
+    identity = checkpoint.Identity.of(config, shards.manifest.fingerprint)
     with ExitStack() as stack:
+        if world.is_main:
+            stack.enter_context(run_directory(config.run.dir))
+        state = world.broadcast(_resumed(config, identity) if world.is_main else None)
+        start_step = state["step"] if state else 0
+        world.require_agreement(_facts(config, shards, start_step))
+        if start_step >= plan.total_steps:
+            return _nothing_to_do(config, start_step, plan, world)
+
+        method = build(config, world)
+        optimizer = build_optimizer(config.optim, method)
+        if state:
+            method.load_state_dict(state["method"])
+            restore(optimizer, state["optimizer"])
+        task = Pretraining(config, world, plan, method, optimizer)
+        request = stack.enter_context(stop.StopRequest())
+        any_rank = AnyRank(world)
+        if world.is_main:
+            _introduce(config, state, plan)
         loader = stack.enter_context(build_loader(config, shards, world, start_step))
-        monitor = _start_monitor(config, world, start_step, plan, stack)
-        for step in range(start_step, plan.total_steps):
-            batch = next(loader)
-            learning_rate = plan.learning_rate(step)
-            done = step + 1
-            loss, metrics = train_step(batch.views, learning_rate, done / plan.total_steps)
-            if monitor:
-                monitor.advance(done)
-            last = done == plan.total_steps
-            if done % config.run.log_every == 0 or last:
-                loss = world.mean(loss)
-                train_step.check()
-                if monitor:
-                    values = {name: value.item() for name, value in {"loss": loss, **metrics}.items()}
-                    monitor.log(done, {**values, "learning_rate": learning_rate}, loader.stats())
-                last = last or world.any(stop.requested)
-            if done % config.run.checkpoint_every == 0 or last:
-                train_step.check()
-                save(done)
-            if last:
-                break
+        clock = Clock()
+        hooks: list[Hook] = [
+            Log(config, world, task, loader, clock, stack.enter_context(_monitor(config, plan, start_step, world))),
+            Save(config, world, task, clock, stack.enter_context(_writer(config, world)), asdict(identity)),
+        ]
+        done = fit(task, loader, plan.total_steps, hooks, lambda: any_rank(request.requested), start_step)
     world.barrier()
     if world.is_main:
-        _finish(config)
+        _say_goodbye(config, done, plan)
+    return done == plan.total_steps
 
 
-@dataclass(frozen=True)
-class RunPlan:
-    """How long a run is and which learning rate each of its steps has."""
+def build(config: Config, world: World) -> Method:
+    """The method with its initial weights, on its device, with BatchNorm over the global batch."""
+    torch.manual_seed(config.run.seed)
+    method = build_method(config.method, config.encoder, world)
+    if config.run.init_from:
+        checkpoint.initialize(method.encoder, config.run.init_from)
+    dtype = torch.float64 if config.run.precision == "fp64" else torch.float32
+    method.to(world.device, dtype).to(memory_format=torch.channels_last)
+    return synchronize_batchnorm(method, world) if config.run.sync_batchnorm else method
 
-    total_steps: int
-    warmup_steps: int
-    peak: float
 
-    def learning_rate(self, step: int) -> float:
-        return schedule.warmup_cosine(
-            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, peak=self.peak
+class Pretraining:
+    """The task of `train.loop`: a method's update with the batch, draws and learning rate of a step."""
+
+    def __init__(
+        self, config: Config, world: World, plan: RunPlan, method: Method, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.method, self.optimizer, self._plan, self._seed = method, optimizer, plan, config.run.seed
+        compiled: Any = torch.compile(method) if config.run.compile else method
+        self.step = TrainStep(
+            method,
+            world.wrap(compiled),
+            optimizer,
+            automatic.dtype(config, world),
+            micro_batch_size=config.run.micro_batch_size,
+            clip_norm=config.optim.clip_norm,
         )
 
+    def __call__(self, batch: Batch, step: int) -> Loss:
+        draws = Draws(self._seed, step, batch.ids)
+        labels = batch.labels if self.method.takes_labels else None
+        return self.step(batch.views, draws, self._plan.learning_rate(step), self._plan.progress(step + 1), labels)
 
-def plan_run(config: Config, manifest: Manifest) -> RunPlan:
-    """Epochs as steps of the data set at hand."""
-    batch, optim = config.run.global_batch_size, config.optim
-    steps_per_epoch = manifest.num_samples / batch
-    warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
-    peak = schedule.scaled_peak(optim.learning_rate, batch, optim.scaling)
-    if optim.steps is not None:
-        return RunPlan(optim.steps, min(warmup_steps, optim.steps // 10), peak)
-    return RunPlan(math.ceil(optim.epochs * steps_per_epoch), warmup_steps, peak)
+    def learning_rate(self, step: int) -> float:
+        return self._plan.learning_rate(step)
 
 
-def check_batch(config: Config, manifest: Manifest, world: World) -> None:
-    """Raises ValueError unless lanes and processes divide the global batch."""
-    batch = config.run.global_batch_size
-    for count, what in ((manifest.num_lanes, "lanes of the shards"), (world.size, "processes")):
-        if batch % count:
-            raise UserError(f"run.global_batch_size: expected a multiple of the {count} {what}, found {batch}")
+class Log:
+    """Shows and records the averages over ranks every ``run.log_every`` steps, and at the end."""
+
+    def __init__(
+        self, config: Config, world: World, task: Pretraining, loader: Loader, clock: Clock, monitor: Monitor | None
+    ) -> None:
+        self._config, self._world, self._task, self._loader = config, world, task, loader
+        self._clock, self._monitor = clock, monitor
+
+    def __call__(self, state: StepDone) -> None:
+        if self._monitor:
+            self._monitor.advance(state.done)
+        if state.done % self._config.run.log_every and not state.last:
+            return
+        named = {"loss": state.loss.value, **state.loss.metrics}
+        values = self._world.mean(torch.stack([value.float() for value in named.values()])).tolist()
+        if self._monitor:
+            record = dict(zip(named, values, strict=True)) | {"learning_rate": self._task.learning_rate(state.done - 1)}
+            self._monitor.log(state.done, record, self._loader.stats(), self._clock.pause_seconds)
+        self._task.step.check(self._config.run.dir)
+
+
+class Save:
+    """Has a checkpoint written every ``run.checkpoint_every`` steps, and at the end. The loop waits for the copy."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        task: Pretraining,
+        clock: Clock,
+        writer: checkpoint.Writer | None,
+        identity: dict[str, Any],
+    ) -> None:
+        self._config, self._world, self._task, self._clock = config, world, task, clock
+        self._writer, self._identity = writer, identity
+
+    def __call__(self, state: StepDone) -> None:
+        if state.done % self._config.run.checkpoint_every and not state.last:
+            return
+        self._task.step.check(self._config.run.dir)
+        with self._clock.pausing():
+            tensors = self._world.full_state(self._task.method, self._task.optimizer)
+            if self._writer and tensors:
+                plain = {"step": state.done, "identity": self._identity, "config": self._config.model_dump(mode="json")}
+                self._writer.save(state.done, {**tensors, **plain})
 
 
 def build_loader(config: Config, shards: ShardSet, world: World, start_step: int) -> Loader:
-    backend = config.data.backend
-    if backend == "auto":
-        backend = "dali" if world.device.type == "cuda" else "cpu"
     return Loader(
         shards,
         config.views,
@@ -149,13 +184,14 @@ def build_loader(config: Config, shards: ShardSet, world: World, start_step: int
         world_size=world.size,
         start_step=start_step,
         window=config.data.window,
-        backend=backend,
-        num_threads=config.data.num_threads or cores_per_process(),
+        backend=config.data.backend,
+        canary_every=config.data.canary_every,
+        num_threads=automatic.num_threads(config.data.num_threads),
         prefetch=config.data.prefetch,
         max_replaced_samples=config.data.max_replaced_samples,
         cache=cache_options(config),
         device=world.device,
-        dtype=precision(config, world),
+        dtype=automatic.dtype(config, world),
     )
 
 
@@ -163,67 +199,71 @@ def cache_options(config: Config) -> CacheOptions | None:
     if config.data.cache_dir is None:
         return None
     limit = config.data.cache_bytes
-    return CacheOptions(config.data.cache_dir, limit, limit // processes_on_node())
+    return CacheOptions(config.data.cache_dir, limit, limit // automatic.processes_on_node())
 
 
-def cores_per_process() -> int:
-    """The cores this process may use, shared with the other processes of its node."""
-    return max(1, len(os.sched_getaffinity(0)) // processes_on_node())
+def _facts(config: Config, shards: ShardSet, start_step: int) -> dict[str, object]:
+    """All that the ranks must agree on; where data lie and with how many threads they are read may differ."""
+    facts: dict[str, object] = {"the fingerprint of data.shards": shards.manifest.fingerprint}
+    facts |= {"the step to start at": start_step, "the source code (its checksum)": automatic.code_version()}
+    for section, fields in config.model_dump(mode="json").items():
+        pairs = {f"{section}.{k}": v for k, v in fields.items()} if isinstance(fields, dict) else {section: fields}
+        facts |= pairs
+    for name in ("data.shards", "data.cache_dir", "data.num_threads", "run.dir"):
+        del facts[name]
+    return facts
 
 
-def processes_on_node() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def precision(config: Config, world: World) -> torch.dtype:
-    """The dtype of autocast; parameters, losses and optimizer state are float32."""
-    automatic = "bf16" if world.device.type == "cuda" else "fp32"
-    chosen = automatic if config.run.precision == "auto" else config.run.precision
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[chosen]
-
-
-class StopRequest:
-    """Turns SIGTERM into a flag that the loop reads where all ranks agree; the run then saves and ends."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        signal.signal(signal.SIGTERM, self._request)
-
-    def _request(self, *_: object) -> None:
-        self.requested = True
-
-
-def _resumed(config: Config, identity: checkpoint.Identity) -> dict[str, Any] | None:
-    state = checkpoint.load_latest(config.run.dir) if config.run.resume else None
+def _resumed(config: Config, identity: checkpoint.Identity) -> checkpoint.State | None:
+    if not config.run.resume and checkpoint.checkpoints(config.run.dir):
+        raise UserError(f"run.dir: {config.run.dir} holds checkpoints and run.resume is false; choose a new run.dir")
+    state = checkpoint.load_latest(config.run.dir)
     if state:
         checkpoint.check_identity(state, identity, config.run.dir)
-    elif not config.run.resume and checkpoint.checkpoints(config.run.dir):
-        raise UserError(f"run.dir: {config.run.dir} holds checkpoints and run.resume is false; choose another run.dir")
     return state
 
 
-def _start_monitor(config: Config, world: World, start_step: int, plan: RunPlan, stack: ExitStack) -> Monitor | None:
-    if not world.is_main:
-        return None
-    config.run.dir.mkdir(parents=True, exist_ok=True)
+def _introduce(config: Config, state: checkpoint.State | None, plan: RunPlan) -> None:
     (config.run.dir / "config.yaml").write_text(config.to_yaml())
-    print(config.to_yaml())
-    if start_step:
-        print(f"continuing at step {start_step} of {plan.total_steps}")
-    return stack.enter_context(Monitor(config.run.dir, start_step, plan.total_steps, config.run.global_batch_size))
+    print(f"settings that are not the defaults (all of them: {config.run.dir / 'config.yaml'}):")
+    print(config.differences() or "none")
+    if state:
+        print(f"continuing at step {state['step']} of {plan.total_steps}")
+        for change in checkpoint.changed_settings(state, config):
+            print(f"from here on {change}")
 
 
-def _finish(config: Config) -> None:
+def _monitor(config: Config, plan: RunPlan, start_step: int, world: World) -> Any:
+    batch = config.run.global_batch_size
+    return Monitor(config.run.dir, start_step, plan.total_steps, batch) if world.is_main else nullcontext()
+
+
+def _writer(config: Config, world: World) -> Any:
+    run = config.run
+    return checkpoint.Writer(run.dir, run.keep_checkpoints, run.keep_every) if world.is_main else nullcontext()
+
+
+def _nothing_to_do(config: Config, step: int, plan: RunPlan, world: World) -> bool:
+    if world.is_main:
+        print(f"{config.run.dir}: step {step} is done, and the run is to have {plan.total_steps}; nothing to do")
+    return True
+
+
+def _say_goodbye(config: Config, done: int, plan: RunPlan) -> None:
     picture = draw_curves(config.run.dir)
     print(f"checkpoints and metrics: {config.run.dir}   curves: {picture}")
-    print(f"next: python -m train.evaluate --checkpoint {config.run.dir}")
+    if done < plan.total_steps:
+        print(f"stopped at step {done} of {plan.total_steps}; the same command continues")
+    else:
+        print(f"next: python -m train.evaluate --checkpoint {config.run.dir}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchrun --standalone --nproc_per_node=N -m train.pretrain",
         description="Pretrain an encoder without labels. Starting the same run again continues it.",
-        epilog="All settings with their defaults: python -m train.config",
+        epilog="All settings with their defaults: python -m train.config. Exit codes: 0 finished, 2 an error that the "
+        "message says how to put right, 3 stopped by Ctrl-C, SIGTERM or SIGUSR1 with everything saved (torchrun: 1).",
     )
     parser.add_argument("--config", type=Path, help="YAML file; see configs/")
     parser.add_argument(

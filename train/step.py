@@ -1,6 +1,7 @@
 """One update: forward, loss, backward, optimizer. Nothing in it waits for the device."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class TrainStep:
         device = self._parameters[0].device
         self._device_type = device.type
         self._stopped = torch.zeros((), device=device)
+        self._bad_step = torch.full((), -1, device=device)
         optimizer.found_inf = self._stopped  # type: ignore[attr-defined]  # read by fused optimizers and LARS
         optimizer.grad_scale = None  # type: ignore[attr-defined]
 
@@ -61,19 +63,22 @@ class TrainStep:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
-        self._stopped.copy_(torch.maximum(self._stopped, (~norm.isfinite()).to(self._stopped.dtype)))
+        bad = ~norm.isfinite()
+        self._bad_step.copy_(torch.where(bad & (self._stopped == 0), draws.step + 1, self._bad_step))
+        self._stopped.copy_(torch.maximum(self._stopped, bad.to(self._stopped.dtype)))
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             self._method.after_update(Update(progress, 1 - self._stopped))
         return Loss(loss.value.detach(), {**loss.metrics, "gradient_norm": norm})
 
-    def check(self) -> None:
+    def check(self, checkpoints: Path) -> None:
         """Raises `NonFiniteGradientError` if updates have stopped. Waits for the device."""
         if self._stopped.item():
             raise NonFiniteGradientError(
-                "the gradient norm became NaN or infinite; no update was made since. Resume from the last checkpoint "
-                "with a lower learning rate, a longer warm-up or run.precision=fp32"
+                f"the gradient norm became NaN or infinite at step {int(self._bad_step)}; no update was made since. "
+                f"The checkpoints in {checkpoints} are of before: continue there with a lower optim.learning_rate, a "
+                "longer optim.warmup_epochs, optim.clip_norm=1 or run.precision=fp32"
             )
 
     def _backward(self, batch: Piece) -> Loss:

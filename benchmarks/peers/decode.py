@@ -10,7 +10,7 @@ import simplejpeg
 import torch
 
 from benchmarks.peers import PeerOptions
-from pipeline.dali_decode import Decoder, Encoded
+from pipeline.dali_decode import Decoder, Encoded, largest_size
 from pipeline.loader import lane_shard_sizes
 from pipeline.order import Ids, Order
 from pipeline.reader import Reader
@@ -49,7 +49,8 @@ class DaliDecodeOnly:
         self._reader, self._batches = Reader(options.shards), _batches(options)
         self.num_ahead = options.num_ahead
         device_id = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._decoder = Decoder(len(next(self._batches)), options.num_threads, device_id)
+        largest = largest_size(options.shards.index)
+        self._decoder = Decoder(len(next(self._batches)), options.num_threads, device_id, largest)
         self._pending: deque[list[Encoded]] = deque()
         self._prefetch = options.prefetch
 

@@ -35,8 +35,9 @@ class Pending(Protocol):
         """Whether `result` would return at once, as far as the host knows."""
         ...
 
-    def result(self) -> Views:
-        """Wait for the views. Raises `UndecodableError`, naming all such samples of the batch."""
+    def result(self, timeout: float | None = None) -> Views:
+        """Wait for the views. Raises `UndecodableError`, naming all such samples of the batch, and TimeoutError where
+        something is missing after ``timeout`` seconds."""
         ...
 
 
@@ -56,7 +57,8 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop; leaves no thread or process behind. A closed backend takes no more plans."""
+        """Stop; leaves no thread or process behind. A closed backend takes no more plans. Raises OSError where that
+        never ends, because a read does not return."""
         ...
 
 
@@ -70,6 +72,7 @@ class BackendOptions:
     num_threads: int
     prefetch: int  # batches pending at most
     device: torch.device
+    canary_every: int = 0  # steps between comparisons with `cpu`, of "auto"; 0: only one before the first
 
 
 # name -> "module:builder", imported when chosen; a builder takes BackendOptions and returns a Backend
@@ -82,8 +85,10 @@ BACKENDS = {
 
 
 def build_backend(name: str, options: BackendOptions) -> Backend:
-    """Raises ValueError for an unknown name, and ImportError naming the extra of an optional one not installed."""
-    if name not in BACKENDS:
+    """``auto`` is `pipeline.canary.build`. Raises ValueError for an unknown name, and ImportError naming the extra of
+    an optional one not installed."""
+    builders = {**BACKENDS, "auto": "pipeline.canary:build"}
+    if name not in builders:
         raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, found {name!r}")
-    build: Callable[[BackendOptions], Backend] = resolve_name(BACKENDS[name])
+    build: Callable[[BackendOptions], Backend] = resolve_name(builders[name])
     return build(options)

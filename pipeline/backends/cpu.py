@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 import simplejpeg
@@ -15,6 +15,7 @@ from pipeline.memory import empty_views
 from pipeline.plan import BatchPlan
 from pipeline.render import render
 from pipeline.resample import Pixels, as_pixels
+from pipeline.workers import Workers
 
 
 def build(options: BackendOptions) -> "CpuBackend":
@@ -31,7 +32,7 @@ class CpuBackend:
     def __init__(self, options: BackendOptions) -> None:
         self._reader = options.reader
         self._num_threads, self._device = options.num_threads, options.device
-        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="cpu-backend")
+        self._pool = Workers(self._num_threads, "cpu-backend", options.reader.watch)
         self._local = threading.local()
         self._total = Done()
 
@@ -45,7 +46,7 @@ class CpuBackend:
         return self._total.stats()
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.close()
 
     def _collect(self, number: int, future: Future) -> Done:  # noqa: ARG002
         done: Done = future.result()

@@ -1,7 +1,7 @@
 """NVIDIA DALI decodes, our kernels make the views: Numba's on the CPU, Triton's on a GPU.
 
-One thread drives DALI: it schedules what was submitted, ahead of collecting what is decoded. On a GPU everything after
-the encoded bytes stays there, on one stream.
+A pool of threads reads. One thread drives DALI: it schedules what is read, in the order of submission and ahead of
+collecting what is decoded. On a GPU everything after the encoded bytes stays there, on one stream.
 
 The GPU's path has not run on a GPU yet: only through what it shares with the CPU, and in Triton's interpreter.
 """
@@ -10,6 +10,7 @@ import itertools
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,14 +22,17 @@ from numpy.typing import NDArray
 
 from pipeline.backends import BackendOptions, UndecodableError, Views
 from pipeline.backends.pool import Done, chunks
-from pipeline.dali_decode import Decoder, Encoded, Regions, find_fault, needed_regions
+from pipeline.dali_decode import Decoder, Encoded, Regions, find_fault, largest_size, needed_regions
 from pipeline.memory import recycler
 from pipeline.plan import BatchPlan
 from pipeline.render import render
 from pipeline.resample import Pixels, as_pixels
+from pipeline.workers import Workers
 
 # Jobs of the driving thread, the most urgent first: DALI is to have work before anything is waited for.
 _STOP, _SCHEDULE, _COLLECT = range(3)
+
+_Read = tuple[dict[int, Encoded], dict[int, str]]  # the bytes of samples by id, and why there are none of others
 
 
 class Renderer(Protocol):
@@ -51,16 +55,20 @@ class _Batch:
     """A batch in the making; see `pipeline.backends.Pending`."""
 
     plan: BatchPlan
+    reads: "list[Future[_Read]]"
     encoded: dict[int, Encoded] = field(default_factory=dict)  # by id; must live until it is decoded
     regions: Regions | None = None  # of the images, that the decoder was asked for
     decoder: Decoder | None = None  # the one that it was given to
     views: "Future[Callable[[], Views]]" = field(default_factory=Future)
 
+    def is_read(self) -> bool:
+        return all(read.done() for read in self.reads)
+
     def done(self) -> bool:
         return self.views.done()
 
-    def result(self) -> Views:
-        return self.views.result()()
+    def result(self, timeout: float | None = None) -> Views:
+        return self.views.result(timeout)()
 
 
 class DaliBackend:
@@ -68,9 +76,12 @@ class DaliBackend:
 
     def __init__(self, options: BackendOptions, renderer: Renderer) -> None:
         self._options, self._renderer = options, renderer
+        self._largest = largest_size(options.reader.shards.index)
         self._decoder = self._new_decoder(options.batch_size)
-        self._decode_seconds = 0.0
+        self._wait_seconds = 0.0
+        self._readers = Workers(options.num_threads, "dali-read", options.reader.watch)
         self._numbers = itertools.count()
+        self._unscheduled: deque[_Batch] = deque()
         self._jobs: queue.PriorityQueue[tuple[int, int, _Batch | None]] = queue.PriorityQueue()
         self._thread = threading.Thread(target=self._work, name="dali", daemon=True)
         self._thread.start()
@@ -78,51 +89,62 @@ class DaliBackend:
     def submit(self, plan: BatchPlan) -> _Batch:
         if not self._thread.is_alive():
             raise RuntimeError("the backend is closed")
-        batch, number = _Batch(plan), next(self._numbers)
-        for job in (_SCHEDULE, _COLLECT):
-            self._jobs.put((job, number, batch))
+        rows = chunks(len(plan), self._options.num_threads)
+        batch = _Batch(plan, [self._readers.submit(self._read, plan.ids[part]) for part in rows])
+        self._unscheduled.append(batch)
+        for read in batch.reads:
+            read.add_done_callback(lambda _: self._put(_SCHEDULE) if batch.is_read() else None)
         return batch
 
     def stats(self) -> dict[str, float]:
-        """``decode_seconds``: of the driving thread, scheduling and waiting for decoded images."""
-        return {"decode_seconds": self._decode_seconds, **self._renderer.stats()}
+        """``decode_seconds``: DALI's threads cannot be asked, but all work while the driving thread waits for them; so
+        that wait times their number, and reading, as for every backend."""
+        decoding = self._options.num_threads * self._wait_seconds
+        return {"decode_seconds": decoding + self._options.reader.stats()["read_seconds"], **self._renderer.stats()}
 
     def close(self) -> None:
         if self._thread.is_alive():
-            self._jobs.put((_STOP, next(self._numbers), None))
+            self._put(_STOP)
             self._thread.join()
             self._renderer.close()
             self._decoder.close()
+        self._readers.close()
+
+    def _put(self, job: int, batch: _Batch | None = None) -> None:
+        self._jobs.put((job, next(self._numbers), batch))
 
     def _work(self) -> None:
         with torch.cuda.stream(self._renderer.stream):  # and its device: both are a thread's own
             self._do_jobs()
-        while not self._jobs.empty():
-            if batch := self._jobs.get()[2]:
-                batch.views.cancel()
+        for batch in (*self._unscheduled, *(batch for _, _, batch in self._jobs.queue if batch)):
+            batch.views.cancel()
 
     def _do_jobs(self) -> None:
-        while True:
-            job, _, batch = self._jobs.get()
-            if batch is None:
-                break
-            start = time.perf_counter()
-            try:
-                if not batch.views.done():
-                    self._schedule(batch) if job == _SCHEDULE else self._collect(batch)
-            except Exception as error:  # the caller's, when it asks for the views
-                batch.views.set_exception(error)
-            self._decode_seconds += time.perf_counter() - start
+        while (job := self._jobs.get())[0] != _STOP:
+            if batch := job[2]:
+                self._attempt(self._collect, batch)
+            while self._unscheduled and self._unscheduled[0].is_read():
+                self._attempt(self._schedule, self._unscheduled.popleft())
+
+    def _attempt(self, task: Callable[[_Batch], None], batch: _Batch) -> None:
+        try:
+            task(batch)
+        except Exception as error:  # the caller's, when it asks for the views
+            batch.views.set_exception(error)
 
     def _schedule(self, batch: _Batch) -> None:
-        batch.encoded, faults = self._read(batch.plan.ids)
+        faults: dict[int, str] = {}
+        for read in batch.reads:
+            encoded, failed = read.result()
+            batch.encoded |= encoded
+            faults |= failed
         if faults:
             raise UndecodableError(faults | self._find_faults(batch.encoded))
         batch.decoder, batch.regions = self._decoder, needed_regions(batch.plan)
         batch.decoder.schedule([batch.encoded[i] for i in batch.plan.ids.tolist()], batch.regions)
+        self._put(_COLLECT, batch)
 
-    def _read(self, ids: NDArray[np.int64]) -> tuple[dict[int, Encoded], dict[int, str]]:
-        """The bytes of the samples by id, and why there are none of the rest."""
+    def _read(self, ids: NDArray[np.int64]) -> _Read:
         encoded, faults = {}, {}
         for sample in ids.tolist():
             try:
@@ -134,8 +156,10 @@ class DaliBackend:
     def _collect(self, batch: _Batch) -> None:
         if batch.decoder is not self._decoder or batch.regions is None:
             raise RuntimeError(f"the batch of step {batch.plan.step} is void: one before it failed; submit it again")
+        start = time.perf_counter()
         try:
             images = self._decoder.collect(self._renderer.stream)
+            self._wait_seconds += time.perf_counter() - start
         except RuntimeError as error:
             message = str(error)
         else:
@@ -161,7 +185,8 @@ class DaliBackend:
     def _new_decoder(self, batch_size: int) -> Decoder:
         device = self._options.device
         on_gpu = device.type == "cuda"
-        return Decoder(batch_size, self._options.num_threads, (device.index or 0) if on_gpu else None)
+        device_id = (device.index or 0) if on_gpu else None
+        return Decoder(batch_size, self._options.num_threads, device_id, self._largest)
 
 
 class CpuRenderer:

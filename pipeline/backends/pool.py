@@ -1,7 +1,7 @@
 """What the backends that spread a batch over a pool of workers share: chunks of rows, and a batch in the making."""
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 from pipeline.backends import UndecodableError, Views
@@ -46,7 +46,9 @@ class PooledBatch:
     def done(self) -> bool:
         return all(future.done() for future in self._futures)
 
-    def result(self) -> Views:
+    def result(self, timeout: float | None = None) -> Views:
+        if wait(self._futures, timeout).not_done:
+            raise TimeoutError
         reasons: dict[int, str] = {}
         for number, future in enumerate(self._futures):
             reasons |= self._collect(number, future).reasons

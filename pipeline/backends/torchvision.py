@@ -3,10 +3,13 @@
 It is also the baseline of the benchmarks: what a `DataLoader` over an image folder does, with the same randomness.
 """
 
+import functools
 import io
+import pickle
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ from pipeline.backends.pool import Done, PooledBatch, chunks
 from pipeline.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, Ints, ViewPlan
 from pipeline.plan import BatchPlan as Plan
 from pipeline.reader import Reader
+from pipeline.workers import Workers
 
 Arrays = list[NDArray[np.uint8]]
 
@@ -43,8 +47,9 @@ class TorchvisionBackend:
 
     def __init__(self, options: BackendOptions) -> None:
         self._num_workers = options.num_threads
-        self._pool = ProcessPoolExecutor(self._num_workers, get_context("spawn"), _start_worker, (options.reader,))
-        self._total = Done()
+        reader = pickle.dumps(options.reader)
+        self._pool = ProcessPoolExecutor(self._num_workers, get_context("spawn"), _start_worker, (reader,))
+        self._total, self._read_seconds = Done(), 0.0
 
     def submit(self, plan: Plan) -> Pending:
         views = [torch.empty((len(plan), v.spec.size, v.spec.size, 3), dtype=torch.uint8) for v in plan.views]
@@ -52,7 +57,8 @@ class TorchvisionBackend:
         futures = [self._pool.submit(_work, plan.ids[r], [view.take(r) for view in plan.views]) for r in rows]
 
         def collect(number: int, future: Future) -> Done:
-            arrays, done = future.result()
+            arrays, done, read_seconds = future.result()
+            self._read_seconds += read_seconds
             for view, array in zip(views, arrays, strict=True):
                 view[rows[number]] = torch.from_numpy(array)
             self._total.add(done)
@@ -61,28 +67,46 @@ class TorchvisionBackend:
         return PooledBatch(views, futures, collect)
 
     def stats(self) -> dict[str, float]:
-        return self._total.stats()
+        return {"read_seconds": self._read_seconds, **self._total.stats()}
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
 
-_reader: Reader  # of a worker process
+_pickled_reader = b""  # of a worker process
 
 
-def _start_worker(reader: Reader) -> None:
-    global _reader
-    _reader = reader
+def _start_worker(reader: bytes) -> None:
+    global _pickled_reader
+    _pickled_reader = reader
     torch.set_num_threads(1)
 
 
-def _work(ids: Ints, plans: list[ViewPlan]) -> tuple[Arrays, Done]:
-    done = Done()
+@functools.cache
+def _reader() -> tuple[Reader, Workers]:
+    """Opened with the first chunk, and not as a worker starts, where an error would be lost: the pool reports only that
+    it broke. It reads in a thread of its own, which may be left behind."""
+    reader: Reader = pickle.loads(_pickled_reader)
+    return reader, Workers(1, "read", reader.watch)
+
+
+def _read(sample: int) -> NDArray[np.uint8]:
+    reader, workers = _reader()
+    data = workers.submit(reader.read, sample)
+    while not wait([data], reader.watch.poll_seconds).done:
+        reader.watch.check()
+    return cast(NDArray[np.uint8], data.result())
+
+
+def _work(ids: Ints, plans: list[ViewPlan]) -> tuple[Arrays, Done, float]:
+    """The views, how it went, and the seconds spent reading."""
+    done, reader = Done(), _reader()[0]
+    read_before = reader.stats()["read_seconds"]
     arrays: Arrays = [np.zeros((len(ids), p.spec.size, p.spec.size, 3), np.uint8) for p in plans]
     for row, sample in enumerate(ids.tolist()):
         start = time.perf_counter()
         try:
-            image = decode(_reader.read(sample))
+            image = decode(_read(sample))
         except ValueError as error:
             done.reasons[sample] = str(error)
             continue
@@ -93,7 +117,7 @@ def _work(ids: Ints, plans: list[ViewPlan]) -> tuple[Arrays, Done]:
             resampled = time.perf_counter()
             array[row] = np.asarray(adjust(view, plan, row))
             done.spend(geometry=resampled - start, photometric=time.perf_counter() - resampled)
-    return arrays, done
+    return arrays, done, reader.stats()["read_seconds"] - read_before
 
 
 def decode(data: NDArray[np.uint8]) -> Image.Image:

@@ -12,7 +12,7 @@ from torchvision.transforms import functional as F
 from benchmarks.peers import PEERS, PeerOptions, build_peer
 from pipeline.views import ViewSpec, flatten
 from sharding.manifest import ShardSet
-from tests.census import census
+from tests.census import census, wait_until
 
 SPECS = (ViewSpec(count=2, size=32, kernel=5), ViewSpec(size=16, scale=(0.05, 0.3), kernel=3, solarize=0.5))
 
@@ -32,7 +32,7 @@ def test_a_peer_makes_batches_without_end_and_leaves_nothing(name: str, shard_se
     assert [peer.next_batch() for _ in range(14)] == 14 * [8]  # more than a pass over 92 samples
     peer.close()
     del peer
-    assert census() == before
+    wait_until(lambda: census() <= before)  # queues' feeder threads end by themselves
     assert sorted(shard_set.root.parent.iterdir()) == files
     assert torch.get_num_threads() == torch_threads
 

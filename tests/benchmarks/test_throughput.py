@@ -20,7 +20,6 @@ def test_compares_backends_and_peers_and_saves_every_round(
     loader = json.loads(out.read_text())["results"]["loader"]
     assert list(loader) == ["decode-only, 1 thread", "dali-native, 1 thread", "cpu, 1 thread", "synthetic, 1 thread"]
     assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in loader.values())
-    assert max(loader["synthetic, 1 thread"]) > max(loader["cpu, 1 thread"])  # in the less disturbed round
     assert "92 samples" in capsys.readouterr().out
 
 

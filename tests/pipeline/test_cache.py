@@ -2,19 +2,23 @@ import contextlib
 import fcntl
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 import torch
+from fsspec.callbacks import Callback
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.cache import CacheOptions
 from pipeline.loader import Batch, Loader
 from pipeline.reader import Reader
 from pipeline.views import ViewSpec
+from pipeline.workers import Watch
 from sharding.manifest import ShardSet, open_shards
-from tests.census import census
+from tests.census import census, wait_until
 
 
 def shard_bytes(shards: ShardSet) -> list[int]:
@@ -61,7 +65,7 @@ def test_a_cache_smaller_than_the_data_gives_the_same_batches(
             assert size_of(tmp_path) <= 3 * total // 4
         assert stream.stats()["fetched_bytes"] > 1.2 * total  # 2.6 passes: some were fetched again
     assert same(found, expected)
-    assert census() == before
+    assert census() <= before
 
 
 def test_a_full_permutation_needs_room_for_all_and_fetches_once(
@@ -83,11 +87,8 @@ def test_a_full_permutation_needs_room_for_all_and_fetches_once(
 def test_the_next_shards_are_fetched_before_they_are_read(remote: ShardSet, tmp_path: Path) -> None:
     with loader(remote, window=1, rank=0, world_size=4, cache=options(tmp_path, sum(shard_bytes(remote)))) as stream:
         next(stream)
-        deadline = time.monotonic() + 10
-        while len(list(tmp_path.glob("*.tar"))) < 3:  # all of this rank's lane
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        assert stream.stats()["fetched_bytes"] == sum(s.num_bytes for s in remote.manifest.shards if s.lane == 0)
+        of_this_lane = sum(shard.num_bytes for shard in remote.manifest.shards if shard.lane == 0)
+        wait_until(lambda: stream.stats()["fetched_bytes"] == of_this_lane)
 
 
 def test_least_recently_opened_shards_make_room(remote: ShardSet, tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_a_shard_that_another_process_fetches_is_waited_for(
     thread.join()
     assert reader.stats()["fetched_bytes"] == 0
     reader.close()
-    assert census() == before
+    assert census() <= before
 
 
 def test_close_waits_for_what_is_being_fetched(remote: ShardSet, tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_close_waits_for_what_is_being_fetched(remote: ShardSet, tmp_path: Path)
     reader = Reader(remote, options(tmp_path, 10**9))
     reader.fetch_ahead(list(range(12)))
     reader.close()
-    assert census() == before
+    assert census() <= before
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -192,10 +193,90 @@ def test_what_does_not_arrive_as_it_was_built_is_refused_by_name(remote: ShardSe
     else:
         data[3000] ^= 1
         memory.pipe_file(path, bytes(data[: -512 if harm == "cut" else None]))
-    with pytest.raises(OSError, match=r"lane-00/train-000000.tar"):
+    with pytest.raises(OSError, match=r"^memory://data/shards/lane-00/train-000000.tar: "):
         batches(remote, 12, window=1, cache=options(tmp_path, 10**9))
     assert not list(tmp_path.glob("*.part"))
     assert not (tmp_path / f"{remote.manifest.shards[0].xxh3_128}.tar").exists()
+
+
+class Flaky(MemoryFileSystem):
+    """fsspec's memory behind a bad network: the next ``failures`` transfers fail, the others wait for ``gate``."""
+
+    protocol = "flaky"
+    failures = 0
+    gate = threading.Event()
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("flaky://", "memory://")))
+
+    def get_file(self, *arguments: Any, **options: Any) -> None:
+        if Flaky.failures:
+            Flaky.failures -= 1
+            raise ConnectionError("reset by peer")
+        Flaky.gate.wait()
+        super().get_file(*arguments, **options)
+
+
+@pytest.fixture
+def flaky(remote: ShardSet, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardSet]:
+    monkeypatch.setattr("pipeline.cache._RETRY_SECONDS", 0.001)
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    Flaky.gate.set()
+    yield open_shards(remote.directory.url.replace("memory", "flaky"))
+    Flaky.failures = 0
+
+
+def test_a_transfer_that_fails_is_tried_again(
+    flaky: ShardSet, shard_set: ShardSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader = Reader(flaky, options(tmp_path, 10**9))
+    Flaky.failures = 2
+    assert reader.read(0).tobytes() == Reader(shard_set).read(0).tobytes()
+    reader.close()
+    assert len(caplog.messages) == 2
+    assert all("lane-00/train-000000.tar: reset by peer; trying again in" in line for line in caplog.messages)
+
+
+def test_a_transfer_that_always_fails_is_an_error_by_name(flaky: ShardSet, tmp_path: Path) -> None:
+    reader = Reader(flaky, options(tmp_path, 10**9))
+    Flaky.failures = 10**6
+    with pytest.raises(OSError, match=r"^flaky://data/shards/lane-00/train-000000.tar: .* attempt 8: reset by peer"):
+        reader.read(0)
+    reader.close()
+
+
+def test_a_slow_transfer_is_no_stall(flaky: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block that arrives is progress: without an end, but never without an answer."""
+    told: list[float] = []
+    watch = Watch()
+
+    def get_file(_: Flaky, path: str, target: str, callback: Callback) -> None:
+        for size in (1, 2):
+            told.append(max(since for _, since in watch._running.values()))
+            callback.relative_update(size)
+        told.append(max(since for _, since in watch._running.values()))
+        MemoryFileSystem().get_file(path, target)
+
+    monkeypatch.setattr(Flaky, "get_file", get_file)
+    reader = Reader(flaky, options(tmp_path, 10**9), watch)
+    reader.read(0)
+    reader.close()
+    assert told == sorted(set(told))
+
+
+def test_a_transfer_that_never_ends_is_an_error_by_name(flaky: ShardSet, tmp_path: Path) -> None:
+    before = census()
+    Flaky.gate.clear()
+    stream = loader(flaky, window=1, cache=options(tmp_path, 10**9), stall_seconds=0.1)
+    for moment in (stream.__next__, stream.close):
+        with pytest.raises(OSError, match=r"^flaky://data/shards/lane-0.*tar: no answer for \d+ s"):
+            moment()
+    Flaky.gate.set()
+    deadline = time.monotonic() + 10
+    while census() != before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_impossible_caches_are_refused(remote: ShardSet, tmp_path: Path) -> None:

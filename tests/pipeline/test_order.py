@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from scipy.stats import chisquare
 
-from pipeline.order import Order
+from pipeline.order import Order, lanes_of_rank
 from pipeline.random import permute
 
 UNEVEN = ((7, 5, 8), (4, 4, 12), (20,), (1, 18, 1))  # four lanes of 20 samples
@@ -65,6 +65,13 @@ def test_a_batch_has_equal_parts_of_all_lanes_in_their_order() -> None:
     """So that a rank whose slice covers whole lanes reads only their shards."""
     ids, _ = Order(UNEVEN, seed=0, global_batch_size=12).ids(5)
     assert_array_equal(ids // 20, np.repeat(np.arange(4), 3))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12])
+def test_a_rank_reads_the_lanes_of_its_slice_only(world_size: int) -> None:
+    order = Order(UNEVEN, seed=1, global_batch_size=24)
+    for rank, ids in enumerate(np.split(order.ids(7)[0], world_size)):
+        assert set((ids // 20).tolist()) == set(lanes_of_rank(4, rank, world_size))
 
 
 def test_passes_lanes_and_seeds_are_ordered_differently() -> None:

@@ -69,6 +69,14 @@ def test_the_fallback_is_torchvisions(height: int, width: int) -> None:
     assert_array_equal(make(spec, 3, height, width).edge, np.repeat(expected, 3, axis=0))
 
 
+def test_a_crop_has_at_least_one_pixel() -> None:
+    assert (RandomResizedCrop.get_params(torch.empty(3, 1, 1), [0.08, 1], [2, 4]))[2] == 0, "torchvision's has none"
+    for ratio, height, width in (((2, 4), 1, 1), ((0.2, 0.4), 1, 1), ((2, 4), 9, 1), ((0.2, 0.4), 1, 9)):
+        plan = make(ViewSpec(ratio=ratio), 10, height, width)
+        assert (plan.edge[:, 2:] >= 1).all()
+        assert (plan.edge[:, :2] + plan.edge[:, 2:] <= (height, width)).all()
+
+
 def test_factors_follow_torchvision() -> None:
     spec = ViewSpec(brightness=0.8, contrast=0.4, saturation=1.5, hue=0.2)
     torch.manual_seed(0)

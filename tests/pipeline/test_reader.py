@@ -3,7 +3,6 @@ import mmap
 import os
 import pickle
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from pipeline.reader import Reader
 from sharding.manifest import ShardSet, open_shards
+from tests.census import wait_until
 
 
 def content(shards: ShardSet, sample: int) -> bytes:
@@ -99,10 +99,7 @@ def test_read_ahead_brings_samples_and_whole_shards_into_memory(shard_set: Shard
     reader = Reader(shard_set)
     reader.read_ahead(np.flatnonzero(shard_set.index.shard == 0))
     reader.fetch_ahead([1])
-    deadline = time.monotonic() + 5
-    while min(cached_fraction(paths[0]), cached_fraction(paths[1])) < 0.7:  # the rest is padding
-        assert time.monotonic() < deadline, [cached_fraction(path) for path in paths]
-        time.sleep(0.01)
+    wait_until(lambda: min(cached_fraction(paths[0]), cached_fraction(paths[1])) >= 0.7)  # the rest is padding
     assert cached_fraction(paths[-1]) < 0.5
     reader.close()
 

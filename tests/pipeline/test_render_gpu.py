@@ -29,7 +29,7 @@ def test_images_are_read_where_dali_decoded_them() -> None:
     decoded = [simplejpeg.decode_jpeg(image) for image in encoded]
     whole = np.array([[0, 0, *image.shape[:2]] for image in decoded], np.int32)
     plan = plan_for(decoded, size=16, jitter=0, grey=0, blur=0)
-    decoder = Decoder(3, 1, 0 if DEVICE.type == "cuda" else None)
+    decoder = Decoder(3, 1, 0 if DEVICE.type == "cuda" else None, largest=(64, 51))
     decoder.schedule([np.frombuffer(image, np.uint8) for image in encoded], whole)
     images = decoder.collect(None)
     (view,) = make_views(locate(images, DEVICE), BatchPlan(0, np.arange(3), (plan,)))

@@ -1,8 +1,16 @@
 import re
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from pipeline.loader import Loader
 from pipeline.stats import bound, difference, thread_shares
+from pipeline.views import ViewSpec
+from sharding.manifest import open_shards
+from tests.sharding.conftest import build_shards, encoded, write_parquet
 
 QUIET = {
     "wait_seconds": 0.0,
@@ -47,3 +55,22 @@ def test_difference_keeps_means() -> None:
     found = difference(after, before)
     assert (found["geometry_seconds"], found["queue_occupancy"], found["fetch_seconds"]) == (3.0, 0.75, 1.0)
     assert (found["decode_seconds"], found["num_threads"]) == (0.0, 2)
+
+
+@pytest.mark.parametrize(("backend", "num_threads"), [("cpu", 2), ("dali", 2), ("dali", 16), ("torchvision", 1)])
+def test_decoding_is_found_to_be_the_limit_where_it_is(tmp_path: Path, backend: str, num_threads: int) -> None:
+    """Large noisy images and tiny views."""
+    noise = np.random.default_rng(0).integers(0, 255, (900, 900, 3), np.uint8)
+    images = [encoded(Image.fromarray(noise), quality=95) for _ in range(8)]
+    build_shards(write_parquet(tmp_path / "source", images), tmp_path / "shards", lanes=1, shard_mb=100)
+    spec = ViewSpec(size=8, scale=(1, 1), jitter=0, blur=0)
+    shards = open_shards(tmp_path / "shards")
+    with Loader(shards, [spec], seed=0, global_batch_size=8, backend=backend, num_threads=num_threads) as loader:
+        next(loader)  # starts what has to be started
+        before, start = loader.stats(), time.perf_counter()
+        for _ in range(3):
+            next(loader)
+        spent = difference(loader.stats(), before)
+        diagnosis = bound(spent, time.perf_counter() - start)
+    assert diagnosis.endswith("decoding")
+    assert spent["read_seconds"] > 0

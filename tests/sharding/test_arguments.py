@@ -21,4 +21,13 @@ def test_values_out_of_range_are_named(option: str, value: str, capsys: pytest.C
     with pytest.raises(SystemExit) as stopped:
         parse("", ["--out", "x", f"--{option}", value])
     assert stopped.value.code == 2
-    assert f"--{option} must be from" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert f"--{option} must be from" in printed
+    assert printed.count("\n") == 1
+
+
+def test_options_without_effect_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("", ["--out", "x", "--quality", "80"])
+    assert "--quality is that of --short-side" in capsys.readouterr().err
+    assert parse("", ["--out", "x", "--quality", "80", "--short-side", "64"]).policy.quality == 80

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -91,10 +92,34 @@ def test_too_many_refused_images_stop_the_build(tmp_path: Path) -> None:
     assert manifest.num_quarantined == 2
 
 
-def test_the_same_command_again_changes_nothing(parquet: Path, tmp_path: Path) -> None:
+def test_all_images_refused_is_one_message(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "source", [b"x"] * 8, [0] * 8)
+    with pytest.raises(BuildError, match=r"only 0 of 8 images can be used.*quarantine\.jsonl"):
+        build_shards(source, tmp_path / "out", max_quarantine=1)
+
+
+def test_a_file_is_no_output(parquet: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BuildError, match="file: is a file; --out is a directory"):
+        build_shards(parquet, tmp_path / "file")
+
+
+def test_shards_without_a_manifest_can_be_made_again(shards: Path, parquet: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "out")
+    (tmp_path / "out/manifest.json").unlink()
+    with pytest.raises(BuildError, match="with an empty --out makes the same files again"):
+        build_shards(parquet, tmp_path / "out")
+    build_shards(parquet, tmp_path / "again")
+    assert files(tmp_path / "again") == files(shards)
+
+
+def test_the_same_command_again_changes_nothing(
+    parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     build_shards(parquet, tmp_path / "out")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     build_shards(parquet, tmp_path / "out")
+    assert "out: already complete, nothing to do" in capsys.readouterr().err
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
 
 

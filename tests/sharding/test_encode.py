@@ -11,9 +11,9 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from sharding.encode import BadImageError, Policy, encode
-from sharding.jpeg import read_header
+from sharding.jpeg import BASELINE, EOI, read_header
 from tests.sharding.conftest import encoded, jpeg, picture
-from tests.sharding.test_jpeg import exif_segment, with_segment
+from tests.sharding.test_jpeg import exif_segment, with_segment, without_last_scans
 
 
 def decoded(data: bytes) -> np.ndarray:
@@ -78,10 +78,45 @@ def test_other_formats_become_jpegs_that_look_the_same(image: Image.Image, forma
     assert result.change
 
 
-def test_sixteen_bits_are_scaled_not_clipped() -> None:
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_are_scaled_not_clipped(format: str) -> None:  # noqa: A002
     ramp = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
-    result = encode(encoded(Image.fromarray(ramp), "PNG"), Policy())
+    result = encode(encoded(Image.fromarray(ramp), format), Policy())
     assert np.abs(decoded(result.data)[..., 0] - ramp / 257).mean() < 1.5
+
+
+def test_progressive_jpegs_without_their_last_scans_are_reencoded_as_they_look() -> None:
+    data = without_last_scans(jpeg(1, progressive=True), 4)
+    result = encode(data, Policy())
+    assert result.change == "scans missing"
+    assert read_header(result.data).frame == BASELINE
+    assert np.abs(decoded(result.data) - decoded(data)).mean() < 2
+
+
+def rare_sampling() -> bytes:
+    """A grey 24 x 8 image whose first component has three blocks for one of the others (``cjpeg -sample 3x1``)."""
+    data = bytearray(encoded(Image.new("RGB", (16, 16), (128, 128, 128)), subsampling=0))
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    data[frame + 5 : frame + 9], data[frame + 11] = struct.pack(">HH", 8, 24), 0x31
+    bits = "001010" * 3 + "0000" * 2 + "111111"  # DC and AC codes of empty blocks, Y Y Y Cb Cr, and padding
+    return bytes(data[: scan + 14]) + int(bits, 2).to_bytes(4, "big") + EOI
+
+
+def test_rare_chroma_sampling_is_converted() -> None:
+    result = encode(rare_sampling(), Policy())
+    assert (result.height, result.width, result.change) == (8, 24, "rare chroma sampling")
+    assert np.abs(decoded(result.data) - 128).max() <= 1
+
+
+def test_truncated_jpegs_are_kept_on_request() -> None:
+    policy = Policy(keep_truncated=True)
+    data = with_segment(jpeg(1), exif_segment(3))
+    for lost, difference in ((1, 2), (2, 2), (40, 20)):
+        result = encode(data[:-lost], policy)
+        assert (result.height, result.width, result.change) == (48, 64, "truncated")
+        assert encode(result.data, Policy()).change == ""
+        assert np.abs(decoded(result.data) - decoded(jpeg(1))[::-1, ::-1]).mean() < difference
+    assert encode(jpeg(1), policy).change == ""
 
 
 def test_transparent_pixels_show_white() -> None:
@@ -103,8 +138,15 @@ def test_transparent_pixels_show_white() -> None:
         (jpeg(1, progressive=True)[:-20], "Premature end"),
         (encoded(picture(1), "PNG")[:-60], "(?i)truncated"),
         (jpeg(1)[:120], "ends past"),
+        (encoded(Image.fromarray(np.eye(8, dtype=np.float32)), "TIFF"), "TIFF of 32-bit floats: no agreed range"),
+        (encoded(Image.fromarray(np.eye(8, dtype=np.int32)), "TIFF"), "TIFF of 32-bit integers: no agreed range"),
+        (encoded(picture(1), "AVIF"), "format not supported: AVIF"),
+        (encoded(picture(1), "ICO"), "format not supported: ICO"),
     ],
-    ids=["empty", "html", "zeros", "half", "last rows", "end mark", "progressive", "png", "header only"],
+    ids=[
+        *["empty", "html", "zeros", "half", "last rows", "end mark", "progressive", "png", "header only"],
+        *["float", "32 bits", "avif", "ico"],
+    ],
 )
 def test_unusable_images_are_refused_with_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(BadImageError, match=reason):

@@ -31,7 +31,7 @@ def test_workers_are_other_processes_and_gone_afterwards() -> None:
     for process in found:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 def test_ctrl_c_is_left_to_the_caller() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sharding.jpeg import BASELINE, PROGRESSIVE, JpegError, read_header, strip
+from sharding.jpeg import BASELINE, EOI, PROGRESSIVE, JpegError, _segments, lacks_scans, read_header, strip
 from tests.sharding.conftest import encoded, jpeg, picture
 
 
@@ -81,6 +81,19 @@ def test_only_the_first_of_two_exif_segments_counts() -> None:
 def test_what_is_no_jpeg_is_refused(data: bytes) -> None:
     with pytest.raises(JpegError):
         read_header(data)
+
+
+def without_last_scans(data: bytes, count: int) -> bytes:
+    """A progressive JPEG that ends after its first ``count`` scans."""
+    starts = [start for marker, start, _ in _segments(data) if marker == 0xDA]
+    return data[: starts[count]] + EOI if count < len(starts) else data
+
+
+def test_missing_scans_of_a_progressive_jpeg_are_noticed() -> None:
+    data = with_segment(jpeg(1, progressive=True), b"\xff\xe2\x00\x06\xff\xda\x00\x08")
+    assert [lacks_scans(without_last_scans(data, count)) for count in range(1, 12)] == [True] * 9 + [False] * 2
+    assert not lacks_scans(jpeg(1))
+    assert not lacks_scans(encoded(picture(1).convert("L"), progressive=True))
 
 
 def test_no_prefix_of_a_jpeg_crashes_the_reader() -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,19 +40,42 @@ def test_manifest_survives_a_round_trip(shards: Path, tmp_path: Path) -> None:
     assert Manifest.load(tmp_path) == manifest
 
 
-def test_index_is_mapped_not_read(shards: Path) -> None:
-    before = pa.total_allocated_bytes()
-    index = Index.load(shards)
-    assert pa.total_allocated_bytes() == before
-    assert not index.offset.flags.writeable
+def test_the_index_survives_its_file(shards: Path, tmp_path: Path) -> None:
+    """A map of it would read zeros now, or end the process with SIGBUS."""
+    root = Path(shutil.copytree(shards, tmp_path / "shards"))
+    index = open_shards(root).index
+    os.truncate(root / "index.arrow", 100)
+    for field in fields(index):
+        np.testing.assert_array_equal(getattr(index, field.name), getattr(Index.load(shards), field.name))
+
+
+def test_lanes_that_are_not_read_need_not_be_there(shards: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(shards, tmp_path / "shards"))
+    shutil.rmtree(root / "lane-02")
+    assert open_shards(root, [0, 1, 3]).manifest.num_lanes == 4
+    with pytest.raises(ShardError, match=r"lane-02/train-000000.tar: .*missing \(this process reads lanes 2, 3\)"):
+        open_shards(root, [2, 3])
+    with pytest.raises(ShardError, match=r"lane-02/train-000000.tar: .*missing; `python"):
+        open_shards(root)
 
 
 def test_fingerprint_follows_order_and_content_alone(shards: Path) -> None:
     manifest = Manifest.load(shards)
-    same = fingerprint(manifest.shards, manifest.num_lanes, manifest.policy)
-    assert same == manifest.fingerprint
-    assert fingerprint(manifest.shards[::-1], manifest.num_lanes, manifest.policy) != same
-    assert fingerprint(manifest.shards, manifest.num_lanes, {**manifest.policy, "quality": 1}) != same
+    content: tuple[Any, ...] = (manifest.shards, manifest.num_lanes, manifest.policy, manifest.class_names)
+    assert fingerprint(*content) == manifest.fingerprint
+    changed = (content[0][::-1], 2, {**manifest.policy, "quality": 1}, content[3][::-1])
+    for place, value in enumerate(changed):
+        other: list[Any] = [*content[:place], value, *content[place + 1 :]]
+        assert fingerprint(*other) != manifest.fingerprint
+
+
+def test_shards_of_version_1_still_open(shards: Path, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(shards, root)
+    manifest = Manifest.load(root)
+    old = fingerprint(manifest.shards, manifest.num_lanes, manifest.policy, (), version=1)
+    replace(manifest, version=1, fingerprint=old).save(root)
+    assert open_shards(root).manifest.fingerprint == old
 
 
 def _edit(change: Callable[[dict], object]) -> Callable[[Path], object]:
@@ -91,6 +117,13 @@ def _flip_a_bit(path: Path) -> None:
         (lambda root: (root / "manifest.json").write_text("{"), "is not JSON"),
         (_edit(lambda raw: raw.update(version=99)), "format version 99"),
         (_edit(lambda raw: raw.pop("seed")), "missing or unknown: seed"),
+        (_edit(lambda raw: raw["class_names"].reverse()), "its shards have [0-9a-f]{32}: it is damaged"),
+        (_edit(lambda raw: raw["shards"][1].update(nane=1)), r"is damaged at shards.1.nane: "),
+        (_edit(lambda raw: raw["shards"][1].pop("lane")), r"is damaged at shards.1.lane: "),
+        (_edit(lambda raw: raw.update(num_samples="60")), r"is damaged at num_samples: .* found '60'"),
+        (_edit(lambda raw: raw.update(num_samples=60.0)), r"is damaged at num_samples: "),
+        (_edit(lambda raw: raw["index"].update(num_bytes="7")), r"is damaged at index.num_bytes: "),
+        (_edit(lambda raw: raw.update(shards=None)), r"is damaged at shards: "),
         (
             lambda root: (root / "lane-01/train-000001.tar").unlink(),
             "train-000001.tar: .* it is missing",
@@ -111,6 +144,8 @@ def _flip_a_bit(path: Path) -> None:
         "json",
         "version",
         "field",
+        "class names",
+        *["unknown", "lacking", "text", "fraction", "text of the index", "null"],
         "missing",
         "truncated",
         "index",

@@ -19,7 +19,7 @@ def test_ray_builds_the_same_shards(parquet: Path, shards: Path, tmp_path: Path)
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
     )
     assert done.returncode == 0, done.stderr

@@ -28,6 +28,7 @@ def test_parquet_gives_untouched_bytes_labels_and_names(parquet: Path, images: l
     assert rows(source) == [(data, row % 3) for row, data in enumerate(images)]
     assert source.class_names == tuple(CLASS_NAMES)
     assert source.mean_bytes() == sum(map(len, images)) / len(images)
+    assert source.probe() == source.probe()
 
 
 def test_a_pickled_source_is_small_and_reads_the_same(parquet: Path, images: list[bytes]) -> None:
@@ -125,12 +126,80 @@ def test_streaming_gives_the_same_shards(parquet: Path, shards: Path, tmp_path: 
         ({"split": "dev"}, "dev"),
         ({"image_column": "picture"}, r"--image-column 'picture' is not a column; there are \['image', 'label'\]"),
         ({"label_column": "class"}, "--label-column 'class' is not a column"),
-        ({"image_column": "label"}, "holds int, not encoded images"),
+        ({"image_column": "label"}, "holds ClassLabel, not encoded images"),
     ],
 )
 def test_wrong_names_are_refused_with_the_right_ones(parquet: Path, options: dict[str, str], message: str) -> None:
     with pytest.raises(SourceError, match=message):
         open_folder(parquet, **options).read(0)
+
+
+def write_labels(folder: Path, values: list, feature: object) -> Path:
+    columns = {"image": [{"bytes": jpeg(i), "path": None} for i in range(len(values))], "label": values}
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    folder.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "train.parquet")
+    return folder
+
+
+def test_strings_become_classes_in_alphabetical_order(tmp_path: Path) -> None:
+    source = open_folder(write_labels(tmp_path, ["dog", "cat", None, "emu", "cat"], datasets.Value("string")))
+    assert source.class_names == ("cat", "dog", "emu")
+    assert [label for _, label in rows(source)] == [1, 0, -1, 2, 0]
+    assert pickle.loads(pickle.dumps(source)).read(3) == (jpeg(3), 2)
+
+
+@pytest.mark.parametrize("folder", ["", "n00000001/"], ids=["flat", "folders"])
+def test_archives_of_ilsvrc_give_the_wordnet_ids(tmp_path: Path, folder: str) -> None:
+    for wnid in ("n00000001", "n00000000"):
+        inside = folder and f"{wnid}/"
+        write_tar(
+            tmp_path / f"{wnid}.tar", [(f"{inside}{wnid}_{i}.JPEG", jpeg(int(wnid[-1]) * 3 + i)) for i in range(3)]
+        )
+    source = open_folder(tmp_path)
+    assert source.class_names == ("n00000000", "n00000001")
+    assert sorted(label for _, label in rows(source)) == [0] * 3 + [1] * 3
+    assert all(label == [jpeg(i) for i in range(6)].index(data) // 3 for data, label in rows(source))
+
+
+def test_missing_labels_are_said_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lists = datasets.List(datasets.ClassLabel(names=CLASS_NAMES))
+    folder = write_labels(tmp_path / "source", [[0, 1], [2]], lists)
+    build_shards(folder, tmp_path / "out", lanes=1)
+    assert "no labels: of the columns ('image' holds Image, 'label' holds a list)" in capsys.readouterr().err
+    with pytest.raises(SourceError, match="column 'label' holds a list; --label-column needs class labels"):
+        open_folder(folder, label_column="label")
+    write_tar(tmp_path / "train-0.tar", [(f"ILSVRC2012_val_{i}.JPEG", jpeg(i)) for i in range(2)])
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "train-0.tar").rename(tmp_path / "tars/train-0.tar")
+    source = open_folder(tmp_path / "tars")
+    assert "no labels: neither a label column nor names like" in source.no_labels
+    assert [label for _, label in rows(source)] == [-1, -1]
+
+
+@pytest.mark.parametrize("label", [-7, 2**40])
+def test_labels_out_of_range_are_refused_with_row_and_column(tmp_path: Path, label: int) -> None:
+    source = open_folder(write_labels(tmp_path, [0, -1, label], datasets.Value("int64")))
+    assert source.read(1)[1] == -1
+    with pytest.raises(SourceError, match=f"row 2: column 'label' holds {label}; labels go from 0"):
+        source.read(2)
+
+
+def test_the_image_column_holds_no_labels(parquet: Path) -> None:
+    with pytest.raises(SourceError, match="column 'image' holds Image; --label-column needs"):
+        open_folder(parquet, label_column="image")
+
+
+def test_a_saved_data_set_is_opened(parquet: Path, images: list[bytes], tmp_path: Path) -> None:
+    datasets.load_dataset(str(parquet), split="train").save_to_disk(tmp_path / "saved")
+    source = open_folder(tmp_path / "saved")
+    assert rows(source) == [(data, row % 3) for row, data in enumerate(images)]
+    assert source.class_names == tuple(CLASS_NAMES)
+
+
+def test_a_missing_folder_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="/none: no such folder"):
+        open_folder(tmp_path / "none")
 
 
 def test_data_without_images_is_refused(tmp_path: Path) -> None:
@@ -162,8 +231,9 @@ def test_a_file_or_an_empty_folder_is_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=str(tmp_path)):
         open_folder(tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(SourceError, match="is a file"):
+    with pytest.raises(SourceError, match="is a file") as refused:
         open_folder(tmp_path / "a.parquet")
+    assert str(refused.value).count("a.parquet") == 1
     with pytest.raises(SourceError, match=str(tmp_path)):
         open_folder(tmp_path)
 

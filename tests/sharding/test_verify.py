@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -119,6 +120,14 @@ def test_shards_of_damaged_and_levelled_sources_are_repaired(tmp_path: Path) -> 
         path.unlink()
     assert main([str(tmp_path / "out"), "--repair", "--workers", "1"]) == 0
     assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("name", [f"{SHARD}.tar", f"{SHARD}.idx", "index.arrow", "manifest.json"])
+def test_a_pipe_is_named_and_not_read(copy: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    assert main([str(copy), "--workers", "1"]) == 2
+    assert f"{name}: is not a regular file" in capsys.readouterr().err
 
 
 def test_nothing_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,16 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from pipeline.views import preset
-from train.config import Config, ConfigError, load_config, validate
+from train.config import Config, load_config, validate
+from train.overrides import ConfigError
 
 
 def test_defaults_are_simclr_on_imagenet() -> None:
-    config = load_config()
+    config: Any = load_config()
     assert config.views == preset("simclr")
     assert (config.encoder.name, config.method.temperature) == ("resnet50", 0.1)
 
@@ -15,7 +18,7 @@ def test_defaults_are_simclr_on_imagenet() -> None:
 def test_file_then_overrides(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("views: simclr-cifar\noptim: {name: sgd, learning_rate: 0.06}\n")
-    config = load_config(path, ["optim.epochs=200", "optim.weight_decay=5e-4", "method.temperature=0.5"])
+    config: Any = load_config(path, ["optim.epochs=200", "optim.weight_decay=5e-4", "method.temperature=0.5"])
     assert config.views == preset("simclr-cifar")
     assert (config.optim.name, config.optim.learning_rate, config.optim.weight_decay) == ("sgd", 0.06, 5e-4)
     assert (config.optim.epochs, config.method.temperature) == (200, 0.5)
@@ -29,8 +32,9 @@ def test_view_overrides_set_all_groups_or_one() -> None:
     assert load_config(None, ["views.size=64"]).views == preset("simclr", size=64)
 
 
-def test_saved_configuration_is_the_same(tmp_path: Path) -> None:
-    config = load_config(None, ["views=multicrop-2x160+4x96", "run.seed=7"])
+@pytest.mark.parametrize("length", ["optim.epochs=30", "optim.steps=30"])
+def test_saved_configuration_is_the_same(tmp_path: Path, length: str) -> None:
+    config = load_config(None, ["views=multicrop-2x160+4x96", "run.seed=7", length])
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml())
     assert load_config(path) == config
@@ -54,6 +58,32 @@ def test_saved_configuration_is_the_same(tmp_path: Path) -> None:
         ("data.backend=magic", "data.backend"),
         ("optim", "expected section.field=value"),
         ("optim.epochs.x=1", "optim.epochs"),
+        ("optim.lr=1", r"^override 'optim\.lr=1': optim\.lr: unknown; did you mean 'learning_rate'"),
+        ("views=eval", "^override 'views=eval': views: expected at least 2 views .*found 1; set views.count=2"),
+        ("views.count=1", "^override 'views.count=1': views: expected at least 2 views"),
+        ("views.std=[0,1,1]", r"views\.0\.std\.0: .*greater than 0, found 0"),
+        ("views={size: 3}", "views: expected a list of groups or one of simclr, .*found {'size': 3}; views.size=96"),
+        ("views.7.size=32", "expected a group below 1, found 7"),
+        ("optim.epochs=.inf", "optim.epochs: .*finite number, found inf"),
+        ("optim.learning_rate=.inf", "optim.learning_rate: .*finite number, found inf"),
+        ("method.temperature=.inf", "method.temperature: .*finite number, found inf"),
+        ("optim.epochs=5", r"optim: warmup_epochs: expected less than the 5 optim\.epochs, found 10; set .*=0\.5"),
+        ("optim.steps=", "override 'optim.steps=': expected a value after '=', found nothing; null means none"),
+        ("data.prefetch=1000000", "data.prefetch: .*less than or equal to 64, found 1000000"),
+        ("run.seed=18446744073709551616", "run.seed: .*less than 18446744073709551616"),
+        ("run.seed=-1", "run.seed: .*greater than or equal to 0"),
+        ("run.log_every=true", "run.log_every: expected a number or a name, found true"),
+        ("method.temperature=true", "method.temperature: expected a number or a name, found true"),
+        ("encoder=resnet7", r"encoder\.name: .*'resnet18'.*found 'resnet7'"),
+        ("data=/shards", "data: expected a section with fields such as 'shards', found '/shards'"),
+        ("run.dir=/etc/passwd", "run.dir: expected a directory that can be written to, found /etc/passwd in /etc/pass"),
+        (
+            "run.dir=/etc/passwd/x",
+            "run.dir: expected a directory that can be written to, found /etc/passwd in /etc/pas",
+        ),
+        ("run.dir=a: b", "override 'run.dir=a: b': run.dir: .*valid path.*found {'a': 'b'}"),
+        ("run.dir=runs/a #2", "' #' begins a comment in YAML; put the value in quotes"),
+        ("run={seed: 1, seed: 2}", "override .*in YAML.*'seed' is given twice"),
         ("views.scale=[0.5", r"expected a value in YAML, found '\[0.5'"),
     ],
 )
@@ -62,13 +92,79 @@ def test_errors_name_the_field(override: str, message: str) -> None:
         load_config(None, [override])
 
 
-@pytest.mark.parametrize("content", [None, "- a\n", "a: [\n"])
-def test_unusable_files_are_named(tmp_path: Path, content: str | None) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (b"- a\n", "expected a mapping of sections, found list"),
+        (b"a: [\n", "not valid YAML: line 2: "),
+        (b"run:\n\tseed: 1\n", "not valid YAML: line 2: found character '.t'"),
+        (b"run: !!python/object:os.system {}\n", "not valid YAML: line 1: could not determine a constructor"),
+        (b"\x80\xff\x00", "expected a text file in YAML, found binary data"),
+        (b"run: {seed: 1}\nrun: {dir: x}\n", "not valid YAML: line 2: 'run' is given twice"),
+        (b"run:\n  seed: 1\n  dir: x\n  seed: 2\n", "not valid YAML: line 4: 'seed' is given twice"),
+        (b"optim: {epochs: 20, steps: 3}\n", "expected optim.epochs or optim.steps, found both"),
+        (b"foo: 1\n", "foo: unknown"),
+        (b"foo:\n", "foo: unknown"),
+    ],
+)
+def test_unusable_files_are_named_in_one_line(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "x.yaml"
     if content is not None:
-        path.write_text(content)
-    with pytest.raises(ConfigError, match=r"x\.yaml"):
-        load_config(path)
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"x\.yaml: {message}") as caught:
+        load_config(path, ["run.seed=3"])
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_sections_have_their_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("run:\nviews:\nencoder:\n")
+    assert load_config(path) == load_config()
+    assert load_config(path, ["run.seed=3", "views.size=96"]) == load_config(None, ["run.seed=3", "views.size=96"])
+
+
+def test_a_name_stands_for_its_section(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("encoder: resnet18\nmethod: simclr\n")
+    expected = load_config(None, ["encoder.name=resnet18", "encoder.width=8"])
+    assert load_config(path, ["encoder.width=8"]) == expected
+    assert load_config(None, ["method=simclr", "encoder=resnet18", "encoder.width=8"]) == expected
+
+
+def test_an_override_replaces_the_length_that_the_file_gives(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    for content, override, steps in (("{epochs: 20}", "optim.steps=3", 3), ("{steps: 3}", "optim.epochs=20", None)):
+        path.write_text(f"optim: {content}\n")
+        assert load_config(path, [override]).optim.steps == steps
+    with pytest.raises(ConfigError, match=r"overrides: expected optim\.epochs or optim\.steps, found both"):
+        load_config(None, ["optim.epochs=20", "optim.steps=3"])
+
+
+def test_seeds_are_64_bits() -> None:
+    assert load_config(None, [f"run.seed={2**64 - 1}"]).run.seed == 2**64 - 1
+
+
+def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(None, ["run.dir=~/x", "data.shards=~/y", "data.cache_dir=~/z"])
+    assert (config.run.dir, config.data.shards) == (tmp_path / "x", f"{tmp_path}/y")
+    assert config.data.cache_dir == tmp_path / "z"
+
+
+def test_errors_are_blamed_on_where_they_were_made(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("run: {colour: 1}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["optim.epoch=3", "run.seed=1"])
+    assert f"{path}: run.colour: unknown" in str(caught.value)
+    assert "override 'optim.epoch=3': optim.epoch: unknown" in str(caught.value)
+
+
+def test_differences_from_the_defaults() -> None:
+    assert load_config().differences() == ""
+    config = load_config(None, ["views.size=96", "optim.steps=3"])
+    assert yaml.safe_load(config.differences()) == {"views": [{"count": 2, "size": 96}], "optim": {"steps": 3}}
 
 
 def test_every_field_is_documented() -> None:

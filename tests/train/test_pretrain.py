@@ -1,55 +1,28 @@
 """Whole runs: exact resume after kill -9, the same curve on any number of processes, clear refusals."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from sharding.build import main as build_shards
+from sharding.manifest import open_shards
+from tests.census import wait_until
 from tests.processes import NO_GPU, run_ranks
-from train.checkpoint import checkpoints
+from tests.train.runs import settings
+from train.automatic import dtype
+from train.checkpoint import checkpoints, load, step_of
 from train.config import load_config
 from train.curves import read_metrics
 from train.distributed import World
 from train.evaluate.__main__ import main as evaluate
-from train.pretrain import main, plan_run, precision, pretrain
-
-_SMALL = [
-    "views.size=32",
-    "views.kernel=5",
-    "encoder.name=resnet18",
-    "encoder.width=8",
-    "method.hidden=32",
-    "method.out=16",
-    "optim.name=sgd",
-    "optim.learning_rate=0.05",
-    "method.temperature=0.5",
-    "optim.steps=6",
-    "run.global_batch_size=24",
-    "run.log_every=1",
-    "run.checkpoint_every=2",
-    "data.num_threads=1",
-]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sharding.demo import load_demo
-
-    root = tmp_path_factory.mktemp("pretrain")
-    load_demo("train", num_images=96).to_parquet(root / "images" / "train-00000-of-00001.parquet")
-    arguments = ["--dataset", str(root / "images"), "--out", str(root / "shards"), "--lanes", "4", "--workers", "1"]
-    assert build_shards(arguments) == 0
-    return root / "shards"
-
-
-def settings(shards: Path, run: Path, *more: str) -> list[str]:
-    return [*_SMALL, f"data.shards={shards}", f"run.dir={run}", *more]
+from train.plan import check_batch, plan_run
+from train.pretrain import main, pretrain
 
 
 def losses(run: Path) -> list[float]:
@@ -76,11 +49,12 @@ def test_a_killed_run_continues_exactly(shards: Path, reference: list[float], tm
     command = [sys.executable, "-m", "train.pretrain", *settings(shards, run)]
     environment = {**os.environ, **NO_GPU}  # on the CPU losses repeat to the bit
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not checkpoints(run) and process.poll() is None:
-        time.sleep(0.005)
+    wait_until(lambda: checkpoints(run) or process.poll() is not None)
     process.kill()
     process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode in (-signal.SIGKILL, 0), "0: it was done before this process had its turn"
+    for path in checkpoints(run)[1:]:
+        path.unlink()
     assert run_alone(shards, run) == reference
 
 
@@ -100,20 +74,63 @@ def test_another_backend_gives_the_same_curve(shards: Path, reference: list[floa
     assert found == pytest.approx(reference, rel=5e-3)
 
 
-def test_sigterm_saves_and_ends(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_at_the_next_step_and_the_same_command_continues(
+    shards: Path, tmp_path: Path, number: int
+) -> None:
     run = tmp_path / "run"
-    more = ["optim.steps=100000", "run.checkpoint_every=100000"]
+    more = ["optim.steps=100000", "run.checkpoint_every=100000", "run.log_every=100000"]
     command = [sys.executable, "-m", "train.pretrain", *settings(shards, run, *more)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = run / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
-        time.sleep(0.05)
-    process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    wait_until(lambda: (run / "metrics.jsonl").exists() or process.poll() is not None)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 3, errors
     (path,) = checkpoints(run)
-    last_step = read_metrics(run)[-1]["step"]
-    assert path.stem == f"step-{last_step:09.0f}"
+    step = step_of(path)
+    assert step < 100000
+    assert read_metrics(run)[-1]["step"] == step, "the interval that was cut short is logged"
+    assert f"stopped at step {step} of 100000; the same command continues" in output
+    assert main(settings(shards, run, f"optim.steps={step + 1}")) == 0
+    assert step_of(checkpoints(run)[-1]) == step + 1
+
+
+def test_a_run_that_is_done_already_says_so(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(settings(shards, run, "optim.steps=2")) == 0
+    assert main(settings(shards, run, "optim.steps=1")) == 0
+    assert "step 2 is done, and the run is to have 1; nothing to do" in capsys.readouterr().out
+
+
+def test_optimizer_settings_changed_on_resume_are_used_and_said(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(settings(shards, run, "optim.steps=2")) == 0
+    assert main(settings(shards, run, "optim.steps=4", "optim.weight_decay=0.5", "optim.momentum=0.1")) == 0
+    output = capsys.readouterr().out
+    assert "from here on optim.weight_decay: 1e-06 -> 0.5" in output
+    state = load(checkpoints(run)[-1])
+    group = state["optimizer"]["param_groups"][0]
+    assert (group["weight_decay"], group["momentum"]) == (0.5, 0.1)
+    assert state["config"]["optim"]["weight_decay"] == 0.5
+    assert main(settings(shards, run, "optim.steps=6", "optim.name=lars")) == 2
+    assert "made with a different optim.name: expected lars, found sgd" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_names_step_and_checkpoint(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    settled = settings(shards, run, "optim.steps=40", "run.checkpoint_every=1", "run.log_every=10")
+    assert main([*settled, "optim.learning_rate=1e12"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"gradient norm became NaN or infinite at step \d+.*" + re.escape(str(run)), error) or (
+        "values that are not finite" in error
+    )
+    for path in checkpoints(run):
+        tensors = load(path)["method"].values()
+        assert all(torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point())
 
 
 def test_a_finished_run_is_evaluated(
@@ -125,10 +142,10 @@ def test_a_finished_run_is_evaluated(
     output = capsys.readouterr().out
     assert "pretrained" in output
     assert "untrained" in output
-    assert (run / "evaluation-step-000000002.json").exists()
+    assert (run / "evaluation.jsonl").exists()
     assert (run / "curves.png").exists()
     assert evaluate(["--checkpoint", str(run), "--test", str(shards)]) == 2
-    assert "found the same, each of which would find itself" in capsys.readouterr().err
+    assert "found the same, so that every image would be its own" in capsys.readouterr().err
     assert evaluate(["--checkpoint", str(tmp_path / "absent")]) == 2
 
 
@@ -166,6 +183,15 @@ def test_a_batch_that_the_world_does_not_divide_is_refused(shards: Path, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("batch", "warned"), [(48, False), (52, True)])
+def test_a_batch_of_more_than_half_of_the_images_is_warned_of(
+    shards: Path, batch: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = open_shards(shards).manifest
+    check_batch(load_config(None, [f"run.global_batch_size={batch}"]), manifest, 1)
+    assert ("more than half of the 96 images" in caplog.text) == warned
+
+
 def test_a_checkpoint_of_other_data_is_refused(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,8 +209,6 @@ def test_a_checkpoint_of_other_data_is_refused(
 
 
 def test_epochs_become_steps(shards: Path) -> None:
-    from sharding.manifest import open_shards
-
     manifest = open_shards(shards).manifest
     plan = plan_run(load_config(None, ["run.global_batch_size=24", "optim.epochs=10.1"]), manifest)
     assert (plan.total_steps, plan.warmup_steps) == (41, 40)
@@ -193,9 +217,9 @@ def test_epochs_become_steps(shards: Path) -> None:
 
 def test_precision_is_chosen_by_the_device() -> None:
     automatic, forced = load_config(), load_config(None, ["run.precision=bf16"])
-    assert precision(automatic, World()) == torch.float32
-    assert precision(automatic, World(device=torch.device("cuda"))) == torch.bfloat16
-    assert precision(forced, World()) == torch.bfloat16
+    assert dtype(automatic, World()) == torch.float32
+    assert dtype(automatic, World(device=torch.device("cuda"))) == torch.bfloat16
+    assert dtype(forced, World()) == torch.bfloat16
 
 
 def test_interrupted_writes_leave_nothing_half_done(shards: Path, tmp_path: Path) -> None:

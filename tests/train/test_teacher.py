@@ -1,12 +1,14 @@
+from typing import Any
+
 import torch
 from torch import nn
 
 from train.teacher import follow, teacher_of
 
 
-def networks() -> tuple[nn.Module, nn.Module]:
+def networks() -> tuple[Any, Any]:
     torch.manual_seed(0)
-    student = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    student: Any = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     teacher = teacher_of(student)
     nn.init.normal_(student[0].weight)
     return teacher, student

@@ -9,24 +9,46 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from pipeline.backends import Backend, BackendOptions, build_backend
+from pipeline.backends import Backend, BackendOptions, UndecodableError, build_backend
 from pipeline.loader import plan_samples
 from pipeline.plan import BatchPlan, Ints
 from pipeline.reader import Reader
 from pipeline.transfer import to_batch
 from pipeline.views import ViewSpec
+from sharding.command import UserError
 from sharding.manifest import ShardSet
 
 
 @dataclass(frozen=True)
 class Features:
-    """``h`` (n, D) float32 representations and ``labels`` (n,) int64, on one device."""
+    """``h`` (n, D) float32 representations and ``labels`` (n,) int64, on one device.
+
+    Raises `UserError` unless there is an image, every one has a label, and every representation is finite.
+    """
 
     h: torch.Tensor
     labels: torch.Tensor
 
+    def __post_init__(self) -> None:
+        check_labels(self.labels.cpu().numpy(), "representations")
+        broken = int((~self.h.isfinite().all(1)).sum())
+        if broken:
+            raise UserError(
+                f"representations: {broken} of {len(self)} are NaN or infinite, and so are weights or statistics of "
+                "the encoder; evaluate an earlier checkpoint"
+            )
+
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def check_labels(labels: Ints, where: str) -> None:
+    """Raises `UserError` unless there are images and every one has a label."""
+    if not len(labels) or labels.min() < 0:
+        raise UserError(
+            f"{where}: expected labelled images, found {(labels < 0).sum()} of {len(labels)} without a label (a folder "
+            "with a single class counts as unlabelled); name labelled shards with --train and --test"
+        )
 
 
 def extract(
@@ -43,7 +65,7 @@ def extract(
 ) -> Features:
     """Representations of one view per sample (all, or ``ids``), the encoder in evaluation mode.
 
-    Raises `pipeline.backends.UndecodableError`, naming the samples, where some cannot be decoded.
+    Raises `UserError`, naming the samples, where some cannot be decoded.
     """
     ids = np.arange(shards.manifest.num_samples, dtype=np.int64) if ids is None else ids
     reader = Reader(shards)
@@ -55,6 +77,8 @@ def extract(
         num_batches = -(-len(ids) // batch_size)
         with torch.inference_mode():
             h = [encoder(images).float() for images in track(batches, description, total=num_batches, transient=True)]
+    except UndecodableError as error:
+        raise UserError(f"{shards.directory}: {error}; build the shards again without these images") from error
     finally:
         built.close()
         reader.close()

@@ -5,28 +5,40 @@ from pkgutil import resolve_name
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from pipeline.settings import Settings
 from train.distributed import World
 from train.draws import Draws
 from train.encoder import Encoder, EncoderConfig
 
 # name -> "module:class", imported when chosen
 METHODS = {
+    "mocov2": "train.methods.mocov2:MoCoV2",
+    "mocov3": "train.methods.mocov3:MoCoV3",
+    "nnclr": "train.methods.nnclr:NNCLR",
     "simclr": "train.methods.simclr:SimCLR",
+    "byol": "train.methods.byol:BYOL",
+    "barlow": "train.methods.barlow:BarlowTwins",
+    "vicreg": "train.methods.vicreg:VICReg",
+    "lejepa": "train.methods.lejepa:LeJEPA",
+    "visreg": "train.methods.visreg:VISReg",
+    "ssl-hsic": "train.methods.ssl_hsic:SSLHSIC",
+    "supervised": "train.methods.supervised:Supervised",
+    "supcon": "train.methods.supcon:SupCon",
     "swav": "train.methods.swav:SwAV",
     "dino": "train.methods.dino:DINO",
     "mae": "train.methods.mae:MAE",
+    "simsiam": "train.methods.simsiam:SimSiam",
 }
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Settings):
     """The section ``method`` of a configuration; each method has its own, in which ``name`` is a literal."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    min_views: ClassVar[int] = 2  # of each image
 
-    name: str
+    name: str = ""
 
 
 @dataclass(frozen=True)

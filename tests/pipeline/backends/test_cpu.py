@@ -1,5 +1,6 @@
 import io
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from pipeline.reader import Reader
 from pipeline.stats import difference
 from pipeline.views import PRESETS, ViewSpec, flatten, preset
 from sharding.manifest import ShardSet
+from tests.census import wait_until
 
 SPECS = ViewSpec(size=40, kernel=9), ViewSpec(size=32, kernel=5, solarize=0.5)
 
@@ -134,7 +136,7 @@ def test_close_leaves_no_thread(shard_set: ShardSet) -> None:
     for _ in range(4):
         backend.submit(plan_of(shard_set, range(92)))
     backend.close()
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
     with pytest.raises(RuntimeError):
         backend.submit(plan_of(shard_set, [0]))
 
@@ -148,8 +150,9 @@ def test_stats_are_seconds_by_stage(shard_set: ShardSet) -> None:
     backend.close()
 
 
-def test_stats_tell_geometry_from_photometric_operations(shard_set: ShardSet) -> None:
+def test_stats_tell_geometry_from_photometric_operations(shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blur takes several times as long as the resize."""
+    monkeypatch.setattr("time.perf_counter", time.thread_time)  # of this work alone, whatever else the cores do
     backend = backend_of(shard_set, 1)
     plan = plan_of(shard_set, range(40), (ViewSpec(size=200, jitter=0, grey=0, blur=1, sigma=(2, 2)),))
     backend.submit(plan).result()  # loads the compiled kernels
@@ -164,7 +167,6 @@ def test_a_batch_is_done_when_all_of_it_is(shard_set: ShardSet) -> None:
     backend = backend_of(shard_set, 1)
     pending = backend.submit(plan_of(shard_set, range(92)))
     assert isinstance(pending, PooledBatch)
-    while not pending.done():
-        pass
+    wait_until(pending.done)
     assert all(future.done() for future in pending._futures)
     backend.close()

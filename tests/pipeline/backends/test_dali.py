@@ -1,6 +1,5 @@
 import gc
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -13,14 +12,17 @@ import pytest
 import torch
 import xxhash
 from numpy.testing import assert_array_equal
+from nvidia.dali import fn
 
 from pipeline.backends import BackendOptions, UndecodableError
 from pipeline.backends.dali import DaliBackend, build
 from pipeline.backends.torchvision import apply, decode
+from pipeline.dali_decode import decode_graph, largest_size
 from pipeline.plan import BatchPlan, plan_batch
 from pipeline.reader import Reader
 from pipeline.views import ViewSpec
 from sharding.manifest import open_shards
+from tests.census import wait_until
 from tests.sharding.conftest import build_shards, encoded, picture, write_parquet
 
 BATCH_SIZE = 8
@@ -150,6 +152,25 @@ def test_a_slow_reader_on_a_gpu_finds_its_views_whole(reader: Reader, plan: Plan
             assert all(torch.equal(*pair) for pair in zip(copies, expected[step % 4], strict=True)), step
 
 
+@NO_GPU
+def test_images_on_a_gpu_are_kept_until_the_host_has_seen_the_views_done(reader: Reader, plan: Planner) -> None:
+    """The hardware decoder writes without regard to streams, so only the host can say when their memory is free."""
+    with closing(build(options(reader, "cuda"))) as backend:
+        stream = backend._renderer.stream
+        expected = [[view.clone() for view in backend.submit(plan(step)).result()] for step in range(4)]
+        for _ in range(5):
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(10**8)  # cycles: the kernels start some 50 milliseconds after the images are there
+            pending = [backend.submit(plan(step)) for step in range(4)]
+            for batch, views in zip(pending, expected, strict=True):
+                found = batch.result()
+                assert all(torch.equal(*pair) for pair in zip(found, views, strict=True))
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10**9)
+        backend.submit(plan(0)).result()
+        assert stream.query(), "the host did not wait"
+
+
 @pytest.mark.parametrize("checksums", [False, True])
 def test_every_undecodable_sample_is_named_and_the_backend_goes_on(
     plan: Planner, reader: Reader, device: str, checksums: bool
@@ -206,6 +227,17 @@ def test_the_cpu_decodes_no_more_than_the_crops_need(plan: Planner, reader: Read
     assert areas.sum() < (index.height[batch.ids] * index.width[batch.ids]).sum()
 
 
+def test_a_gpus_decoder_is_told_of_the_largest_image(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of a GPU cannot be built without one: what its decoder would get is caught."""
+    index = reader.shards.index
+    assert largest_size(index) == (int(index.height.max()), int(index.width.max())) == (120, 160)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(fn.decoders, "image", lambda encoded, **settings: given.update(settings) or encoded)
+    decode_graph(True, largest_size(index), batch_size=1, num_threads=1, device_id=None)
+    assert (given["preallocate_height_hint"], given["preallocate_width_hint"]) == (120, 160)
+    assert given["hw_decoder_load"] == 1
+
+
 def test_failures_leave_no_threads(plan: Planner, reader: Reader) -> None:
     """Also none that only the garbage collector would find."""
     backend = build(options(damage(reader, [1], checksums=True)))
@@ -216,10 +248,10 @@ def test_failures_leave_no_threads(plan: Planner, reader: Reader) -> None:
             with pytest.raises(UndecodableError):
                 backend.submit(plan(0)).result()
             counts.append(num_threads())
+        wait_until(lambda: num_threads() <= counts[0])  # the system still shows a thread that has just ended
     finally:
         gc.enable()
         backend.close()
-    assert counts[-1] <= counts[0]
 
 
 def test_close_leaves_no_thread_and_takes_no_more_plans(reader: Reader, plan: Planner) -> None:
@@ -235,10 +267,7 @@ def test_close_leaves_no_thread_and_takes_no_more_plans(reader: Reader, plan: Pl
         with pytest.raises(RuntimeError, match="closed"):
             backend.submit(plan(2))
         del backend
-    deadline = time.monotonic() + 5
-    while num_threads() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert num_threads() <= before
+    wait_until(lambda: num_threads() <= before)
 
 
 def num_threads() -> int:

@@ -1,4 +1,3 @@
-import multiprocessing
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +13,7 @@ from pipeline.plan import BatchPlan, ViewPlan
 from pipeline.reader import Reader
 from pipeline.views import ViewSpec, preset
 from sharding.manifest import ShardSet
+from tests.census import census
 
 SPECS = ViewSpec(size=40, kernel=9), ViewSpec(size=32, kernel=5, solarize=0.5)
 
@@ -41,7 +41,7 @@ def one_view(spec: ViewSpec, image: Image.Image, **changes: object) -> ViewPlan:
 
 def test_worker_processes(damage: Callable[[int], ShardSet]) -> None:
     """One test, because starting processes takes seconds."""
-    shards = damage(3)
+    shards, before = damage(3), census()
     reader = Reader(shards)
     backend = build(BackendOptions(reader, SPECS, 16, 2, 2, torch.device("cpu")))
     sound = plan_of(shards, [5, 0, 91, 17, 5])
@@ -55,7 +55,7 @@ def test_worker_processes(damage: Callable[[int], ShardSet]) -> None:
     assert list(raised.value.reasons) == [3]
     assert min(backend.stats().values()) > 0
     backend.close()
-    assert not multiprocessing.active_children()
+    assert census() <= before
 
 
 @pytest.fixture(scope="module")

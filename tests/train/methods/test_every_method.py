@@ -8,7 +8,8 @@ from torch import nn
 
 from pipeline.views import ViewSpec, flatten, preset
 from tests.processes import run_ranks
-from train.distributed import World, synchronize_batchnorm
+from train.batchnorm import synchronize_batchnorm
+from train.distributed import World
 from train.draws import Draws
 from train.encoder import EncoderConfig
 from train.methods import METHODS, Method, MethodConfig, build_method, method_class
@@ -74,29 +75,35 @@ def train(world: World, name: str, pieces: int = 1, batchnorm: bool = True, step
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=rtol, atol=rtol, msg=lambda text, n=name: f"{n}: {text}")
+        assert torch.allclose(found[name], value, rtol=rtol, atol=rtol), name
+
+
+def train_all(world: World) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+    """Of every method: the undivided batch, and pieces without BatchNorm. One start of processes for all."""
+    return {name: {"whole": train(world, name), "pieces": train(world, name, 2, batchnorm=False)} for name in METHODS}
+
+
+@pytest.fixture(scope="module")
+def processes() -> dict[int, list[Any]]:
+    return {world_size: run_ranks(train_all, world_size) for world_size in (2, 3)}
 
 
 @every_method
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_many_processes_make_the_steps_of_one(name: str, world_size: int) -> None:
+def test_many_processes_make_the_steps_of_one(name: str, processes: dict[int, list[Any]]) -> None:
     expected = train(World(), name)
-    for found in run_ranks(train, world_size, name):
-        assert_equal(found, expected, rtol=1e-9)
+    for ranks in processes.values():
+        for found in ranks:
+            assert_equal(found[name]["whole"], expected, rtol=1e-9)
 
 
 @every_method
-@pytest.mark.parametrize("pieces", [2, 6])
-def test_pieces_make_the_steps_of_the_undivided_batch(name: str, pieces: int) -> None:
+def test_pieces_make_the_steps_of_the_undivided_batch(name: str, processes: dict[int, list[Any]]) -> None:
+    """Without BatchNorm, whose statistics would be those of a piece; in one process, and in several."""
     expected = train(World(), name, batchnorm=False)
-    assert_equal(train(World(), name, pieces, batchnorm=False), expected, rtol=1e-10)
-
-
-@every_method
-def test_pieces_on_two_processes(name: str) -> None:
-    expected = train(World(), name, batchnorm=False)
-    for found in run_ranks(train, 2, name, 3, False):
-        assert_equal(found, expected, rtol=1e-10)
+    assert_equal(train(World(), name, 6, batchnorm=False), expected, rtol=1e-10)
+    for ranks in processes.values():
+        for found in ranks:
+            assert_equal(found[name]["pieces"], expected, rtol=1e-10)
 
 
 @every_method
@@ -124,31 +131,25 @@ def test_a_refused_update_changes_nothing(name: str) -> None:
         assert torch.equal(value, before[key]), key
 
 
-@every_method
-def test_state_is_all_in_the_state_dict(name: str) -> None:
-    """A method that is built anew and given the state goes on as the first one."""
-    losses = []
-    method = build(name, World())
+def losses(name: str, built_anew_at: int | None = None) -> list[torch.Tensor]:
+    """Of three steps; before one of them the method is built anew and given its state."""
+    method, found = build(name, World()), []
     for number in range(3):
-        if number == 2:
-            state = {k: v.clone() for k, v in method.state_dict().items()}
-            torch.manual_seed(99)
+        if number == built_anew_at:
+            state = {key: value.clone() for key, value in method.state_dict().items()}
             method = build(name, World())
+            for parameter in method.parameters():
+                parameter.data.zero_()
             method.load_state_dict(state)
         step = TrainStep(method, method, build_optimizer(OptimConfig(name="sgd"), method), torch.float64)
         draws = Draws(0, number, torch.arange(_BATCH))
-        losses.append(step(views(name), draws, 0.05, 0.1 * (number + 1), labels()).value)
-    assert torch.equal(losses[2], reference_losses(name)[2])
+        found.append(step(views(name), draws, 0.05, 0.1 * (number + 1), labels()).value)
+    return found
 
 
-def reference_losses(name: str) -> list[torch.Tensor]:
-    method = build(name, World())
-    losses = []
-    for number in range(3):
-        step = TrainStep(method, method, build_optimizer(OptimConfig(name="sgd"), method), torch.float64)
-        draws = Draws(0, number, torch.arange(_BATCH))
-        losses.append(step(views(name), draws, 0.05, 0.1 * (number + 1), labels()).value)
-    return losses
+@every_method
+def test_all_state_is_in_the_state_dict(name: str) -> None:
+    assert losses(name, built_anew_at=2) == losses(name)
 
 
 @every_method

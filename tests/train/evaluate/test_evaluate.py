@@ -1,0 +1,125 @@
+"""`python -m train.evaluate` on checkpoints of a small encoder: what it records, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.views import preset
+from sharding.build import main as build_shards
+from sharding.demo import load_demo
+from sharding.manifest import ShardSet
+from train import checkpoint
+from train.config import load_config
+from train.distributed import World
+from train.evaluate.__main__ import evaluation_view, main
+from train.methods import build_method
+
+
+def save(
+    run: Path, shards: ShardSet, step: int, change: Callable[[torch.Tensor], object] = torch.Tensor.detach
+) -> None:
+    overrides = ["encoder=resnet18", "encoder.width=8", "views.size=32", "views.kernel=5"]
+    config = load_config(None, [*overrides, f"data.shards={shards.root}"])
+    torch.manual_seed(step)
+    method = build_method(config.method, config.encoder, World())
+    with torch.no_grad():
+        for parameter in method.encoder.parameters():
+            change(parameter)
+    run.mkdir(exist_ok=True)
+    plain = {"step": step, "config": config.model_dump(mode="json"), "identity": {}, "optimizer": {}}
+    torch.save({**plain, "method": method.state_dict()}, run / f"step-{step:09d}.pt")
+
+
+@pytest.fixture
+def run(tmp_path: Path, shard_set: ShardSet) -> Path:
+    save(tmp_path / "run", shard_set, 1)
+    return tmp_path / "run"
+
+
+def demo_shards(root: Path, *, labels: list[int] | None, split: str = "test") -> Path:
+    """48 generated images: those of some labels, or without any label."""
+    images = load_demo(split, num_images=48)
+    kept = images.remove_columns("label") if labels is None else images.filter(lambda row: row["label"] in labels)
+    kept.to_parquet(root / "images" / f"{split}-00000-of-00001.parquet")
+    arguments = ["--dataset", str(root / "images"), "--split", split, "--out", str(root / "out"), "--lanes", "1"]
+    assert build_shards([*arguments, "--workers", "1"]) == 0
+    return root / "out"
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
+
+
+def test_every_evaluation_is_recorded_with_all_that_it_depends_on(run: Path, shard_set: ShardSet) -> None:
+    assert main(["--checkpoint", str(run), "--k", "5", "--temperature", "0.1", "--untrained"]) == 0
+    assert main(["--checkpoint", str(run), "--protocol", "linear", "--weight-decay", "0.5"]) == 0
+    first, second = records(run)
+    assert first["settings"] == {"knn": {"k": 5, "temperature": 0.1}, "linear": {"weight_decay": 0.001}}
+    assert second["settings"] == {"linear": {"weight_decay": 0.5}}
+    assert set(first["accuracy_percent"]) == {"pretrained", "untrained"}
+    assert (first["step"], first["held_out"]) == (1, True)
+    for part, count in (("train", 73), ("test", 19)):
+        expected = {"shards": str(shard_set.directory), "fingerprint": shard_set.manifest.fingerprint}
+        assert first[part] == {**expected, "num_images": count}
+
+
+def test_only_one_process_of_several_works(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--checkpoint", str(run), "--k", "5"]) == 0
+    assert not (run / "evaluation.jsonl").exists()
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(run: Path, shard_set: ShardSet) -> None:
+    save(run, shard_set, 2)
+    newest = checkpoint.checkpoints(run)[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert main(["--checkpoint", str(run), "--k", "5"]) == 0
+    assert [record["step"] for record in records(run)] == [1]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], run: Path, *arguments: str) -> str:
+    assert main(["--checkpoint", str(run), "--k", "5", *arguments]) == 2
+    assert not (run / "evaluation.jsonl").exists()
+    return capsys.readouterr().err
+
+
+def test_meaningless_images_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = str(demo_shards(tmp_path / "other", labels=list(range(10))))
+    error = refusal(capsys, run, "--test", other)
+    assert f"--test {other}: expected the 3 classes of" in error
+    assert "(disc, stripes, checks), found 10 classes" in error
+    unlabelled = str(demo_shards(tmp_path / "unlabelled", labels=None))
+    assert "without a label" in refusal(capsys, run, "--train", unlabelled)
+    single = str(demo_shards(tmp_path / "single", labels=[3], split="train"))
+    assert "training images of 2 classes or more, found 1" in refusal(capsys, run, "--train", single, "--test", other)
+
+
+def test_too_many_neighbours_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "k: expected 1 to 73 neighbours" in refusal(capsys, run, "--k", "74")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(float("nan"), "are NaN or infinite"), (0.0, "all images have the same representation")]
+)
+def test_broken_encoders_are_refused(
+    shard_set: ShardSet, tmp_path: Path, value: float, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, shard_set, 1, lambda parameter: parameter.fill_(value))
+    assert message in refusal(capsys, tmp_path)
+
+
+def test_an_undecodable_image_is_named(
+    run: Path, damage: Callable[[int], ShardSet], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = damage(17)
+    error = refusal(capsys, run, "--train", str(shards.root))
+    assert f"{shards.directory}: sample 17: " in error
+
+
+def test_small_images_are_evaluated_whole(shard_set: ShardSet) -> None:
+    for size, resize in ((32, 37), (224, 224)):  # the images' short sides are 60 to 139 pixels
+        view = evaluation_view(preset("simclr", size=size, kernel=5), shard_set)
+        assert (view.size, view.resize, view.crop) == (size, resize, "center")

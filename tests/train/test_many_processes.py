@@ -1,0 +1,126 @@
+"""Two processes under torchrun: they agree, or both end with a line that says why."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sharding.manifest import open_shards
+from tests.census import wait_until
+from tests.processes import NO_GPU
+from tests.train.runs import settings
+from train.checkpoint import checkpoints, load
+from train.curves import read_metrics
+
+_SCRIPT = """
+import os, sys
+from train import pretrain
+own = [a.removeprefix(f"{os.environ['RANK']}:") for a in sys.argv[1:] if a.startswith((f"{os.environ['RANK']}:"))]
+everyones = [a for a in sys.argv[1:] if a[1] != ":"]
+if "fail" in own:
+    def broken(*_):
+        raise KeyError("a fault of ours")
+    pretrain.Pretraining.__call__ = broken
+    own.remove("fail")
+sys.exit(pretrain.main([*everyones, *own]))
+"""
+
+
+def start(folder: Path, arguments: list[str]) -> "subprocess.Popen[str]":
+    script = folder / "script.py"
+    script.write_text(_SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    return subprocess.Popen(
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def end_of(process: "subprocess.Popen[str]") -> tuple[int, list[str], str]:
+    """Exit code, our own lines on the standard error, and all of it. Must end without being killed."""
+    output, errors = process.communicate(timeout=300)
+    lines = [line for line in errors.splitlines() if line.startswith(("train", "    train"))]
+    return process.returncode, [*lines, *output.splitlines()], errors
+
+
+def test_rank_0s_checkpoint_is_the_one(shards: Path, tmp_path: Path) -> None:
+    """Also where a run's directory is on each node's own disk, and the others have none."""
+    own = [f"0:run.dir={tmp_path}/a", f"1:run.dir={tmp_path}/b"]
+    arguments = [*(a for a in settings(shards, tmp_path) if not a.startswith("run.dir")), *own]
+    last: list[dict[str, torch.Tensor]] = []
+    for _ in range(2):
+        code, _, errors = end_of(start(tmp_path, arguments))
+        assert code == 0, errors
+        last.append(load(checkpoints(tmp_path / "a")[-1])["method"])
+        for path in checkpoints(tmp_path / "a")[1:]:
+            path.unlink()
+    assert all(torch.equal(last[1][name], value) for name, value in last[0].items())
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ("run.seed=7", "run.seed: rank 0 has 0, rank 1 has 7"),
+        ("method.temperature=0.9", "method.temperature: rank 0 has 0.5, rank 1 has 0.9"),
+        ("optim.weight_decay=0.1", "optim.weight_decay"),
+    ],
+)
+def test_ranks_with_different_settings_are_refused(
+    shards: Path,
+    tmp_path: Path,
+    other: str,
+    named: str,
+) -> None:
+    code, lines, errors = end_of(start(tmp_path, [*settings(shards, tmp_path / "run"), f"1:{other}"]))
+    assert code == 1, errors  # torchrun's own
+    for rank in (0, 1):
+        assert any(f"[rank {rank}]: the ranks disagree on {named}" in line for line in lines), errors
+    assert not checkpoints(tmp_path / "run")
+
+
+def test_an_error_of_one_rank_ends_both_with_a_line_each(shards: Path, tmp_path: Path) -> None:
+    manifest = open_shards(shards).manifest
+    copied = tmp_path / "shards"
+    subprocess.run(["cp", "-r", str(shards), str(copied)], check=True)
+    for shard in manifest.shards:
+        if shard.lane >= 2:  # the second rank's
+            (copied / shard.path).write_bytes(b"\0" * shard.num_bytes)
+    arguments = settings(copied, tmp_path / "run", "data.max_replaced_samples=0")
+    code, lines, errors = end_of(start(tmp_path, arguments))
+    assert code == 1
+    assert any("[rank 1]: more than max_replaced_samples = 0" in line for line in lines), errors
+    assert any("[rank 0]: stopped, because rank 1 failed: more than max_replaced" in line for line in lines), errors
+    assert errors.count("Traceback (most recent call last)") == 1, "torchrun's own"
+
+
+def test_a_fault_of_ours_keeps_its_traceback(shards: Path, tmp_path: Path) -> None:
+    code, lines, errors = end_of(start(tmp_path, [*settings(shards, tmp_path / "run"), "1:fail"]))
+    assert code == 1
+    assert errors.count("KeyError: 'a fault of ours'") == 1
+    assert any("[rank 0]: stopped, because rank 1 failed: 'a fault of ours'" in line for line in lines), errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_saves_at_the_next_step(
+    shards: Path,
+    tmp_path: Path,
+    number: int,
+) -> None:
+    run = tmp_path / "run"
+    more = ["optim.steps=100000", "run.checkpoint_every=100000", "run.log_every=1"]
+    process = start(tmp_path, settings(shards, run, *more))
+    metrics = run / "metrics.jsonl"
+    wait_until(lambda: process.poll() is not None or (metrics.exists() and metrics.stat().st_size))
+    process.send_signal(number)
+    code, lines, errors = end_of(process)
+    assert code == 1, errors
+    (path,) = checkpoints(run)
+    step = int(read_metrics(run)[-1]["step"])
+    assert load(path)["step"] == step
+    assert f"stopped at step {step} of 100000; the same command continues" in lines, errors
+    assert torch.isfinite(load(path)["method"]["encoder.backbone.conv1.weight"]).all()

@@ -1,0 +1,73 @@
+"""The training loop: the only one. What is trained is a task, what happens between steps are hooks."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipeline.loader import Batch
+from train.methods import Loss
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """What hooks are told after an update.
+
+    done    updates of the run so far
+    last    whether the run ends here, finished or stopped
+    loss    of this step and rank, device scalars
+    """
+
+    done: int
+    last: bool
+    loss: Loss
+
+
+class Task(Protocol):
+    """Updates something with a batch. Called with consecutive steps; waits for nothing."""
+
+    def __call__(self, batch: Batch, step: int) -> Loss: ...
+
+
+class Hook(Protocol):
+    """Called after every update, in order. Must be called on all ranks if it communicates."""
+
+    def __call__(self, state: StepDone) -> None: ...
+
+
+class Stop(Protocol):
+    """Whether to end after this update: the same answer on all ranks."""
+
+    def __call__(self) -> bool: ...
+
+
+class Clock:
+    """Time that is not training: hooks that stand in its way run within `pausing`."""
+
+    def __init__(self) -> None:
+        self.pause_seconds = 0.0
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.pause_seconds += time.perf_counter() - start
+
+
+def fit(
+    task: Task, batches: Iterator[Batch], total_steps: int, hooks: Sequence[Hook], stop: Stop, start_step: int = 0
+) -> int:
+    """Train from ``start_step`` to ``total_steps`` or until ``stop``; returns the number of updates of the run."""
+    done = start_step
+    while done < total_steps:
+        loss = task(next(batches), done)
+        done += 1
+        stopped = stop()
+        for hook in hooks:
+            hook(StepDone(done, stopped or done == total_steps, loss))
+        if stopped:
+            break
+    return done

@@ -1,0 +1,73 @@
+"""Barlow Twins (Zbontar et al., "Barlow Twins: self-supervised learning via redundancy reduction", 2021).
+
+``z = projector(encoder(view))``; the cross-correlation matrix (D, D) of two views over the global batch is pulled to
+the identity (equation 1): equal views, and dimensions that do not repeat one another. More than two views: the mean
+over their pairs.
+
+Kept (facebookresearch/barlowtwins): the projector 8192-8192-8192 without BatchNorm at its end, lambda 0.0051,
+correlations over the global batch with the biased variance and BatchNorm's epsilon, LARS without decay and adaptation
+of biases and BatchNorm, 0.2 x B/256, 10 epochs of warm-up, cosine, BYOL's two views. Substituted: one learning rate
+for all parameters (there 0.0048 x B/256 for biases and BatchNorm, which the configuration cannot say); a cosine down to
+0 (there 0.001 of the peak); bilinear crops (there bicubic). Each process computes its share of the matrix's rows.
+"""
+
+from itertools import combinations
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+
+from train.distributed import World
+from train.draws import Draws
+from train.encoder import Encoder
+from train.heads import mlp
+from train.losses.redundancy import barlow_twins
+from train.methods import Loss, Method, MethodConfig, Recipe, encode
+
+
+class BarlowTwinsConfig(MethodConfig):
+    name: Literal["barlow"] = "barlow"
+    off_diagonal: float = Field(0.0051, ge=0, description="lambda of equation 1: weight of the redundancy term")
+    scale: float = Field(1.0, gt=0, description="factor of the loss; solo-learn takes 0.1 on small data sets")
+    hidden: int = Field(8192, ge=1, description="width of the projector's hidden layers")
+    out: int = Field(8192, ge=1, description="dimensions of the embedding")
+    layers: int = Field(3, ge=1, description="linear layers of the projector")
+
+
+class Embeddings(NamedTuple):
+    z: torch.Tensor  # (V, b, D)
+
+
+class BarlowTwins(Method):
+    Config = BarlowTwinsConfig
+    recipe = Recipe(
+        "byol",
+        {
+            "optim": {"name": "lars", "learning_rate": 0.2, "weight_decay": 1e-6, "epochs": 1000, "warmup_epochs": 10},
+            "run": {"dir": "runs/barlow", "global_batch_size": 2048},
+        },
+    )
+
+    def __init__(self, config: BarlowTwinsConfig, encoder: Encoder, world: World) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = mlp(encoder.num_features, config.hidden, config.out, config.layers, last_norm=False)
+        self._config, self._world = config, world
+
+    def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
+        z = self.projector(encode(self.encoder, views))
+        return Embeddings(z.view(len(views), len(views[0]), -1))
+
+    def loss(self, e: Embeddings, labels: torch.Tensor | None = None) -> Loss:
+        z = self._world.gather(e.z, dim=1)
+        rows = slice(self._world.rank, None, self._world.size)  # of the matrix: this process's share
+        pairs = list(combinations(z, 2))
+        total = torch.stack([barlow_twins(a, b, self._config.off_diagonal, rows) for a, b in pairs]).mean()
+        value = self._config.scale * self._world.size * total  # whose mean over processes is the sum of their shares
+        return Loss(value, {"correlation": self._correlation(z.detach())})
+
+    @staticmethod
+    def _correlation(z: torch.Tensor) -> torch.Tensor:
+        """The mean of the matrix's diagonal for the first two views: 1 where they agree."""
+        a, b = z[0] - z[0].mean(0), z[1] - z[1].mean(0)
+        return ((a * b).mean(0) / (a.square().mean(0) * b.square().mean(0) + 1e-12).sqrt()).mean()

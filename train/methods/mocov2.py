@@ -1,0 +1,81 @@
+"""MoCo v2 (He et al., "Momentum contrast", 2020; Chen et al., "Improved baselines with momentum contrastive learning",
+2020).
+
+``q = projector(encoder(view 1))`` and ``k = teacher(view 2)``, the teacher being a moving average of encoder and
+projector; the loss is InfoNCE (equation 1) of q with its k against a queue of the keys of former batches (algorithm 1).
+
+Kept: the projector of two layers without BatchNorm, the queue of 65536 keys, tau 0.2, the teacher moved before the next
+step's keys are made, SGD without warm-up. Substituted: "shuffle BN", with which no query shares BatchNorm statistics
+with its key, by statistics over the global batch, which do not tell which images are together; where a batch passes in
+pieces its statistics are those of a piece. The queue need not be a multiple of the batch. The paper decays biases and
+BatchNorm's parameters too.
+"""
+
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+
+from train.distributed import World
+from train.draws import Draws
+from train.encoder import Encoder
+from train.heads import mlp
+from train.losses.contrastive import queue_info_nce
+from train.methods import Loss, Method, MethodConfig, Recipe, Update
+from train.queue import Queue
+from train.teacher import follow, teacher_of
+
+
+class MoCoV2Config(MethodConfig):
+    name: Literal["mocov2"] = "mocov2"
+    temperature: float = Field(0.2, gt=0, description="tau of InfoNCE")
+    hidden: int = Field(2048, ge=1, description="width of the projector's hidden layer")
+    out: int = Field(128, ge=1, description="dimensions of the embedding")
+    queue: int = Field(65536, ge=1, description="keys of former batches, the negatives")
+    momentum: float = Field(0.999, ge=0, le=1, description="share of the teacher that stays at each step")
+
+
+class Embeddings(NamedTuple):
+    q: torch.Tensor  # (1, b, D) of the first view
+    k: torch.Tensor  # (1, b, D) of the second, by the teacher
+
+
+class MoCoV2(Method):
+    Config = MoCoV2Config
+    recipe = Recipe(
+        "mocov2",
+        {
+            "optim": {"name": "sgd", "learning_rate": 0.03, "weight_decay": 1e-4, "epochs": 200, "warmup_epochs": 0},
+            "run": {"dir": "runs/mocov2", "global_batch_size": 256},
+        },
+    )
+    images_meet: ClassVar[bool] = False  # but those of former batches
+
+    def __init__(self, config: MoCoV2Config, encoder: Encoder, world: World) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = mlp(encoder.num_features, config.hidden, config.out, norm="none")
+        self.teacher = teacher_of(nn.Sequential(self.encoder, self.projector))
+        self.queue = Queue(config.queue, config.out)
+        self._keys: list[torch.Tensor] = []  # of this step's pieces
+        self._temperature, self._momentum, self._world = config.temperature, config.momentum, world
+
+    def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
+        """Of more than two views, the first two."""
+        q = self.projector(self.encoder(views[0]))
+        with torch.no_grad():
+            k = self.teacher(views[1])
+        return Embeddings(q[None], k[None])
+
+    def loss(self, e: Embeddings, labels: torch.Tensor | None = None) -> Loss:
+        q, k = e.q[0], e.k[0].detach()
+        self._keys.append(k)
+        value = queue_info_nce(q, k, self.queue.rows, self._temperature)
+        return Loss(value, {"alignment": F.cosine_similarity(q.detach(), k, dim=-1).mean()})
+
+    def after_update(self, update: Update) -> None:
+        follow(self.teacher, nn.Sequential(self.encoder, self.projector), self._momentum, update.accepted)
+        self.queue.push(self._world.gather(torch.cat(self._keys)), update.accepted)
+        self._keys.clear()

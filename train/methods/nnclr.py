@@ -1,0 +1,78 @@
+"""NNCLR (Dwibedi et al., "With a little help from my friends: nearest-neighbor contrastive learning of visual
+representations", 2021).
+
+``z = projector(encoder(view))``, ``p = predictor(z)``; ``nn(z)`` is the nearest of a queue of former z. The loss is
+InfoNCE of each view's nn(z) among the other view's p of the global batch (equations 3 and 4, algorithm 1).
+
+Kept: the projector of three layers with BatchNorm after each, the predictor's one hidden layer with BatchNorm, the
+queue of 98304 z of the first view, LARS, 10 epochs of warm-up, 1000 epochs at batch 4096. Substituted: SimCLR's views;
+torch's initialisation. Beyond the paper: more than two views, as the mean over ordered pairs.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from train.distributed import World
+from train.draws import Draws
+from train.encoder import Encoder
+from train.heads import mlp
+from train.losses.contrastive import info_nce
+from train.methods import Loss, Method, MethodConfig, Recipe, Update, encode
+from train.queue import Queue
+
+
+class NNCLRConfig(MethodConfig):
+    name: Literal["nnclr"] = "nnclr"
+    temperature: float = Field(0.1, gt=0, description="tau of equation 3")
+    hidden: int = Field(2048, ge=1, description="width of the projector's hidden layers")
+    out: int = Field(256, ge=1, description="dimensions of the embedding")
+    layers: int = Field(3, ge=1, description="linear layers of the projector")
+    predictor_hidden: int = Field(4096, ge=1, description="width of the predictor's hidden layer")
+    queue: int = Field(98304, ge=1, description="embeddings among which the nearest is looked for")
+
+
+class Embeddings(NamedTuple):
+    z: torch.Tensor  # (V, b, D)
+    p: torch.Tensor  # (V, b, D) predictions
+
+
+class NNCLR(Method):
+    Config = NNCLRConfig
+    recipe = Recipe(
+        "simclr",
+        {
+            "optim": {"name": "lars", "learning_rate": 0.3, "weight_decay": 1e-6, "epochs": 1000, "warmup_epochs": 10},
+            "run": {"dir": "runs/nnclr", "global_batch_size": 4096},
+        },
+    )
+
+    def __init__(self, config: NNCLRConfig, encoder: Encoder, world: World) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = mlp(encoder.num_features, config.hidden, config.out, config.layers)
+        self.predictor = mlp(config.out, config.predictor_hidden, config.out, last_norm=False)
+        self.queue = Queue(config.queue, config.out)
+        self._newest = torch.empty(0)  # z of the first view of this step, of all ranks
+        self._temperature, self._world = config.temperature, world
+
+    def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
+        z = self.projector(encode(self.encoder, views))
+        shape = (len(views), len(views[0]), -1)
+        return Embeddings(z.view(shape), self.predictor(z).view(shape))
+
+    def loss(self, e: Embeddings, labels: torch.Tensor | None = None) -> Loss:
+        z = F.normalize(e.z.detach(), dim=-1)
+        self._newest = self._world.gather(z[0])
+        similarity, nearest = (z @ self.queue.rows.T).max(-1)  # (V, b)
+        neighbours, predictions = self.queue.rows[nearest], self._world.gather(e.p, dim=1)
+        offset = self._world.rank * e.p.shape[1]
+        pairs = [(n, p) for v, n in enumerate(neighbours) for w, p in enumerate(predictions) if v != w]
+        value = torch.stack([info_nce(n, p, offset, self._temperature) for n, p in pairs]).mean()
+        metrics = {"alignment": (z[0] * z[1]).sum(-1).mean(), "neighbour_similarity": similarity.mean()}
+        return Loss(value, metrics)
+
+    def after_update(self, update: Update) -> None:
+        self.queue.push(self._newest, update.accepted)

@@ -1,0 +1,74 @@
+"""SimSiam (Chen & He, "Exploring simple Siamese representation learning", 2020).
+
+``z = projector(encoder(view))``, ``p = predictor(z)``; each view's prediction is compared with the other views' z,
+which count as constants (equations 2 and 3, algorithm 1).
+
+Kept: the projector of three layers with BatchNorm after each, the last one without scale and offset; the predictor, a
+bottleneck without BatchNorm at its end; SGD without warm-up; BatchNorm over the global batch. Substituted: the paper
+decays BatchNorm's parameters and biases too, and keeps the predictor's learning rate constant, here it moves as all do;
+the linear layer before the last BatchNorm has no bias (the paper's is not trained). Beyond the paper: more than two
+views, the mean over all ordered pairs.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+
+from train.distributed import World
+from train.draws import Draws
+from train.encoder import Encoder
+from train.heads import mlp
+from train.methods import Loss, Method, MethodConfig, Recipe, encode
+
+
+class SimSiamConfig(MethodConfig):
+    name: Literal["simsiam"] = "simsiam"
+    hidden: int = Field(2048, ge=1, description="width of the projector's hidden layers")
+    out: int = Field(2048, ge=1, description="dimensions of the embedding")
+    layers: int = Field(3, ge=1, description="linear layers of the projector")
+    predictor_hidden: int = Field(512, ge=1, description="width of the predictor's bottleneck")
+
+
+class Embeddings(NamedTuple):
+    z: torch.Tensor  # (V, b, D)
+    p: torch.Tensor  # (V, b, D) predictions
+
+
+class SimSiam(Method):
+    Config = SimSiamConfig
+    recipe = Recipe(
+        "mocov2",
+        {
+            "optim": {"name": "sgd", "learning_rate": 0.05, "weight_decay": 1e-4, "epochs": 100, "warmup_epochs": 0},
+            "run": {"dir": "runs/simsiam", "global_batch_size": 512},
+        },
+    )
+    images_meet = False
+
+    def __init__(self, config: SimSiamConfig, encoder: Encoder, world: World) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = mlp(encoder.num_features, config.hidden, config.out, config.layers)
+        self.projector[-1] = nn.BatchNorm1d(config.out, affine=False)
+        self.predictor = mlp(config.out, config.predictor_hidden, config.out, last_norm=False)
+
+    def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
+        z = self.projector(encode(self.encoder, views))
+        shape = (len(views), len(views[0]), -1)
+        return Embeddings(z.view(shape), self.predictor(z).view(shape))
+
+    def loss(self, e: Embeddings, labels: torch.Tensor | None = None) -> Loss:
+        z = e.z.detach()
+        alignment = F.cosine_similarity(z[0], z[1], dim=-1).mean()
+        return Loss(negative_cosine(e.p, z), {"alignment": alignment})
+
+
+def negative_cosine(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """Minus the cosine of predictions ``p`` (V, b, D) with the embeddings ``z`` (V, b, D) of the image's other views:
+    the mean over images and ordered pairs of views, a scalar in [-1, 1]; for V = 2, equation 2."""
+    num_views, num_images, _ = p.shape
+    cosines = torch.einsum("vbd,wbd->vw", F.normalize(p, dim=-1), F.normalize(z, dim=-1)) / num_images
+    return (cosines.trace() - cosines.sum()) / (num_views * (num_views - 1))

@@ -1,0 +1,93 @@
+"""SSL-HSIC (Li, Pogodin, Sutherland & Gretton, "Self-supervised learning with kernel dependence maximization", 2021).
+
+    loss = gamma sqrt(HSIC(Z, Z)) - HSIC(Z, Y)
+
+Z are normalised embeddings and Y their image: embeddings shall depend on the image and vary little otherwise. The
+kernel of Z is the inverse multiquadric ``c / sqrt(c^2 + |x - y|^2)``, approximated by random Fourier features that are
+new each step and the same on all processes. The M = 2 V embeddings of an image are BYOL's: predictions of the online
+network, and projections of a target that follows it (without gradient).
+
+Kept: gamma 3, 512 features, projector and predictor (4096 hidden, 256), the target's rate from 0.99 to 1 by a cosine,
+LARS at 0.4 x B/256 without decay and adaptation of biases and BatchNorm, decay 1e-6, 10 epochs of warm-up, BYOL's
+views. Substituted: features are drawn from the kernel's exact spectrum (google-deepmind/ssl_hsic: from a grid of 10,000
+frequencies); c is fixed, not tuned by an optimizer of its own for the kernel's largest gradient. That tuning has its
+fixed point at ``c^2 = |x - y|^2 / 2``, so at 1 for embeddings that are spread out. The target starts as a copy (there:
+by itself); evaluation takes the online encoder (there: its moving average with decay 0.999).
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from train.distributed import World
+from train.draws import Draws
+from train.encoder import Encoder
+from train.heads import mlp
+from train.losses.distribution import fourier_features, hsic_with_image, hsic_with_itself
+from train.methods import Loss, Method, MethodConfig, Recipe, Update, encode
+from train.schedule import cosine
+from train.teacher import follow, teacher_of
+
+
+class SSLHSICConfig(MethodConfig):
+    name: Literal["ssl-hsic"] = "ssl-hsic"
+    gamma: float = Field(3.0, ge=0, description="weight of the embeddings' kernel variance")
+    kernel_scale: float = Field(1.0, gt=0, description="c of the inverse multiquadric kernel")
+    features: int = Field(512, ge=1, description="random Fourier features of the kernel")
+    tau: float = Field(0.99, ge=0, le=1, description="the target's rate at the start; 1 at the end")
+    hidden: int = Field(4096, ge=1, description="hidden width of projector and predictor")
+    out: int = Field(256, ge=1, description="dimensions of the embedding")
+
+
+class Embeddings(NamedTuple):
+    online: torch.Tensor  # (V, b, D)
+    target: torch.Tensor  # (V, b, D), without gradient
+
+
+class SSLHSIC(Method):
+    Config = SSLHSICConfig
+    recipe = Recipe(
+        "byol",
+        {
+            "optim": {"name": "lars", "learning_rate": 0.4, "weight_decay": 1e-6, "epochs": 1000, "warmup_epochs": 10},
+            "run": {"dir": "runs/ssl-hsic", "global_batch_size": 4096},
+        },
+    )
+
+    def __init__(self, config: SSLHSICConfig, encoder: Encoder, world: World) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = mlp(encoder.num_features, config.hidden, config.out, last_norm=False)
+        self.predictor = mlp(config.out, config.hidden, config.out, last_norm=False)
+        self.target_encoder, self.target_projector = teacher_of(self.encoder), teacher_of(self.projector)
+        self._config, self._world = config, world
+
+    def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
+        self._draws = draws
+        shape = len(views), len(views[0]), -1
+        online = self.predictor(self.projector(encode(self.encoder, views))).view(shape)
+        with torch.no_grad():
+            target = self.target_projector(encode(self.target_encoder, views)).view(shape)
+        return Embeddings(online, target)
+
+    def loss(self, e: Embeddings, labels: torch.Tensor | None = None) -> Loss:
+        z = F.normalize(torch.cat([e.online, e.target.detach()]), dim=-1)
+        z = self._world.gather(z, dim=1)
+        first, second = self._features(z, "first"), self._features(z, "second")
+        with_image, with_itself = hsic_with_image(first), hsic_with_itself(first, second)
+        value = self._config.gamma * (with_itself + 1e-12).sqrt() - with_image  # the root has no gradient at 0
+        return Loss(value, {"hsic_image": with_image.detach(), "hsic_self": with_itself.detach()})
+
+    def _features(self, z: torch.Tensor, name: str) -> torch.Tensor:
+        size, draws = self._config.features, self._draws
+        directions = draws.shared_normal(f"{name}.directions", z.shape[-1], size).to(z)
+        radii = draws.shared_normal(f"{name}.radii", size).to(z)
+        phases = draws.shared_uniform(f"{name}.phases", size).to(z)
+        return fourier_features(z, directions, radii, phases, self._config.kernel_scale)
+
+    def after_update(self, update: Update) -> None:
+        tau = cosine(update.progress, self._config.tau, 1.0)
+        follow(self.target_encoder, self.encoder, tau, update.accepted)
+        follow(self.target_projector, self.projector, tau, update.accepted)

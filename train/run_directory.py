@@ -1,0 +1,40 @@
+"""The directory of a run, which one run writes to at a time."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sharding.command import UserError
+
+
+@contextmanager
+def run_directory(path: Path) -> Iterator[Path]:
+    """The directory, made if need be, locked against other runs until the block ends.
+
+    Raises UserError, which names who has the lock, or why the directory cannot be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"run.dir: {path} cannot be written to ({error.strerror}); choose a different one") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "a different process"
+            raise UserError(
+                f"run.dir: {path} is in use by {holder}, which may be left of a run whose launcher was killed; end it, "
+                "or choose a different run.dir"
+            ) from None
+        try:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+        except OSError as error:
+            raise UserError(f"run.dir: {path} cannot be written to ({error.strerror}); free space") from None
+        yield path
