@@ -71,11 +71,12 @@ def test_image_size_has_position_embeddings_of_its_own() -> None:
     assert backbone.pos_embed.shape == (1, 1 + 4 * 4, 192)
 
 
-def test_nothing_is_dropped() -> None:
-    """tiny_vit drops paths by default."""
-    encoder = Encoder(EncoderConfig(name="timm:tiny_vit_5m_224")).train()
+@pytest.mark.parametrize("name", ["timm:swin_tiny_patch4_window7_224", "timm:swinv2_cr_tiny_224"])
+def test_nothing_is_dropped(name: str) -> None:
+    """Left alone, the first drops paths and the second activations."""
+    encoder = Encoder(EncoderConfig(name=name, image_size=64)).train()
     before = torch.get_rng_state()
-    encoder(torch.zeros(2, 3, 224, 224))
+    encoder(torch.zeros(2, 3, 64, 64))
     assert torch.equal(torch.get_rng_state(), before)
 
 
