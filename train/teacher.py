@@ -14,6 +14,7 @@ def teacher_of(student: Network) -> Network:
     return copy.deepcopy(student).requires_grad_(False)
 
 
+@torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, tau: float, accepted: torch.Tensor) -> None:
     """``teacher <- tau teacher + (1 - tau) student`` for all parameters where ``accepted`` (a scalar on their device)
     is 1, nothing where it is 0. Buffers (BatchNorm's statistics) are the teacher's own."""
