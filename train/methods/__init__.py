@@ -14,22 +14,22 @@ from train.encoder import Encoder, EncoderConfig
 
 # name -> "module:class", imported when chosen
 METHODS = {
+    "simclr": "train.methods.simclr:SimCLR",
     "mocov2": "train.methods.mocov2:MoCoV2",
     "mocov3": "train.methods.mocov3:MoCoV3",
     "nnclr": "train.methods.nnclr:NNCLR",
-    "simclr": "train.methods.simclr:SimCLR",
     "byol": "train.methods.byol:BYOL",
+    "simsiam": "train.methods.simsiam:SimSiam",
     "barlow": "train.methods.barlow:BarlowTwins",
     "vicreg": "train.methods.vicreg:VICReg",
+    "ssl-hsic": "train.methods.ssl_hsic:SSLHSIC",
     "lejepa": "train.methods.lejepa:LeJEPA",
     "visreg": "train.methods.visreg:VISReg",
-    "ssl-hsic": "train.methods.ssl_hsic:SSLHSIC",
-    "supervised": "train.methods.supervised:Supervised",
-    "supcon": "train.methods.supcon:SupCon",
     "swav": "train.methods.swav:SwAV",
     "dino": "train.methods.dino:DINO",
     "mae": "train.methods.mae:MAE",
-    "simsiam": "train.methods.simsiam:SimSiam",
+    "supervised": "train.methods.supervised:Supervised",
+    "supcon": "train.methods.supcon:SupCon",
 }
 
 

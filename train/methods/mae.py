@@ -10,7 +10,7 @@ class token is what evaluation takes; crops are bilinear (bicubic); AdamW's beta
 decay.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -25,6 +25,8 @@ from train.methods import Loss, Method, MethodConfig, Recipe
 
 
 class MAEConfig(MethodConfig):
+    min_views: ClassVar[int] = 1
+
     name: Literal["mae"] = "mae"
     masked: float = Field(0.75, gt=0, lt=1, description="fraction of the patches that the encoder does not see")
     width: int = Field(512, ge=4, multiple_of=4, description="of the decoder")

@@ -1,0 +1,100 @@
+"""What docs/design.md promises of whole runs: killed again and again, and on any number of processes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.census import wait_until
+from tests.processes import NO_GPU, run_ranks
+from tests.train.runs import settings_of
+from train.checkpoint import checkpoints, load
+from train.config import load_config
+from train.curves import read_metrics
+from train.distributed import World
+from train.pretrain import pretrain
+
+_KILLS = int(os.environ.get("PARALLAX_KILLS", "2"))
+_METHODS = ["simclr", "byol"]
+
+
+def pretrain_as_rank(world: World, arguments: list[str]) -> None:
+    pretrain(load_config(None, arguments), world)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = load(checkpoints(run)[-1])["method"]
+    return state
+
+
+def run_to_the_end(arguments: list[str], num_processes: int, kill_at: int | None) -> int:
+    """Start it as a user would, and kill everything once ``kill_at`` checkpoints have been written."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", "-m"]
+    command = [sys.executable, *(launcher if num_processes > 1 else ["-m"]), "train.pretrain", *arguments]
+    run = Path(next(a for a in arguments if a.startswith("run.dir=")).removeprefix("run.dir="))
+    environment = {**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if kill_at is not None:
+        wait_until(lambda: process.poll() is not None or (run / f"step-{kill_at:09}.pt").exists())
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        workers = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+        for pid in (process.pid, *workers):
+            os.kill(pid, signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert kill_at is not None or process.returncode == 0, errors
+    return process.returncode
+
+
+@pytest.mark.parametrize(("method", "num_processes"), [("simclr", 1), ("byol", 2)])
+def test_kill_9_again_and_again_changes_no_bit(method: str, num_processes: int, shards: Path, tmp_path: Path) -> None:
+    """At random steps, drawn anew each time; what they were is printed where the test fails."""
+    more = ["run.checkpoint_every=1", "run.keep_checkpoints=100"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_to_the_end(settings_of(method, shards, whole, *more), num_processes, None)
+    steps = sorted(random.sample(range(1, 18), _KILLS))
+    print("killed after steps", steps)
+    for step in steps:
+        assert run_to_the_end(settings_of(method, shards, killed, *more), num_processes, step) == -signal.SIGKILL
+    run_to_the_end(settings_of(method, shards, killed, *more), num_processes, None)
+    expected, found = weights(whole), weights(killed)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert [r["loss"] for r in read_metrics(killed)] == [r["loss"] for r in read_metrics(whole)]
+
+
+@pytest.fixture(scope="module")
+def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], Path]:
+    """Ten steps of each method, in float64 and float32, on 1, 2 and 4 processes."""
+    root, found = tmp_path_factory.mktemp("worlds"), {}
+    for method in _METHODS:
+        for precision, sizes in (("fp64", (1, 2, 4)), ("fp32", (1, 2))):
+            for size in sizes:
+                run = root / f"{method}-{precision}-{size}"
+                arguments = settings_of(method, shards, run, f"run.precision={precision}", "optim.steps=10")
+                run_ranks(pretrain_as_rank, size, arguments)
+                found[method, precision, size] = run
+    return found
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_any_number_of_processes_has_the_same_weights_in_float64(
+    method: str, runs: dict[tuple[str, str, int], Path]
+) -> None:
+    """To 1e-6, relative to the largest value of each tensor, after ten steps."""
+    expected = weights(runs[method, "fp64", 1])
+    assert expected["encoder.backbone.conv1.weight"].dtype == torch.float64
+    for size in (2, 4):
+        for name, found in weights(runs[method, "fp64", size]).items():
+            scale = expected[name].abs().max()
+            assert (found - expected[name]).abs().max() <= 1e-6 * scale, f"{name} on {size} processes"
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_in_float32_the_first_step_agrees(method: str, runs: dict[tuple[str, str, int], Path]) -> None:
+    one, two = (read_metrics(runs[method, "fp32", size])[0] for size in (1, 2))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)

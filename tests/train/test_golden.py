@@ -1,0 +1,45 @@
+"""The first 20 losses of every method, against those that are kept in ``golden/``: nothing changes unnoticed.
+
+A change that is meant is recorded by ``python -m tests.train.test_golden``, and explained in its commit. The first loss
+has to agree to 1e-4, the others to 5 %: rounding differs among processors, and grows from step to step.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.train.conftest import build_demo_shards
+from tests.train.runs import settings_of
+from train.config import load_config
+from train.curves import read_metrics
+from train.distributed import World
+from train.methods import METHODS
+from train.pretrain import pretrain
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def losses(method: str, shards: Path, run: Path) -> list[float]:
+    assert pretrain(load_config(None, settings_of(method, shards, run, "run.precision=fp32")), World())
+    return [record["loss"] for record in read_metrics(run)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_losses_are_those_of_before(method: str, shards: Path, tmp_path: Path) -> None:
+    expected = json.loads((GOLDEN / f"{method}.json").read_text())
+    found = losses(method, shards, tmp_path / "run")
+    assert found[0] == pytest.approx(expected[0], rel=1e-4)
+    assert found == pytest.approx(expected, rel=0.05)
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = build_demo_shards(Path(folder))
+        for method in sys.argv[1:] or METHODS:
+            values = losses(method, shards, Path(folder) / method)
+            (GOLDEN / f"{method}.json").write_text(json.dumps([round(value, 6) for value in values]) + "\n")
+            print(method, values[0], values[-1])
