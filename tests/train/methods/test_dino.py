@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.processes import run_ranks
+from train.batchnorm import synchronize_batchnorm
 from train.distributed import World
 from train.draws import Draws
 from train.encoder import EncoderConfig
@@ -16,13 +18,14 @@ from train.step import TrainStep
 
 NO_DRAWS = Draws(0, 0, torch.arange(6))
 ACCEPTED = torch.tensor(1.0)
+ALONE = World()
 RESNET = EncoderConfig(name="resnet18", width=8, stem="cifar")
 
 
-def build(encoder: EncoderConfig = RESNET, **fields: float | str) -> DINO:
+def build(encoder: EncoderConfig = RESNET, world: World = ALONE, **fields: float | str) -> DINO:
     torch.manual_seed(0)
     config = DINOConfig.model_validate({"hidden": 16, "bottleneck": 8, "out": 10, **fields})
-    method = build_method(config, encoder, World()).double()
+    method = build_method(config, encoder, world).double()
     assert isinstance(method, DINO)
     return method
 
@@ -145,3 +148,21 @@ def test_metrics_tell_the_two_ways_to_collapse() -> None:
     assert uniform["teacher_entropy"].item() == pytest.approx(math.log(10))
     assert uniform["divergence"].item() == pytest.approx(0, abs=1e-12)
     assert peaked["teacher_entropy"] < 1e-6
+
+
+def trained(world: World) -> dict[str, torch.Tensor]:
+    method = synchronize_batchnorm(build(world=world, norm="batch"), world)
+    step = TrainStep(method, world.wrap(method), build_optimizer(OptimConfig(name="sgd"), method), torch.float64)
+    rows = slice(world.rank * 6 // world.size, (world.rank + 1) * 6 // world.size)
+    for number in (1, 2):
+        step([view[rows] for view in views()], NO_DRAWS.rows(rows), 0.05, number / 10)
+    return dict(method.state_dict())
+
+
+def test_batchnorm_of_the_teacher_is_synchronised_too() -> None:
+    """The recipe's encoder, which the test over all methods takes, has no BatchNorm."""
+    expected = trained(World())
+    assert any(name.startswith("teacher_encoder") and name.endswith("running_var") for name in expected)
+    for found in run_ranks(trained, 2):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)
