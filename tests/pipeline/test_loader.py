@@ -348,11 +348,11 @@ def test_a_dropped_loader_closes_itself(shard_set: ShardSet, backend: str) -> No
     before, files = census(), num_open_files()
     stream = loader(shard_set, backend=backend)
     next(stream)
-    assert census() != before
+    assert census() > before
     del stream
     gc.collect()
-    assert census() == before
-    assert num_open_files() == files
+    wait_until(lambda: census() <= before)
+    assert num_open_files() <= files
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork")

@@ -1,6 +1,5 @@
 import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.workers import Watch, Workers
-from tests.census import census
+from tests.census import census, wait_until
 
 
 def stalled_read(path: Path) -> Callable[[], None]:
@@ -23,14 +22,13 @@ def stalled_read(path: Path) -> Callable[[], None]:
 
 
 def until_running(future: Future) -> None:
-    while not future.running():
-        time.sleep(0.001)
+    wait_until(future.running)
 
 
 def test_results_errors_and_what_never_began() -> None:
     before, gate = census(), threading.Event()
     workers = Workers(1, "test", Watch())
-    assert census() == before, "no thread before there is work"
+    assert census() <= before, "no thread before there is work"
     assert workers.submit(max, 1, 2).result() == 2
     with pytest.raises(ZeroDivisionError):
         workers.submit(divmod, 1, 0).result()
