@@ -1,5 +1,6 @@
 """The directory of a run, which one run writes to at a time."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -14,7 +15,8 @@ from sharding.command import UserError
 def run_directory(path: Path) -> Iterator[Path]:
     """The directory, made if need be, locked against other runs until the block ends.
 
-    Raises UserError, which names who has the lock, or why the directory cannot be written to.
+    Raises UserError, which names who has the lock, or why the directory cannot be written to; also for a full disk
+    within the block, of which the system does not say where it is.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -35,6 +37,8 @@ def run_directory(path: Path) -> Iterator[Path]:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
+            yield path
         except OSError as error:
-            raise UserError(f"run.dir: {path} cannot be written to ({error.strerror}); free space") from None
-        yield path
+            if error.filename or error.errno != errno.ENOSPC:
+                raise
+            raise UserError(f"run.dir: {path}: no space left; free some, then the same command continues") from None

@@ -18,3 +18,9 @@ def test_a_directory_that_cannot_be_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"run\.dir: .*/file.* cannot be written to"):
         run_directory(tmp_path / name).__enter__()
+
+
+def test_a_full_disk_is_an_error_of_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"run\.dir: .*: no space left; free some"), run_directory(tmp_path) as path:
+        (path / "config.yaml").write_text("x")
