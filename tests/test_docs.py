@@ -1,7 +1,7 @@
 """What the documentation says, held against the code: names, commands, files, and a page that is run."""
 
 import argparse
-import importlib
+import importlib.util
 import inspect
 import re
 import runpy
@@ -112,6 +112,12 @@ def test_files_exist() -> None:
                 r"`((?:sharding|pipeline|train|benchmarks|tests|configs)/[\w/.-]*)`", page.read_text()
             ):
                 assert (ROOT / path).exists() or path.rpartition("/")[2] in ("mine.py", "test_mine.py"), (page, path)
+
+
+def test_modules_of_commands_within_sentences_exist() -> None:
+    for page in [*PAGES, *RECIPES]:
+        for module in re.findall(r"python -m ([\w.]+)", page.read_text() if page.name != "log.md" else ""):
+            assert importlib.util.find_spec(module), f"{page}: python -m {module}"
 
 
 # The page's own numbers, and those that make the same commands small.
