@@ -125,7 +125,7 @@ SMALLER = {
     "--lanes 4": "--lanes 4 --workers 1",
     "--views simclr": "--views simclr --images 1",
     "encoder.name=resnet18": "encoder.name=resnet18 encoder.width=8 method.hidden=32 views.size=32 data.num_threads=1",
-    "run.global_batch_size=256": "run.global_batch_size=16",
+    "global_batch_size=256": "global_batch_size=16",
     "optim.epochs=100": "optim.steps=2",
     "(1, 3, 224, 224)": "(1, 3, 32, 32)",
 }
@@ -168,3 +168,4 @@ def test_own_data_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     names: dict[str, Any] = {}
     exec(code[code.index("import torch") :], names)
     assert names["h"].shape == (1, 8 * 8)
+    assert [view.shape for view in names["batch"].views] == 2 * [(16, 3, 224, 224)]
