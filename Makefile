@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test lint types unit clean
+.PHONY: install demo test lint types docs unit clean
 
 install: $(INSTALLED)
 
@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	$(BIN)/python -m train.demo
 
-test: lint types unit
+test: lint types docs unit
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -25,6 +25,10 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+# The site, in build/site. A dead link or anchor fails, but not with --quiet: it drops the warnings that --strict counts.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest

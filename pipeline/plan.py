@@ -60,6 +60,7 @@ class ViewPlan:
         return len(self.box)
 
     def take(self, rows: slice | Ints) -> "ViewPlan":
+        """The plan of the images at ``rows``, in their order."""
         arrays = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "spec"}
         return replace(self, **arrays)
 
@@ -76,6 +77,7 @@ class BatchPlan:
         return len(self.ids)
 
     def take(self, rows: slice | Ints) -> "BatchPlan":
+        """The plan of the images at ``rows``, in their order."""
         return replace(self, ids=self.ids[rows], views=tuple(view.take(rows) for view in self.views))
 
 

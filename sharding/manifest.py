@@ -86,6 +86,7 @@ class Manifest:
 
     @property
     def num_samples_per_lane(self) -> int:
+        """All lanes have equally many."""
         return self.num_samples // self.num_lanes
 
     @classmethod
@@ -104,6 +105,7 @@ class Manifest:
         return cls._from_json(raw, f"{out}/{MANIFEST_FILE}")
 
     def save(self, root: str | Path | Directory) -> None:
+        """Write it, whole or not at all. To be called last: a directory that has a manifest is complete."""
         Directory.at(root).write(MANIFEST_FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
     @classmethod

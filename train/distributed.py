@@ -35,6 +35,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this process writes the files of the run."""
         return self.rank == 0
 
     def gather(self, rows: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -78,6 +79,7 @@ class World:
         return {"method": method.state_dict(), "optimizer": optimizer.state_dict()} if self.is_main else None
 
     def barrier(self) -> None:
+        """Wait until all ranks are here."""
         if self.size > 1:
             dist.barrier()
 
