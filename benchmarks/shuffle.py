@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.loader import lane_shard_sizes
-from pipeline.order import Order
+from pipeline.order import Shuffled
 from sharding.command import command
 from sharding.manifest import open_shards
 
@@ -70,7 +70,7 @@ def windows(numbers: Sequence[int]) -> dict[str, int | None]:
 
 
 def measure(data: Data, window: int | None, options: argparse.Namespace) -> Quality:
-    order = Order(data.shard_sizes, options.seed, options.batch_size, window)
+    order = Shuffled(data.shard_sizes, options.seed, options.batch_size, window)
     steps = order.num_samples // options.batch_size
     passes = [np.stack([order.ids(first + step)[0] for step in range(steps)]) for first in (0, steps)]
     return _relative(passes, data, options)
@@ -107,7 +107,7 @@ def distance_of_neighbours(first: Ids, second: Ids, num_samples: int) -> float:
 
 
 def _random_passes(data: Data, options: argparse.Namespace, seed: int) -> list[Ids]:
-    """Two passes, each lane in random order and the batch divided among lanes as by `Order`."""
+    """Two passes, each lane in random order and the batch divided among lanes as by `Shuffled`."""
     rng = np.random.default_rng(seed)
     per_lane, lanes = sum(data.shard_sizes[0]), len(data.shard_sizes)
     share = options.batch_size // lanes

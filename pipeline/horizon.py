@@ -5,7 +5,7 @@ from collections import Counter, deque
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.order import Order
+from pipeline.order import Shuffled
 from sharding.command import UserError
 from sharding.manifest import ShardSet
 
@@ -19,7 +19,7 @@ class Horizon:
     Raises ValueError when not even the shards of one window fit.
     """
 
-    def __init__(self, shards: ShardSet, order: Order, rows: slice, max_bytes: int | None = None) -> None:
+    def __init__(self, shards: ShardSet, order: Shuffled, rows: slice, max_bytes: int | None = None) -> None:
         self._order, self._rows = order, rows
         self._shard_of = shards.index.shard
         self._sizes = np.array([shard.num_bytes for shard in shards.manifest.shards])

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,9 +15,8 @@ import torch
 from pipeline.backends import Backend, BackendOptions, Pending, UndecodableError, Views, build_backend
 from pipeline.cache import CacheOptions
 from pipeline.horizon import Horizon
-from pipeline.order import Ids, Order
+from pipeline.order import Ids, Order, Shuffled
 from pipeline.plan import BatchPlan, plan_batch
-from pipeline.random import key_from_seed, philox, to_integer
 from pipeline.reader import Reader
 from pipeline.transfer import to_batch, upload
 from pipeline.views import ViewSpec, flatten
@@ -26,9 +25,6 @@ from sharding.command import UserError
 from sharding.manifest import ShardSet
 
 log = logging.getLogger(__name__)
-
-# The third counter word of the draws that choose replacements of undecodable samples; see `pipeline.order`.
-_REPLACEMENT_STREAM = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -47,12 +43,14 @@ class Batch:
 
 
 class Loader:
-    """Iterates over the batches of steps ``start_step``, ``start_step + 1``, ... without end; use it as a context.
+    """Iterates over the batches of steps ``start_step``, ``start_step + 1``, ...; use it as a context.
 
-    ``rank`` and ``world_size`` choose a contiguous slice of each global batch; backend, threads, prefetch and cache
-    change nothing but the speed. ``cache`` says where to keep shards that lie behind a URL. Samples that cannot be
-    decoded are logged, counted, and replaced by others of their lane, the same ones whatever happened before; more
-    than ``max_replaced_samples`` of them are an error. So is a read without an answer for ``stall_seconds``.
+    By default in a shuffled order without end; ``order`` gives it a different one, such as `pipeline.order.Sequential`,
+    of which ``global_batch_size`` and ``window`` are then a matter. ``rank`` and ``world_size`` choose a contiguous
+    slice of each global batch; backend, threads, prefetch and cache change nothing but the speed. ``cache`` says where
+    to keep shards that lie behind a URL. Samples that cannot be decoded are logged, counted, and replaced by others of
+    their lane, the same ones whatever happened before (or left out, by a sequential order); more than
+    ``max_replaced_samples`` of them are an error. So is a read without an answer for ``stall_seconds``.
 
     For one thread of the process that made it: threads and open files do not survive a fork.
     """
@@ -63,7 +61,8 @@ class Loader:
         specs: Sequence[ViewSpec],
         *,
         seed: int,
-        global_batch_size: int,
+        global_batch_size: int = 0,
+        order: Order | None = None,
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
@@ -78,13 +77,16 @@ class Loader:
         dtype: torch.dtype = torch.float32,
         stall_seconds: float = STALL_SECONDS,
     ) -> None:
-        _check_slice(global_batch_size, rank, world_size)
+        if order is None:
+            _check_divisible(global_batch_size, world_size)
+            order = Shuffled(lane_shard_sizes(shards), seed, global_batch_size, window)
+        _check_rank(rank, world_size)
         _check_at_least({"start_step": (start_step, 0), "num_threads": (num_threads, 1), "prefetch": (prefetch, 1)})
         self._shards, self._specs, self._seed = shards, tuple(specs), seed
         self._device, self._dtype = device or torch.device("cpu"), dtype
-        self._order = Order(lane_shard_sizes(shards), seed, global_batch_size, window)
-        batch_size = global_batch_size // world_size
-        self._rows = slice(rank * batch_size, (rank + 1) * batch_size)
+        self._order: Order = order
+        self._rank, self._world_size = rank, world_size
+        batch_size = -(-order.global_batch_size // world_size)
         self._num_threads, self._prefetch, self._max_replaced = num_threads, prefetch, max_replaced_samples
         self._next_step, self._closed, self._process = start_step, False, os.getpid()
         self._undecodable: dict[int, str] = {}
@@ -99,15 +101,12 @@ class Loader:
         self._backend = build_backend(backend, options)
         self._close = weakref.finalize(self, _close, self._process, self._backend, self._reader)
 
-    @property
-    def num_steps_per_epoch(self) -> int:
-        """Whole global batches in one pass over the data; at least 1."""
-        return max(1, self._order.num_samples // self._order.global_batch_size)
-
     def plan(self, step: int) -> BatchPlan:
         """This rank's plan of a step, undecodable samples that are known by now replaced."""
-        ids, epochs = (values[self._rows] for values in self._order.ids(step))
-        return plan_samples(self._shards, self._specs, self._seed, step, self._replace(ids, epochs), epochs)
+        ids, epochs = (values[self._rows(len(values))] for values in self._order.ids(step))
+        if self._undecodable:
+            ids, epochs = self._order.without(ids, epochs, self._undecodable)
+        return plan_samples(self._shards, self._specs, self._seed, step, ids, epochs)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -163,12 +162,17 @@ class Loader:
     def _look_ahead(self, cache: CacheOptions | None) -> Horizon | None:
         """None where any shard may come next and is as near as all others."""
         remote = not self._shards.directory.is_local
-        if not remote and self._order.window is None:
+        if not isinstance(self._order, Shuffled) or (not remote and self._order.window is None):
             return None
-        return Horizon(self._shards, self._order, self._rows, cache.ahead_bytes if remote and cache else None)
+        rows = self._rows(self._order.global_batch_size)
+        return Horizon(self._shards, self._order, rows, cache.ahead_bytes if remote and cache else None)
+
+    def _rows(self, size: int) -> slice:
+        """This rank's part of a global batch."""
+        return slice(self._rank * size // self._world_size, (self._rank + 1) * size // self._world_size)
 
     def _submit_ahead(self) -> None:
-        while len(self._pending) < self._prefetch:
+        while len(self._pending) < self._prefetch and self._next_step != self._order.num_steps:
             self._submit(self._next_step)
             self._next_step += 1
 
@@ -179,8 +183,9 @@ class Loader:
             oldest = self._pending[0][0].step if self._pending else step
             self._reader.fetch_ahead(self._horizon.shards(oldest))
         self._plan_seconds += time.perf_counter() - start
-        self._reader.read_ahead(plan.ids)
-        self._pending.append((plan, self._backend.submit(plan)))
+        if len(plan):
+            self._reader.read_ahead(plan.ids)
+            self._pending.append((plan, self._backend.submit(plan)))
 
     def _to_batch(self, plan: BatchPlan, views: Views) -> Batch:
         labels = self._shards.index.label[plan.ids].astype(np.int64)
@@ -192,16 +197,18 @@ class Loader:
         )
 
     def _collect(self) -> tuple[BatchPlan, Views]:
-        while True:
+        while self._pending:
             plan, pending = self._pending[0]
             try:
                 views = self._wait(pending)
             except UndecodableError as error:
                 self._report(error)
                 self._rebuild()
+                self._submit_ahead()
             else:
                 self._pending.popleft()
                 return plan, views
+        raise StopIteration
 
     def _wait(self, pending: Pending) -> Views:
         while True:
@@ -221,7 +228,7 @@ class Loader:
 
     def _report(self, error: UndecodableError) -> None:
         for sample, reason in error.reasons.items():
-            log.warning("replaced %s: %s", self._reader.describe(sample), reason)
+            log.warning("%s %s: %s", self._order.fate, self._reader.describe(sample), reason)
         self._undecodable |= error.reasons
         if too_many := self._too_many():
             sample, reason = next(reversed(error.reasons.items()))
@@ -234,26 +241,7 @@ class Loader:
         """Says why the run cannot go on with so many undecodable samples; "" if it can."""
         if len(self._undecodable) > self._max_replaced:
             return f"more than max_replaced_samples = {self._max_replaced} samples"
-        per_lane = self._order.samples_per_lane
-        lane, count = Counter(sample // per_lane for sample in self._undecodable).most_common(1)[0]
-        return f"all {count} samples of lane {lane}" if count == per_lane else ""
-
-    def _replace(self, ids: Ids, epochs: Ids) -> Ids:
-        """Each undecodable id exchanged for one of its lane drawn by (seed, epoch, id, attempt)."""
-        if not self._undecodable:
-            return ids
-        replaced = ids.copy()
-        for row in np.flatnonzero(np.isin(ids, list(self._undecodable))):
-            attempt = 0
-            while int(replaced[row]) in self._undecodable:
-                replaced[row] = self._draw_replacement(int(ids[row]), int(epochs[row]), attempt)
-                attempt += 1
-        return replaced
-
-    def _draw_replacement(self, sample: int, epoch: int, attempt: int) -> int:
-        words = philox(key_from_seed(self._seed), epoch, sample, _REPLACEMENT_STREAM, attempt)
-        per_lane = self._order.samples_per_lane
-        return sample // per_lane * per_lane + int(to_integer(words[..., 0], per_lane))
+        return self._order.exhausted(self._undecodable)
 
 
 def _close(process: int, backend: Backend, reader: Reader) -> None:
@@ -265,9 +253,12 @@ def _close(process: int, backend: Backend, reader: Reader) -> None:
         reader.close()
 
 
-def _check_slice(global_batch_size: int, rank: int, world_size: int) -> None:
+def _check_rank(rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
         raise UserError(f"rank: expected 0 <= rank < world_size, found rank {rank} of {world_size}")
+
+
+def _check_divisible(global_batch_size: int, world_size: int) -> None:
     if global_batch_size % world_size:
         raise UserError(f"global_batch_size: expected a multiple of world_size {world_size}, found {global_batch_size}")
 

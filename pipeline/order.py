@@ -6,27 +6,81 @@ only their shards. Each lane is an infinite stream: pass 0 in one pseudo-random 
 on; every sample occurs exactly once in a pass.
 """
 
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.random import key_from_seed, permute
+from pipeline.random import ORDER_STREAM, REPLACEMENT_STREAM, key_from_seed, permute, philox, to_integer
 from sharding.command import UserError
 
 Ids = NDArray[np.int64]
 
-# The third counter word of every draw made for the order; views use small numbers there.
-_ORDER_STREAM = 1 << 31
+
+class Order(Protocol):
+    """Which samples the batches of a loader have, ``global_batch_size`` of them at most."""
+
+    fate: ClassVar[str]  # of samples that cannot be decoded, for the log
+
+    @property
+    def global_batch_size(self) -> int: ...
+
+    @property
+    def num_steps(self) -> int | None:
+        """How many batches there are; None: no end."""
+        ...
+
+    def ids(self, step: int) -> tuple[Ids, Ids]:
+        """Sample ids ``(B,)`` of the global batch of ``step`` and the pass ``(B,)`` over the data each belongs to."""
+        ...
+
+    def without(self, ids: Ids, epochs: Ids, undecodable: Collection[int]) -> tuple[Ids, Ids]:
+        """What takes the place of a part of a batch in which some samples cannot be decoded."""
+        ...
+
+    def exhausted(self, undecodable: Collection[int]) -> str:
+        """Says why so many undecodable samples leave no place to go on; "" if they do not."""
+        ...
 
 
 @dataclass(frozen=True)
-class Order:
-    """The order of a data set of ``L = len(shard_sizes)`` lanes.
+class Sequential:
+    """One pass over the samples ``sequence`` (n,), each exactly once on any number of processes; the last batch may be
+    short. Samples that cannot be decoded are left out."""
+
+    fate: ClassVar[str] = "left out"
+
+    sequence: Ids
+    global_batch_size: int
+
+    @property
+    def num_steps(self) -> int:
+        return -(-len(self.sequence) // self.global_batch_size)
+
+    def ids(self, step: int) -> tuple[Ids, Ids]:
+        ids = self.sequence[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+        return ids, np.zeros_like(ids)
+
+    def without(self, ids: Ids, epochs: Ids, undecodable: Collection[int]) -> tuple[Ids, Ids]:
+        kept = ~np.isin(ids, list(undecodable))
+        return ids[kept], epochs[kept]
+
+    def exhausted(self, undecodable: Collection[int]) -> str:
+        return f"all {len(undecodable)} samples" if np.isin(self.sequence, list(undecodable)).all() else ""
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """The endless shuffled order of a data set of ``L = len(shard_sizes)`` lanes.
 
     ``shard_sizes[l]`` holds the number of samples of each shard of lane ``l``. ``window`` bounds the shuffle to that
     many shards at a time, so that slow storage is read nearly sequentially; ``None`` is the full permutation.
     """
+
+    fate: ClassVar[str] = "replaced"
 
     shard_sizes: tuple[tuple[int, ...], ...]
     seed: int
@@ -53,8 +107,30 @@ class Order:
     def num_samples(self) -> int:
         return len(self.shard_sizes) * self.samples_per_lane
 
+    @property
+    def num_steps(self) -> None:
+        return None
+
+    def without(self, ids: Ids, epochs: Ids, undecodable: Collection[int]) -> tuple[Ids, Ids]:
+        """Each undecodable id exchanged for one of its lane drawn by (seed, epoch, id, attempt)."""
+        replaced = ids.copy()
+        for row in np.flatnonzero(np.isin(ids, list(undecodable))):
+            attempt = 0
+            while int(replaced[row]) in undecodable:
+                replaced[row] = self._replacement(int(ids[row]), int(epochs[row]), attempt)
+                attempt += 1
+        return replaced, epochs
+
+    def exhausted(self, undecodable: Collection[int]) -> str:
+        lane, count = Counter(sample // self.samples_per_lane for sample in undecodable).most_common(1)[0]
+        return f"all {count} samples of lane {lane}" if count == self.samples_per_lane else ""
+
+    def _replacement(self, sample: int, epoch: int, attempt: int) -> int:
+        words = philox(key_from_seed(self.seed), epoch, sample, REPLACEMENT_STREAM, attempt)
+        per_lane = self.samples_per_lane
+        return sample // per_lane * per_lane + int(to_integer(words[..., 0], per_lane))
+
     def ids(self, step: int) -> tuple[Ids, Ids]:
-        """Sample ids ``(B,)`` of the global batch of ``step`` and the pass ``(B,)`` over the data each belongs to."""
         lanes = len(self.shard_sizes)
         per_lane = self.global_batch_size // lanes
         positions = step * per_lane + np.arange(per_lane, dtype=np.int64)
@@ -72,9 +148,9 @@ class Order:
     def _shuffled_in_epoch(self, lane: int, epoch: int, offsets: Ids) -> Ids:
         key = key_from_seed(self.seed)
         if self.window is None:
-            return permute(offsets, self.samples_per_lane, key, _ORDER_STREAM + lane, epoch)
+            return permute(offsets, self.samples_per_lane, key, ORDER_STREAM + lane, epoch)
         sizes = self.shard_sizes[lane]
-        shards = permute(np.arange(len(sizes)), len(sizes), key, _ORDER_STREAM + lane, epoch)
+        shards = permute(np.arange(len(sizes)), len(sizes), key, ORDER_STREAM + lane, epoch)
         windows = [shards[i : i + self.window] for i in range(0, len(shards), self.window)]
         ends = np.cumsum([sum(sizes[s] for s in window) for window in windows])
         shuffled = np.empty_like(offsets)
@@ -84,7 +160,7 @@ class Order:
             inside = chosen == w
             positions = offsets[inside] - (ends[w] - len(members))
             # The lanes' own permutations use streams 0 to L - 1, their windows those above.
-            stream = _ORDER_STREAM + len(self.shard_sizes) * (int(w) + 1) + lane
+            stream = ORDER_STREAM + len(self.shard_sizes) * (int(w) + 1) + lane
             shuffled[inside] = members[permute(positions, len(members), key, stream, epoch)]
         return shuffled
 

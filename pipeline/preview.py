@@ -102,7 +102,7 @@ def draw_sheet(options: argparse.Namespace, specs: tuple[ViewSpec, ...]) -> "Fig
 def make_plan(reader: "Reader", specs: tuple[ViewSpec, ...], options: argparse.Namespace) -> "BatchPlan":
     """The plan of the first ``--images`` samples of a step, in batches hardly larger than that."""
     from pipeline.loader import lane_shard_sizes, plan_samples
-    from pipeline.order import Order
+    from pipeline.order import Shuffled
 
     if not 1 <= options.images <= _MAX_IMAGES:
         raise UserError(f"--images: expected 1 to {_MAX_IMAGES}, found {options.images}")
@@ -110,7 +110,7 @@ def make_plan(reader: "Reader", specs: tuple[ViewSpec, ...], options: argparse.N
         raise UserError(f"--step: expected at least 0, found {options.step}")
     lanes = reader.shards.manifest.num_lanes
     batch_size = -(-options.images // lanes) * lanes
-    order = Order(lane_shard_sizes(reader.shards), options.seed, batch_size)
+    order = Shuffled(lane_shard_sizes(reader.shards), options.seed, batch_size)
     # Evenly spaced over the batch, so that all lanes show.
     rows = np.linspace(0, batch_size - 1, options.images).round().astype(int)
     ids, epochs = (values[rows] for values in order.ids(options.step))

@@ -12,7 +12,7 @@ import torch
 from benchmarks.peers import PeerOptions
 from pipeline.dali_decode import Decoder, Encoded, largest_size
 from pipeline.loader import lane_shard_sizes
-from pipeline.order import Ids, Order
+from pipeline.order import Ids, Shuffled
 from pipeline.reader import Reader
 
 
@@ -77,5 +77,5 @@ class DaliDecodeOnly:
 
 def _batches(options: PeerOptions) -> Iterator[Ids]:
     lanes = options.shards.manifest.num_lanes
-    order = Order(lane_shard_sizes(options.shards), 0, -(-options.batch_size // lanes) * lanes)
+    order = Shuffled(lane_shard_sizes(options.shards), 0, -(-options.batch_size // lanes) * lanes)
     return (order.ids(step)[0] for step in count())

@@ -1,17 +1,21 @@
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 from scipy.stats import chisquare
 
-from pipeline.order import Order, lanes_of_rank
+from pipeline.loader import Loader
+from pipeline.order import Sequential, Shuffled, lanes_of_rank
 from pipeline.random import permute
+from pipeline.views import ViewSpec
+from sharding.manifest import ShardSet
 
 UNEVEN = ((7, 5, 8), (4, 4, 12), (20,), (1, 18, 1))  # four lanes of 20 samples
 
 
-def stream(order: Order, num_steps: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def stream(order: Shuffled, num_steps: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """The ids (steps * B,) of consecutive steps and their passes."""
     ids, epochs = zip(*(order.ids(step) for step in range(first, first + num_steps)), strict=True)
     return np.concatenate(ids), np.concatenate(epochs)
@@ -46,7 +50,7 @@ def test_permute_is_uniform(positions: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("window", [None, 1, 2, 5])
 @pytest.mark.parametrize("batch_size", [4, 12, 80, 200])
 def test_every_sample_exactly_once_a_pass(window: int | None, batch_size: int) -> None:
-    order = Order(UNEVEN, seed=3, global_batch_size=batch_size, window=window)
+    order = Shuffled(UNEVEN, seed=3, global_batch_size=batch_size, window=window)
     ids, epochs = stream(order, 6 * 80 // batch_size + 3)
     for epoch in range(epochs.max()):
         assert_array_equal(np.sort(ids[epochs == epoch]), np.arange(80))
@@ -54,29 +58,29 @@ def test_every_sample_exactly_once_a_pass(window: int | None, batch_size: int) -
 
 @pytest.mark.parametrize("window", [None, 2])
 def test_any_step_at_any_time(window: int | None) -> None:
-    order = Order(UNEVEN, seed=3, global_batch_size=12, window=window)
+    order = Shuffled(UNEVEN, seed=3, global_batch_size=12, window=window)
     ids, epochs = stream(order, 30)
-    late_ids, late_epochs = Order(UNEVEN, seed=3, global_batch_size=12, window=window).ids(23)
+    late_ids, late_epochs = Shuffled(UNEVEN, seed=3, global_batch_size=12, window=window).ids(23)
     assert_array_equal(late_ids, ids[23 * 12 : 24 * 12])
     assert_array_equal(late_epochs, epochs[23 * 12 : 24 * 12])
 
 
 def test_a_batch_has_equal_parts_of_all_lanes_in_their_order() -> None:
     """So that a rank whose slice covers whole lanes reads only their shards."""
-    ids, _ = Order(UNEVEN, seed=0, global_batch_size=12).ids(5)
+    ids, _ = Shuffled(UNEVEN, seed=0, global_batch_size=12).ids(5)
     assert_array_equal(ids // 20, np.repeat(np.arange(4), 3))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12])
 def test_a_rank_reads_the_lanes_of_its_slice_only(world_size: int) -> None:
-    order = Order(UNEVEN, seed=1, global_batch_size=24)
+    order = Shuffled(UNEVEN, seed=1, global_batch_size=24)
     for rank, ids in enumerate(np.split(order.ids(7)[0], world_size)):
         assert set((ids // 20).tolist()) == set(lanes_of_rank(4, rank, world_size))
 
 
 def test_passes_lanes_and_seeds_are_ordered_differently() -> None:
     def orders(seed: int) -> list[np.ndarray]:
-        ids, epochs = stream(Order(((50,), (50,)), seed, global_batch_size=100), 2)
+        ids, epochs = stream(Shuffled(((50,), (50,)), seed, global_batch_size=100), 2)
         return [ids[(epochs == e) & (ids // 50 == lane)] % 50 for e in range(2) for lane in range(2)]
 
     for one, other in itertools.combinations(orders(0) + orders(1), 2):
@@ -85,7 +89,7 @@ def test_passes_lanes_and_seeds_are_ordered_differently() -> None:
 
 def test_a_window_reads_whole_shards_at_a_time() -> None:
     sizes = (10,) * 12
-    ids, _ = stream(Order((sizes,), seed=1, global_batch_size=10, window=3), 12)
+    ids, _ = stream(Shuffled((sizes,), seed=1, global_batch_size=10, window=3), 12)
     windows = (ids // 10).reshape(4, 30)
     assert all(len(np.unique(shards)) == 3 for shards in windows)
     assert len(np.unique(windows)) == 12
@@ -96,7 +100,7 @@ def test_windows_shuffle_shards_and_their_samples_anew_in_every_pass_lane_and_se
     sizes = (5,) * 12
     shards, samples = [], []
     for seed in (0, 1):
-        ids, _ = stream(Order((sizes, sizes), seed, global_batch_size=120, window=1), 2)
+        ids, _ = stream(Shuffled((sizes, sizes), seed, global_batch_size=120, window=1), 2)
         for lane in ids.reshape(4, 12, 5) % 60:  # of two passes
             shards.append(lane[:, 0] // 5)
             samples.append(lane % 5)
@@ -119,4 +123,31 @@ def test_windows_shuffle_shards_and_their_samples_anew_in_every_pass_lane_and_se
 )
 def test_refuses_what_cannot_be_ordered(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Order(**{"shard_sizes": UNEVEN, "seed": 0, "global_batch_size": 4, **changes})
+        Shuffled(**{"shard_sizes": UNEVEN, "seed": 0, "global_batch_size": 4, **changes})
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_a_sequence_is_read_once_on_any_number_of_processes(shard_set: ShardSet, world_size: int) -> None:
+    ids = np.random.default_rng(0).permutation(92)[:45]
+    found = []
+    for rank in range(world_size):
+        order = Sequential(ids, global_batch_size=10)
+        with Loader(
+            shard_set, [ViewSpec(size=8, blur=0)], seed=0, order=order, rank=rank, world_size=world_size
+        ) as stream:
+            found += [sample for batch in stream for sample in batch.ids.tolist()]
+    assert sorted(found) == sorted(ids.tolist())
+
+
+def test_a_sequence_leaves_out_what_cannot_be_decoded(damage: Callable[[int], ShardSet]) -> None:
+    for bad in (3, 17, 18):
+        shards = damage(bad)
+    order = Sequential(np.array([1, 3, 17, 18, 4]), global_batch_size=2)
+    with Loader(shards, [ViewSpec(size=8, blur=0)], seed=0, order=order) as stream:
+        assert [batch.ids.tolist() for batch in stream] == [[1], [4]]
+        assert stream.stats()["replaced_samples"] == 3
+    with (
+        Loader(shards, [ViewSpec(size=8, blur=0)], seed=0, order=Sequential(np.array([3, 17]), 2)) as stream,
+        pytest.raises(ValueError, match="all 2 samples cannot be decoded"),
+    ):
+        next(stream)

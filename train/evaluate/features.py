@@ -1,7 +1,5 @@
 """Representations of a data set under a frozen encoder, in sample order."""
 
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +7,9 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from pipeline.backends import Backend, BackendOptions, UndecodableError, build_backend
-from pipeline.loader import plan_samples
-from pipeline.plan import BatchPlan, Ints
-from pipeline.reader import Reader
-from pipeline.transfer import to_batch
+from pipeline.loader import Loader
+from pipeline.order import Sequential
+from pipeline.plan import Ints
 from pipeline.views import ViewSpec
 from sharding.command import UserError
 from sharding.manifest import ShardSet
@@ -65,42 +61,20 @@ def extract(
 ) -> Features:
     """Representations of one view per sample (all, or ``ids``), the encoder in evaluation mode.
 
-    Raises `UserError`, naming the samples, where some cannot be decoded.
+    Samples that cannot be decoded are left out, counted and named in the log; more than 100 are a `UserError`.
     """
     ids = np.arange(shards.manifest.num_samples, dtype=np.int64) if ids is None else ids
-    reader = Reader(shards)
-    built = build_backend(backend, BackendOptions(reader, (spec,), batch_size, num_threads, 2, device))
+    order = Sequential(ids, batch_size)
     was_training = encoder.training
     encoder.eval()
-    try:
-        batches = _batches(built, shards, spec, ids, batch_size, device)
-        num_batches = -(-len(ids) // batch_size)
-        with torch.inference_mode():
-            h = [encoder(images).float() for images in track(batches, description, total=num_batches, transient=True)]
-    except UndecodableError as error:
-        raise UserError(f"{shards.directory}: {error}; build the shards again without these images") from error
-    finally:
-        built.close()
-        reader.close()
-        encoder.train(was_training)
-    labels = torch.from_numpy(shards.index.label[ids].astype(np.int64)).to(device)
-    return Features(torch.cat(h), labels)
-
-
-def _batches(
-    backend: Backend, shards: ShardSet, spec: ViewSpec, ids: Ints, batch_size: int, device: torch.device
-) -> Iterator[torch.Tensor]:
-    starts = range(0, len(ids), batch_size)
-    plans = [_plan(shards, spec, ids[start : start + batch_size]) for start in starts]
-    pending = deque((plan, backend.submit(plan)) for plan in plans[:2])
-    for following in [*plans[2:], None, None]:
-        if not pending:
-            return
-        plan, views = pending.popleft()
-        yield to_batch(views.result(), plan, device, torch.float32)[0]
-        if following:
-            pending.append((following, backend.submit(following)))
-
-
-def _plan(shards: ShardSet, spec: ViewSpec, ids: Ints) -> BatchPlan:
-    return plan_samples(shards, (spec,), seed=0, step=0, ids=ids, epochs=np.zeros_like(ids))
+    with (
+        Loader(
+            shards, (spec,), seed=0, order=order, backend=backend, num_threads=num_threads, prefetch=2, device=device
+        ) as loader,
+        torch.inference_mode(),
+    ):
+        batches = track(loader, description, total=order.num_steps, transient=True)
+        parts = [(encoder(batch.views[0]).float(), batch.labels) for batch in batches]
+    encoder.train(was_training)
+    h, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Features(h, labels)

@@ -3,7 +3,9 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from train import checkpoint
 from train.config import load_config
 from train.distributed import World
 from train.evaluate.__main__ import evaluation_view, main
+from train.evaluate.features import extract
 from train.methods import build_method
 
 
@@ -111,12 +114,25 @@ def test_broken_encoders_are_refused(
     assert message in refusal(capsys, tmp_path)
 
 
-def test_an_undecodable_image_is_named(
-    run: Path, damage: Callable[[int], ShardSet], capsys: pytest.CaptureFixture[str]
+def test_an_undecodable_image_is_left_out_and_named(
+    run: Path, damage: Callable[[int], ShardSet], caplog: pytest.LogCaptureFixture
 ) -> None:
     shards = damage(17)
-    error = refusal(capsys, run, "--train", str(shards.root))
-    assert f"{shards.directory}: sample 17: " in error
+    assert main(["--checkpoint", str(run), "--train", str(shards.root), "--protocol", "knn", "--k", "5"]) == 0
+    assert [record.message.split(" (")[0] for record in caplog.records] == ["left out sample 17"]
+
+
+def test_features_come_in_the_order_of_the_samples(shard_set: ShardSet) -> None:
+    """Of all, or of some, with their labels, also where the last batch is short."""
+    spec = evaluation_view(preset("simclr", size=32, kernel=5), shard_set)
+    mean: Any = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    device = torch.device("cpu")
+    everything = extract(mean, shard_set, spec, device=device, batch_size=20)
+    assert everything.labels.tolist() == shard_set.index.label.tolist()
+    ids = np.array([90, 3, 17, 44, 45])
+    some = extract(mean, shard_set, spec, device=device, ids=ids, batch_size=2)
+    torch.testing.assert_close(some.h, everything.h[ids])
+    assert some.labels.tolist() == shard_set.index.label[ids].tolist()
 
 
 def test_small_images_are_evaluated_whole(shard_set: ShardSet) -> None:
