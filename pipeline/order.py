@@ -58,17 +58,21 @@ class Sequential:
 
     @property
     def num_steps(self) -> int:
+        """The batches of the pass."""
         return -(-len(self.sequence) // self.global_batch_size)
 
     def ids(self, step: int) -> tuple[Ids, Ids]:
+        """Sample ids (m,) of a batch, and the pass (m,) that they belong to: 0."""
         ids = self.sequence[step * self.global_batch_size : (step + 1) * self.global_batch_size]
         return ids, np.zeros_like(ids)
 
     def without(self, ids: Ids, epochs: Ids, undecodable: Collection[int]) -> tuple[Ids, Ids]:
+        """The batch without them."""
         kept = ~np.isin(ids, list(undecodable))
         return ids[kept], epochs[kept]
 
     def exhausted(self, undecodable: Collection[int]) -> str:
+        """See `Order`."""
         return f"all {len(undecodable)} samples" if np.isin(self.sequence, list(undecodable)).all() else ""
 
 
@@ -101,14 +105,17 @@ class Shuffled:
 
     @property
     def samples_per_lane(self) -> int:
+        """Samples of each lane; all have equally many."""
         return sum(self.shard_sizes[0])
 
     @property
     def num_samples(self) -> int:
+        """Samples of a pass."""
         return len(self.shard_sizes) * self.samples_per_lane
 
     @property
     def num_steps(self) -> None:
+        """None: there is no end."""
         return None
 
     def without(self, ids: Ids, epochs: Ids, undecodable: Collection[int]) -> tuple[Ids, Ids]:
@@ -122,6 +129,7 @@ class Shuffled:
         return replaced, epochs
 
     def exhausted(self, undecodable: Collection[int]) -> str:
+        """See `Order`."""
         lane, count = Counter(sample // self.samples_per_lane for sample in undecodable).most_common(1)[0]
         return f"all {count} samples of lane {lane}" if count == self.samples_per_lane else ""
 
@@ -131,6 +139,7 @@ class Shuffled:
         return sample // per_lane * per_lane + int(to_integer(words[..., 0], per_lane))
 
     def ids(self, step: int) -> tuple[Ids, Ids]:
+        """Sample ids ``(B,)`` of the global batch of ``step`` and the pass ``(B,)`` over the data each belongs to."""
         lanes = len(self.shard_sizes)
         per_lane = self.global_batch_size // lanes
         positions = step * per_lane + np.arange(per_lane, dtype=np.int64)
