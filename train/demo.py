@@ -9,9 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sharding.command import command
+
 CONFIG = Path("configs/demo.yaml")
 
 
+@command("train.demo")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     data, run = options.data, options.run
@@ -22,13 +25,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"train.evaluate --checkpoint {run} --test {data}/test --protocol knn linear --untrained",
         f"pipeline.preview --shards {data}/train --views {run}/config.yaml --out {run}/views.png",
     ]
-    for command in commands:
-        print(f"\n$ python -m {command}", flush=True)
-        if code := subprocess.run([sys.executable, "-m", *shlex.split(command)], env=_environment()).returncode:
+    for step in commands:
+        print(f"\n$ python -m {step}", flush=True)
+        if code := _run([sys.executable, "-m", *shlex.split(step)]):
             print(f"train.demo: this command failed with exit code {code}", file=sys.stderr)
             return code
     _summarise(run)
     return 0
+
+
+def _run(command: Sequence[str]) -> int:
+    """Its exit code. Ctrl-C reaches the command as well, which then saves and ends, and is waited for."""
+    with subprocess.Popen(command, env=_environment()) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue
 
 
 def num_processes() -> int:

@@ -44,8 +44,8 @@ class Failures:
             yield
         except Exception as error:
             self._end(watcher)
-            if cause := self._cause(error):
-                raise StoppedByOtherRankError(cause) from None
+            if _is_of_communication(error):
+                raise StoppedByOtherRankError(self._cause(error)) from None
             code = report(self._command, error)
             self._tell(error)
             raise SystemExit(code) from None
@@ -61,13 +61,14 @@ class Failures:
                 say(self._command, news)
                 os._exit(EXIT_CODE)  # the main thread may hang in a collective for ever
 
-    def _cause(self, error: BaseException) -> str | None:
-        """What a different rank said before this ``error``; waited for where the error is one of communication."""
-        for _ in range(_LOOKS if _is_of_communication(error) else 1):
+    def _cause(self, error: Exception) -> str:
+        """Of an error of communication: what a different rank says, which may take it a moment."""
+        for _ in range(_LOOKS):
             if news := self._news():
                 return news
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-        return None
+        reason = str(error).splitlines()[0]
+        return f"stopped, because a different rank ended without saying why (killed? out of memory?): {reason}"
 
     def _news(self) -> str | None:
         try:

@@ -244,6 +244,7 @@ def _writer(config: Config, world: World) -> Any:
 
 
 def _nothing_to_do(config: Config, step: int, plan: RunPlan, world: World) -> bool:
+    world.barrier()
     if world.is_main:
         print(f"{config.run.dir}: step {step} is done, and the run is to have {plan.total_steps}; nothing to do")
     return True

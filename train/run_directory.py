@@ -10,6 +10,8 @@ from pathlib import Path
 
 from sharding.command import UserError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
 def run_directory(path: Path) -> Iterator[Path]:
@@ -33,12 +35,13 @@ def run_directory(path: Path) -> Iterator[Path]:
                 f"run.dir: {path} is in use by {holder}, which may be left of a run whose launcher was killed; end it, "
                 "or choose a different run.dir"
             ) from None
+        except OSError as error:
+            raise UserError(f"run.dir: {path} cannot be locked ({error.strerror}); choose a different disk") from None
         try:
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
+            os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield path
         except OSError as error:
-            if error.filename or error.errno != errno.ENOSPC:
+            if error.filename or error.errno not in _FULL:
                 raise
             raise UserError(f"run.dir: {path}: no space left; free some, then the same command continues") from None

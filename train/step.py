@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sharding.command import UserError
+from train.checkpoint import checkpoints
 from train.draws import Draws
 from train.gradcache import Piece, accumulate, grad_cache
 from train.methods import Loss, Method, Update
@@ -72,13 +73,15 @@ class TrainStep:
             self._method.after_update(Update(progress, 1 - self._stopped))
         return Loss(loss.value.detach(), {**loss.metrics, "gradient_norm": norm})
 
-    def check(self, checkpoints: Path) -> None:
+    def check(self, directory: Path) -> None:
         """Raises `NonFiniteGradientError` if updates have stopped. Waits for the device."""
         if self._stopped.item():
+            found = checkpoints(directory)
+            where = f"continue from {found[-1]}" if found else f"no checkpoint is in {directory} yet; start again"
             raise NonFiniteGradientError(
-                f"the gradient norm became NaN or infinite at step {int(self._bad_step)}; no update was made since. "
-                f"The checkpoints in {checkpoints} are of before: continue there with a lower optim.learning_rate, a "
-                "longer optim.warmup_epochs, optim.clip_norm=1 or run.precision=fp32"
+                f"the gradient norm became NaN or infinite at step {int(self._bad_step)}; no update was made since; "
+                f"{where} with a lower optim.learning_rate, a longer optim.warmup_epochs, optim.clip_norm=1 or "
+                "run.precision=fp32"
             )
 
     def _backward(self, batch: Piece) -> Loss:

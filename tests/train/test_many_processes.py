@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from sharding.manifest import open_shards
 from tests.census import wait_until
@@ -26,6 +27,10 @@ if "fail" in own:
         raise KeyError("a fault of ours")
     pretrain.Pretraining.__call__ = broken
     own.remove("fail")
+if "die" in own:
+    import signal
+    pretrain.Pretraining.__call__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    own.remove("die")
 sys.exit(pretrain.main([*everyones, *own]))
 """
 
@@ -103,6 +108,28 @@ def test_a_fault_of_ours_keeps_its_traceback(shards: Path, tmp_path: Path) -> No
     assert code == 1
     assert errors.count("KeyError: 'a fault of ours'") == 1
     assert any("[rank 0]: stopped, because rank 1 failed: 'a fault of ours'" in line for line in lines), errors
+
+
+def test_a_rank_that_is_killed_is_told_from_one_that_fails(shards: Path, tmp_path: Path) -> None:
+    """Without torchrun, which would end the other one at once."""
+    (tmp_path / "script.py").write_text(_SCRIPT)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    command = [sys.executable, str(tmp_path / "script.py"), *settings(shards, tmp_path / "run"), "1:die"]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **NO_GPU, **meeting, "PYTHONPATH": str(Path.cwd()), "WORLD_SIZE": "2", "RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    code, _, errors = end_of(ranks[0])
+    assert (code, end_of(ranks[1])[0]) == (2, -signal.SIGKILL)
+    assert "[rank 0]: stopped, because a different rank ended without saying why" in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -40,7 +40,7 @@ def test_repeated_steps_on_one_batch_lower_the_loss(optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
-def test_non_finite_gradient_stops_all_further_updates(optimizer: str) -> None:
+def test_non_finite_gradient_stops_all_further_updates(optimizer: str, tmp_path: Path) -> None:
     method, step = small_run(optimizer)
     step(views(0), draws(), 0.1, 0.1)
     before = {name: p.detach().clone() for name, p in method.named_parameters()}
@@ -50,8 +50,11 @@ def test_non_finite_gradient_stops_all_further_updates(optimizer: str) -> None:
     step(views(2), draws(5), 0.1, 0.3)
     for name, p in method.named_parameters():
         assert torch.equal(p, before[name]), name
-    with pytest.raises(NonFiniteGradientError, match=r"at step 5; no update .* runs/x"):
-        step.check(Path("runs/x"))
+    with pytest.raises(NonFiniteGradientError, match=r"at step 5; no update .*no checkpoint is in .* yet; start again"):
+        step.check(tmp_path)
+    (tmp_path / "step-000000003.pt").touch()
+    with pytest.raises(NonFiniteGradientError, match=r"continue from .*step-000000003\.pt with a lower"):
+        step.check(tmp_path)
 
 
 def test_bfloat16_stays_close_to_float32() -> None:
