@@ -24,7 +24,7 @@ from pipeline.backends import BACKENDS, BackendOptions, Views, build_backend
 from pipeline.canary import CHAIN_TOLERANCE, WORST_IMAGE_TOLERANCE
 from pipeline.loader import plan_samples
 from pipeline.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, BatchPlan, ViewPlan
-from pipeline.reader import Reader
+from pipeline.reading.reader import Reader
 from pipeline.views import PRESETS, ViewSpec, preset
 from sharding.command import UserError, command
 from sharding.manifest import ShardSet, open_shards, repair_command

@@ -123,13 +123,13 @@ def _step_rate(
 
 
 def _build_step(options: argparse.Namespace) -> Callable[[Loader], int]:
-    from train.distributed import World
-    from train.draws import Draws
-    from train.encoder import EncoderConfig
+    from train.engine.step import TrainStep
     from train.methods import build_method
     from train.methods.simclr import SimCLRConfig
-    from train.optim import OptimConfig, build_optimizer
-    from train.step import TrainStep
+    from train.model.draws import Draws
+    from train.model.encoder import EncoderConfig
+    from train.optim.optimizers import OptimConfig, build_optimizer
+    from train.processes.distributed import World
 
     world = World(device=_device())
     method = build_method(SimCLRConfig(), EncoderConfig(name=options.step), world)

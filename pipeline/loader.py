@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from pipeline.backends import Backend, BackendOptions, Pending, UndecodableError, Views, build_backend
-from pipeline.cache import CacheOptions
-from pipeline.horizon import Horizon
 from pipeline.order import Ids, Order, Shuffled
 from pipeline.plan import BatchPlan, plan_batch
-from pipeline.reader import Reader
+from pipeline.reading.cache import CacheOptions
+from pipeline.reading.horizon import Horizon
+from pipeline.reading.reader import Reader
 from pipeline.transfer import to_batch, upload
 from pipeline.views import ViewSpec, flatten
 from pipeline.workers import STALL_SECONDS, Watch

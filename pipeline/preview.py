@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pipeline.plan import BatchPlan, ViewPlan
-    from pipeline.reader import Reader
+    from pipeline.reading.reader import Reader
 
 Picture = NDArray[np.uint8]
 
@@ -70,8 +70,8 @@ def draw_sheet(options: argparse.Namespace, specs: tuple[ViewSpec, ...]) -> "Fig
     """One row an image: the original with its crops, then each view in the colour of its crop and what was drawn for
     it; for two backends the view of either, and their difference.
     """
-    from pipeline.cache import CacheOptions
-    from pipeline.reader import Reader
+    from pipeline.reading.cache import CacheOptions
+    from pipeline.reading.reader import Reader
     from sharding.manifest import open_shards
 
     backends = options.compare or [options.backend]

@@ -6,7 +6,7 @@ threads. The key is the seed; the counter's four words are, for
 | draws of | 0 | 1 | 2 | 3 |
 |---|---|---|---|---|
 | a view (`pipeline.plan`) | pass over the data | sample id | number of the view | which draw |
-| the model (`train.draws`) | step | sample id, or 0 | `MODEL_STREAM` + stream of the name | block of 4 words |
+| the model (`train.model.draws`) | step | sample id, or 0 | `MODEL_STREAM` + stream of the name | block of 4 words |
 | a replacement (`pipeline.order`) | pass | sample id | `REPLACEMENT_STREAM` | attempt |
 | the order (`pipeline.order`) | pass | half of the position | `ORDER_STREAM` + window and lane | Feistel round |
 """

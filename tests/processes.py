@@ -10,7 +10,7 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import spawn
 
-from train.distributed import session
+from train.processes.distributed import session
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # environment in which torch finds none
 

@@ -36,6 +36,20 @@ def test_imports_go_one_way(package: str) -> None:
             assert top not in MAY_IMPORT or top in MAY_IMPORT[package], f"{path.relative_to(ROOT)} imports {name}"
 
 
+# Each folder of `train` may import those above it in this list, and itself; the commands import all of them.
+FLOORS = ("losses", "processes", "optim", "model", "methods", "engine")
+
+
+@pytest.mark.parametrize("folder", FLOORS)
+def test_the_folders_of_train_stand_on_each_other(folder: str) -> None:
+    below = FLOORS[: FLOORS.index(folder) + 1]
+    for path in modules(f"train/{folder}"):
+        for name in imports(path):
+            parts = name.split(".")
+            allowed = parts[0] != "train" or parts[1] in below or (folder == "engine" and parts[1] == "config")
+            assert allowed, f"{path.relative_to(ROOT)} imports {name}"
+
+
 def test_only_one_file_talks_to_torch_distributed() -> None:
     users = {
         str(path.relative_to(ROOT))
@@ -43,7 +57,7 @@ def test_only_one_file_talks_to_torch_distributed() -> None:
         for path in modules(package)
         if any(name.startswith("torch.distributed") for name in imports(path))
     }
-    assert users == {"train/distributed.py", "train/batchnorm.py"}
+    assert users == {"train/processes/distributed.py", "train/model/batchnorm.py"}
 
 
 def test_core_arithmetic_knows_no_devices() -> None:
@@ -52,6 +66,6 @@ def test_core_arithmetic_knows_no_devices() -> None:
         "pipeline/plan.py",
         "pipeline/random.py",
         "pipeline/views.py",
-        "train/schedule.py",
+        "train/optim/schedule.py",
     ):
         assert not any(module.split(".")[0] == "torch" for module in imports(ROOT / name)), name

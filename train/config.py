@@ -14,9 +14,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from pipeline.backends import BACKENDS
 from pipeline.settings import Settings
 from pipeline.views import PRESETS, ViewSpec
-from train.encoder import EncoderConfig
 from train.methods import METHODS, MethodConfig, method_class
-from train.optim import OptimConfig
+from train.model.encoder import EncoderConfig
+from train.optim.optimizers import OptimConfig
 from train.overrides import ConfigError, apply, check_length, preset_groups, read_yaml
 
 _DEFAULT_METHOD = "simclr"

@@ -17,24 +17,25 @@ from typing import Any
 
 import torch
 
-from pipeline.cache import CacheOptions
 from pipeline.loader import Batch, Loader
 from pipeline.order import lanes_of_rank
+from pipeline.reading.cache import CacheOptions
 from sharding.command import UserError, command
 from sharding.manifest import Manifest, ShardSet, open_shards
-from train import automatic, checkpoint, stop
-from train.batchnorm import synchronize_batchnorm
 from train.config import Config, load_config
 from train.curves import draw_curves
-from train.distributed import AnyRank, World, session
-from train.draws import Draws
-from train.loop import Clock, Hook, StepDone, fit
+from train.engine import automatic, checkpoint
+from train.engine.loop import Clock, Hook, StepDone, fit
+from train.engine.monitor import Monitor
+from train.engine.plan import RunPlan, check_batch, plan_run
+from train.engine.step import TrainStep
 from train.methods import Loss, Method, build_method
-from train.monitor import Monitor
-from train.optim import build_optimizer, restore
-from train.plan import RunPlan, check_batch, plan_run
-from train.run_directory import run_directory
-from train.step import TrainStep
+from train.model.batchnorm import synchronize_batchnorm
+from train.model.draws import Draws
+from train.optim.optimizers import build_optimizer, restore
+from train.processes import stop
+from train.processes.distributed import AnyRank, World, session
+from train.processes.run_directory import run_directory
 
 
 @command("train.pretrain")
@@ -101,7 +102,7 @@ def build(config: Config, world: World) -> Method:
 
 
 class Pretraining:
-    """The task of `train.loop`: a method's update with the batch, draws and learning rate of a step."""
+    """The task of `train.engine.loop`: a method's update with the batch, draws and learning rate of a step."""
 
     def __init__(
         self, config: Config, world: World, plan: RunPlan, method: Method, optimizer: torch.optim.Optimizer

@@ -10,10 +10,10 @@ import simplejpeg
 import torch
 
 from benchmarks.peers import PeerOptions
-from pipeline.dali_decode import Decoder, Encoded, largest_size
+from pipeline.backends.dali.decode import Decoder, Encoded, largest_size
 from pipeline.loader import lane_shard_sizes
 from pipeline.order import Ids, Shuffled
-from pipeline.reader import Reader
+from pipeline.reading.reader import Reader
 
 
 class DecodeOnly:

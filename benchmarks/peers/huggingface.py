@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Image, Value, disable_progress_bars, loa
 from benchmarks.peers import PeerOptions
 from benchmarks.peers.dataloader import IteratorPeer, over, temporary_directory
 from benchmarks.peers.transforms import MakeViews
-from pipeline.reader import Reader
+from pipeline.reading.reader import Reader
 from sharding.manifest import ShardSet
 
 

@@ -10,7 +10,7 @@ from torchvision.datasets import ImageFolder
 from benchmarks.peers import PeerOptions
 from benchmarks.peers.dataloader import IteratorPeer, name_of, over, temporary_directory
 from benchmarks.peers.transforms import MakeViews
-from pipeline.reader import Reader
+from pipeline.reading.reader import Reader
 from sharding.manifest import ShardSet
 
 

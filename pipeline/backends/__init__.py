@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from pipeline.plan import BatchPlan
-from pipeline.reader import Reader
+from pipeline.reading.reader import Reader
 from pipeline.views import ViewSpec
 from sharding.command import UserError
 
@@ -78,7 +78,7 @@ class BackendOptions:
 # name -> "module:builder", imported when chosen; a builder takes BackendOptions and returns a Backend
 BACKENDS = {
     "cpu": "pipeline.backends.cpu:build",
-    "dali": "pipeline.backends.dali:build",
+    "dali": "pipeline.backends.dali.backend:build",
     "torchvision": "pipeline.backends.torchvision:build",
     "synthetic": "pipeline.backends.synthetic:build",
 }

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from pipeline.backends import BackendOptions, Pending
 from pipeline.backends.pool import Done, PooledBatch, chunks
+from pipeline.kernels.render import render
+from pipeline.kernels.resample import Pixels, as_pixels
 from pipeline.memory import empty_views
 from pipeline.plan import BatchPlan
-from pipeline.render import render
-from pipeline.resample import Pixels, as_pixels
 from pipeline.workers import Workers
 
 

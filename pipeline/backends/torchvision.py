@@ -21,7 +21,7 @@ from pipeline.backends import BackendOptions, Pending
 from pipeline.backends.pool import Done, PooledBatch, chunks
 from pipeline.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, Ints, ViewPlan
 from pipeline.plan import BatchPlan as Plan
-from pipeline.reader import Reader
+from pipeline.reading.reader import Reader
 from pipeline.workers import Workers
 
 Arrays = list[NDArray[np.uint8]]

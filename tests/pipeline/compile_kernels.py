@@ -4,7 +4,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pipeline import photometric_gpu, resample_gpu
+from pipeline.kernels import photometric_gpu, resample_gpu
 
 SIGNATURES = {
     resample_gpu._find_taps: "*fp64 *i64 *i1 *i32 *i32 *i32 i32 i32",

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from pipeline.backends.torchvision import apply
+from pipeline.kernels.resample_gpu import Images
 from pipeline.plan import ViewPlan, plan_view
-from pipeline.resample_gpu import Images
 from pipeline.views import ViewSpec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

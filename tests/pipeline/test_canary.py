@@ -14,7 +14,7 @@ from pipeline.backends.pool import PooledBatch
 from pipeline.canary import CanaryError, WatchedBackend
 from pipeline.loader import Loader, plan_samples
 from pipeline.plan import BatchPlan
-from pipeline.reader import Reader
+from pipeline.reading.reader import Reader
 from pipeline.views import ViewSpec, flatten
 from sharding.manifest import ShardSet
 from tests.census import census

@@ -16,11 +16,11 @@ from numpy.testing import assert_array_equal
 
 from pipeline.loader import Batch, Loader
 from pipeline.plan import plan_batch
-from pipeline.reader import Reader
+from pipeline.reading.reader import Reader
 from pipeline.views import ViewSpec
 from sharding.manifest import ShardError, ShardSet, open_shards
 from tests.census import census, wait_until
-from tests.pipeline.test_reader import num_open_files
+from tests.pipeline.reading.test_reader import num_open_files
 
 SPECS = (ViewSpec(count=2, size=32, kernel=5), ViewSpec(size=16, scale=(0.05, 0.3), kernel=5))
 BATCH_SIZE = 8

@@ -15,7 +15,7 @@ from pipeline.backends.torchvision import decode
 from pipeline.loader import plan_samples
 from pipeline.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, plan_view
 from pipeline.preview import _draw_difference, _parser, describe, draw_sheet, main, make_plan, make_views, read_views
-from pipeline.reader import Reader
+from pipeline.reading.reader import Reader
 from pipeline.views import ViewSpec, preset
 from sharding.manifest import ShardSet
 

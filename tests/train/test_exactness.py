@@ -14,11 +14,11 @@ import torch
 from tests.census import wait_until
 from tests.processes import NO_GPU, run_ranks
 from tests.train.runs import settings_of
-from train.checkpoint import checkpoints, load
 from train.config import load_config
 from train.curves import read_metrics
-from train.distributed import World
+from train.engine.checkpoint import checkpoints, load
 from train.pretrain import pretrain
+from train.processes.distributed import World
 
 _KILLS = int(os.environ.get("PARALLAX_KILLS", "2"))
 _METHODS = ["simclr", "byol"]

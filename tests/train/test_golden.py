@@ -16,9 +16,9 @@ from tests.train.conftest import build_demo_shards
 from tests.train.runs import settings_of
 from train.config import load_config
 from train.curves import read_metrics
-from train.distributed import World
 from train.methods import METHODS
 from train.pretrain import pretrain
+from train.processes.distributed import World
 
 GOLDEN = Path(__file__).parent / "golden"
 

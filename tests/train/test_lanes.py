@@ -9,10 +9,10 @@ import torch
 
 from sharding.manifest import ShardSet
 from tests.processes import run_ranks
-from train.checkpoint import checkpoints
 from train.config import load_config
-from train.distributed import World
+from train.engine.checkpoint import checkpoints
 from train.pretrain import pretrain
+from train.processes.distributed import World
 
 _SMALL = [
     "data.shards=shards",  # the same path on every node

@@ -15,14 +15,14 @@ from sharding.manifest import open_shards
 from tests.census import wait_until
 from tests.processes import NO_GPU, run_ranks
 from tests.train.runs import settings
-from train.automatic import dtype
-from train.checkpoint import checkpoints, load, step_of
 from train.config import load_config
 from train.curves import read_metrics
-from train.distributed import World
+from train.engine.automatic import dtype
+from train.engine.checkpoint import checkpoints, load, step_of
+from train.engine.plan import check_batch, plan_run
 from train.evaluate.__main__ import main as evaluate
-from train.plan import check_batch, plan_run
 from train.pretrain import main, pretrain
+from train.processes.distributed import World
 
 
 def losses(run: Path) -> list[float]:

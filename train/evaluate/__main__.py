@@ -20,12 +20,12 @@ from pipeline.plan import Ints
 from pipeline.views import ViewSpec, preset
 from sharding.command import UserError, command
 from sharding.manifest import ShardSet, open_shards
-from train import automatic, checkpoint
 from train.config import Config, validate
-from train.encoder import Encoder
+from train.engine import automatic, checkpoint
 from train.evaluate.features import Features, check_labels, extract
 from train.evaluate.knn import accuracy, check_neighbours, knn_predict
 from train.evaluate.linear import linear_predict
+from train.model.encoder import Encoder
 
 # name -> (predict, the options that it takes)
 PROTOCOLS: dict[str, tuple[Callable[..., torch.Tensor], tuple[str, ...]]] = {

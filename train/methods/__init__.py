@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from pipeline.settings import Settings
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import Encoder, EncoderConfig
+from train.model.draws import Draws
+from train.model.encoder import Encoder, EncoderConfig
+from train.processes.distributed import World
 
 # name -> "module:class", imported when chosen
 METHODS = {

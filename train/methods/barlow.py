@@ -17,12 +17,12 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import Field
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import Encoder
-from train.heads import mlp
 from train.losses.redundancy import barlow_twins
 from train.methods import Loss, Method, MethodConfig, Recipe, encode
+from train.model.draws import Draws
+from train.model.encoder import Encoder
+from train.model.heads import mlp
+from train.processes.distributed import World
 
 
 class BarlowTwinsConfig(MethodConfig):

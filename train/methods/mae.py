@@ -17,11 +17,11 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from sharding.command import UserError
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import Encoder, sines_and_cosines
 from train.losses.reconstruction import masked_error, patches, standardised
 from train.methods import Loss, Method, MethodConfig, Recipe
+from train.model.draws import Draws
+from train.model.encoder import Encoder, sines_and_cosines
+from train.processes.distributed import World
 
 
 class MAEConfig(MethodConfig):

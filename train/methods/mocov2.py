@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import Encoder
-from train.heads import mlp
 from train.losses.contrastive import queue_info_nce
 from train.methods import Loss, Method, MethodConfig, Recipe, Update
-from train.queue import Queue
-from train.teacher import follow, teacher_of
+from train.model.draws import Draws
+from train.model.encoder import Encoder
+from train.model.heads import mlp
+from train.model.queue import Queue
+from train.model.teacher import follow, teacher_of
+from train.processes.distributed import World
 
 
 class MoCoV2Config(MethodConfig):

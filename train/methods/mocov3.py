@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import Encoder
-from train.heads import mlp
 from train.losses.contrastive import info_nce
 from train.methods import Loss, Method, MethodConfig, Recipe, Update, encode
-from train.schedule import cosine
-from train.teacher import follow, teacher_of
+from train.model.draws import Draws
+from train.model.encoder import Encoder
+from train.model.heads import mlp
+from train.model.teacher import follow, teacher_of
+from train.optim.schedule import cosine
+from train.processes.distributed import World
 
 
 class MoCoV3Config(MethodConfig):

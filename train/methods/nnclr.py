@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import Encoder
-from train.heads import mlp
 from train.losses.contrastive import info_nce
 from train.methods import Loss, Method, MethodConfig, Recipe, Update, encode
-from train.queue import Queue
+from train.model.draws import Draws
+from train.model.encoder import Encoder
+from train.model.heads import mlp
+from train.model.queue import Queue
+from train.processes.distributed import World
 
 
 class NNCLRConfig(MethodConfig):

@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import Encoder
-from train.heads import mlp
 from train.losses.distribution import fourier_features, hsic_with_image, hsic_with_itself
 from train.methods import Loss, Method, MethodConfig, Recipe, Update, encode
-from train.schedule import cosine
-from train.teacher import follow, teacher_of
+from train.model.draws import Draws
+from train.model.encoder import Encoder
+from train.model.heads import mlp
+from train.model.teacher import follow, teacher_of
+from train.optim.schedule import cosine
+from train.processes.distributed import World
 
 
 class SSLHSICConfig(MethodConfig):

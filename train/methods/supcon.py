@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import Encoder
-from train.heads import mlp
 from train.losses.contrastive import sup_con
 from train.methods import Loss, Method, MethodConfig, Recipe, encode
+from train.model.draws import Draws
+from train.model.encoder import Encoder
+from train.model.heads import mlp
+from train.processes.distributed import World
 
 
 class SupConConfig(MethodConfig):

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import Encoder
 from train.methods import Loss, Method, MethodConfig, Recipe, encode
+from train.model.draws import Draws
+from train.model.encoder import Encoder
+from train.processes.distributed import World
 
 
 class SupervisedConfig(MethodConfig):

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import Encoder
-from train.heads import mlp
 from train.losses.clustering import entropy, sinkhorn, swapped_prediction
 from train.methods import Loss, Method, MethodConfig, Recipe, Update, encode
+from train.model.draws import Draws
+from train.model.encoder import Encoder
+from train.model.heads import mlp
+from train.processes.distributed import World
 
 _ASSIGNED = 2  # views that get codes: the full crops
 

@@ -22,12 +22,12 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import Encoder
-from train.heads import mlp
 from train.losses.distribution import centre, scale, shape, unit_slices
 from train.methods import Loss, Method, MethodConfig, Recipe, encode, same_size
+from train.model.draws import Draws
+from train.model.encoder import Encoder
+from train.model.heads import mlp
+from train.processes.distributed import World
 
 
 class VISRegConfig(MethodConfig):

@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline.backends import BACKENDS, Backend, BackendOptions, UndecodableError, Views, build_backend
 from pipeline.loader import Loader, plan_samples
 from pipeline.plan import BatchPlan
-from pipeline.reader import Reader
+from pipeline.reading.reader import Reader
 from pipeline.views import ViewSpec, flatten
 from sharding.manifest import ShardSet, open_shards
 from tests.census import census, wait_until

@@ -18,7 +18,7 @@ from pipeline.backends.torchvision import apply
 from pipeline.backends.torchvision import decode as pictured
 from pipeline.loader import plan_samples
 from pipeline.plan import BatchPlan
-from pipeline.reader import Reader
+from pipeline.reading.reader import Reader
 from pipeline.stats import difference
 from pipeline.views import PRESETS, ViewSpec, flatten, preset
 from sharding.manifest import ShardSet

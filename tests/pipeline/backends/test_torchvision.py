@@ -10,7 +10,7 @@ from pipeline.backends import BackendOptions, UndecodableError
 from pipeline.backends.torchvision import apply, build, decode
 from pipeline.loader import plan_samples
 from pipeline.plan import BatchPlan, ViewPlan
-from pipeline.reader import Reader
+from pipeline.reading.reader import Reader
 from pipeline.views import ViewSpec, preset
 from sharding.manifest import ShardSet
 from tests.census import census

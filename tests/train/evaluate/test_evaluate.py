@@ -13,12 +13,12 @@ from pipeline.views import preset
 from sharding.build import main as build_shards
 from sharding.demo import load_demo
 from sharding.manifest import ShardSet
-from train import checkpoint
 from train.config import load_config
-from train.distributed import World
+from train.engine import checkpoint
 from train.evaluate.__main__ import evaluation_view, main
 from train.evaluate.features import extract
 from train.methods import build_method
+from train.processes.distributed import World
 
 
 def save(

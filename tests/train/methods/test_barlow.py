@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import EncoderConfig
 from train.losses.redundancy import barlow_twins
 from train.methods import Loss, build_method
 from train.methods.barlow import BarlowTwinsConfig, Embeddings
+from train.model.draws import Draws
+from train.model.encoder import EncoderConfig
+from train.processes.distributed import World
 
 NO_DRAWS = Draws(0, 0, torch.arange(6))
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from train.config import load_config
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import EncoderConfig
 from train.methods import Update, build_method
 from train.methods.byol import BYOL, BYOLConfig, Embeddings
+from train.model.draws import Draws
+from train.model.encoder import EncoderConfig
+from train.processes.distributed import World
 
 
 def byol(**settings: float) -> BYOL:

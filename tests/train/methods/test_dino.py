@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.processes import run_ranks
-from train.batchnorm import synchronize_batchnorm
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import EncoderConfig
+from train.engine.step import TrainStep
 from train.methods import Update, build_method
 from train.methods.dino import DINO, DINOConfig, Logits
-from train.optim import OptimConfig, build_optimizer
-from train.step import TrainStep
+from train.model.batchnorm import synchronize_batchnorm
+from train.model.draws import Draws
+from train.model.encoder import EncoderConfig
+from train.optim.optimizers import OptimConfig, build_optimizer
+from train.processes.distributed import World
 
 NO_DRAWS = Draws(0, 0, torch.arange(6))
 ACCEPTED = torch.tensor(1.0)

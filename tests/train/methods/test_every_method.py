@@ -8,13 +8,13 @@ from torch import nn
 
 from pipeline.views import flatten, preset
 from tests.processes import run_ranks
-from train.batchnorm import synchronize_batchnorm
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import EncoderConfig
+from train.engine.step import TrainStep
 from train.methods import METHODS, Method, MethodConfig, build_method, method_class
-from train.optim import OptimConfig, build_optimizer
-from train.step import TrainStep
+from train.model.batchnorm import synchronize_batchnorm
+from train.model.draws import Draws
+from train.model.encoder import EncoderConfig
+from train.optim.optimizers import OptimConfig, build_optimizer
+from train.processes.distributed import World
 
 _BATCH = 12
 _STEP = 7

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import EncoderConfig
 from train.losses.distribution import characteristic, sigreg, unit_slices
 from train.methods import Loss, build_method
 from train.methods.lejepa import Embeddings, LeJEPA, LeJEPAConfig
+from train.model.draws import Draws
+from train.model.encoder import EncoderConfig
+from train.processes.distributed import World
 
 
 def draws(step: int = 0) -> Draws:

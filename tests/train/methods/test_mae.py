@@ -5,11 +5,11 @@ import torch
 from pydantic import ValidationError
 
 from sharding.command import UserError
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import EncoderConfig
 from train.methods import build_method
 from train.methods.mae import MAE, MAEConfig
+from train.model.draws import Draws
+from train.model.encoder import EncoderConfig
+from train.processes.distributed import World
 
 VIT = EncoderConfig(name="timm:vit_tiny_patch16_224", image_size=64)
 DRAWS = Draws(3, 5, torch.arange(20, 23))

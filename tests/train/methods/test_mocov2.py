@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import EncoderConfig
+from train.engine.step import TrainStep
 from train.losses.contrastive import queue_info_nce
 from train.methods import build_method
 from train.methods.mocov2 import MoCoV2, MoCoV2Config
-from train.optim import OptimConfig, build_optimizer
-from train.step import TrainStep
+from train.model.draws import Draws
+from train.model.encoder import EncoderConfig
+from train.optim.optimizers import OptimConfig, build_optimizer
+from train.processes.distributed import World
 
 _SIZE, _MOMENTUM, _STEPS, _TAU = 10, 0.7, 4, 0.3
 

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import EncoderConfig
+from train.engine.step import TrainStep
 from train.methods import build_method
 from train.methods.nnclr import NNCLR, Embeddings, NNCLRConfig
-from train.optim import OptimConfig, build_optimizer
-from train.step import TrainStep
+from train.model.draws import Draws
+from train.model.encoder import EncoderConfig
+from train.optim.optimizers import OptimConfig, build_optimizer
+from train.processes.distributed import World
 
 _SIZE, _STEPS, _TAU = 10, 4, 0.3
 

@@ -1,13 +1,13 @@
 import torch
 
 from tests.processes import run_ranks
-from train.batchnorm import synchronize_batchnorm
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import EncoderConfig
 from train.losses.contrastive import nt_xent
 from train.methods import build_method, same_size
 from train.methods.simclr import Embeddings, SimCLRConfig
+from train.model.batchnorm import synchronize_batchnorm
+from train.model.draws import Draws
+from train.model.encoder import EncoderConfig
+from train.processes.distributed import World
 
 NO_DRAWS = Draws(0, 0, torch.arange(4))
 

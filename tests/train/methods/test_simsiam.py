@@ -2,11 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import EncoderConfig
 from train.methods import build_method
 from train.methods.simsiam import Embeddings, SimSiam, SimSiamConfig, negative_cosine
+from train.model.draws import Draws
+from train.model.encoder import EncoderConfig
+from train.processes.distributed import World
 
 NO_DRAWS = Draws(0, 0, torch.arange(6))
 

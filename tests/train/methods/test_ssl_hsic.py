@@ -2,12 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import EncoderConfig
 from train.losses.distribution import fourier_features, hsic_with_image, hsic_with_itself
 from train.methods import Update, build_method
 from train.methods.ssl_hsic import SSLHSIC, Embeddings, SSLHSICConfig
+from train.model.draws import Draws
+from train.model.encoder import EncoderConfig
+from train.processes.distributed import World
 
 DRAWS = Draws(0, 0, torch.arange(6))
 

@@ -3,12 +3,12 @@ import math
 import pytest
 import torch
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import EncoderConfig
 from train.losses.contrastive import nt_xent, sup_con
 from train.methods import build_method
 from train.methods.supcon import Embeddings, SupConConfig
+from train.model.draws import Draws
+from train.model.encoder import EncoderConfig
+from train.processes.distributed import World
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0])
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import EncoderConfig
 from train.methods import build_method
 from train.methods.supervised import Logits, Supervised, SupervisedConfig
+from train.model.draws import Draws
+from train.model.encoder import EncoderConfig
+from train.processes.distributed import World
 
 
 def supervised(**settings: float) -> Supervised:

@@ -2,13 +2,13 @@ import torch
 import torch.nn.functional as F
 
 from tests.train.losses.test_clustering import transcribed_sinkhorn
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import EncoderConfig
+from train.engine.step import TrainStep
 from train.methods import Update, build_method
 from train.methods.swav import Scores, SwAV, SwAVConfig
-from train.optim import OptimConfig, build_optimizer
-from train.step import TrainStep
+from train.model.draws import Draws
+from train.model.encoder import EncoderConfig
+from train.optim.optimizers import OptimConfig, build_optimizer
+from train.processes.distributed import World
 
 NO_DRAWS = Draws(0, 0, torch.arange(6))
 

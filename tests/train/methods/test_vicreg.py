@@ -2,10 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train.distributed import World
-from train.encoder import EncoderConfig
 from train.methods import Loss, build_method
 from train.methods.vicreg import Embeddings, VICRegConfig
+from train.model.encoder import EncoderConfig
+from train.processes.distributed import World
 
 
 def loss_of(z: torch.Tensor, **settings: float) -> Loss:

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from train.distributed import World
-from train.draws import Draws
-from train.encoder import EncoderConfig
 from train.losses.distribution import centre, scale, shape, unit_slices
 from train.methods import build_method
 from train.methods.visreg import Embeddings, VISReg, VISRegConfig
+from train.model.draws import Draws
+from train.model.encoder import EncoderConfig
+from train.processes.distributed import World
 
 DRAWS = Draws(0, 0, torch.arange(6))
 

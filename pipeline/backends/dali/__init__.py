@@ -1,0 +1,1 @@
+"""Decoding by NVIDIA DALI, and rendering on its device."""

@@ -1,0 +1,1 @@
+"""Pixels to pixels, exactly: twins for CPU (Numba) and GPU (Triton)."""

@@ -1,0 +1,1 @@
+"""Bytes of samples, from local shards or through a cache."""

@@ -1,0 +1,46 @@
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+
+from train.engine.loop import Clock, StepDone, fit
+from train.methods import Loss
+
+
+def train(total: int, start: int = 0, stop_at: int | None = None) -> tuple[int, list[int], list[tuple[int, bool]]]:
+    steps: list[int] = []
+    told: list[tuple[int, bool]] = []
+
+    def task(batch: Any, step: int) -> Loss:
+        assert batch == step
+        steps.append(step)
+        return Loss(torch.zeros(()), {})
+
+    def hook(state: StepDone) -> None:
+        told.append((state.done, state.last))
+
+    batches: Iterator[Any] = count(start)
+    done = fit(task, batches, total, [hook, hook], lambda: len(steps) + start == stop_at, start)
+    return done, steps, told[::2]
+
+
+def test_a_run_has_all_its_steps_and_says_which_is_the_last() -> None:
+    assert train(3) == (3, [0, 1, 2], [(1, False), (2, False), (3, True)])
+
+
+def test_it_starts_anywhere_and_stops_after_the_step_at_hand() -> None:
+    assert train(9, start=4, stop_at=6) == (6, [4, 5], [(5, False), (6, True)])
+    assert train(4, start=4) == (4, [], [])
+
+
+def test_pauses_are_counted_also_where_they_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([1.0, 3.0, 10.0, 15.0])
+    monkeypatch.setattr("train.engine.loop.time.perf_counter", lambda: next(ticks))
+    clock = Clock()
+    with clock.pausing():
+        pass
+    with pytest.raises(OSError, match="full"), clock.pausing():
+        raise OSError("full")
+    assert clock.pause_seconds == 7.0

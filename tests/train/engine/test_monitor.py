@@ -1,0 +1,55 @@
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+from train.curves import read_metrics
+from train.engine.monitor import Monitor, progress_bar
+
+_LOADER = {"wait_seconds": 0.0, "replaced_samples": 0}
+_METRICS = {"loss": 4.123, "learning_rate": 0.0312}
+
+
+def run_from(directory: Path, start: int, stop: int) -> None:
+    with Monitor(directory, start, 100, 128) as monitor:
+        for step in range(start + 1, stop + 1):
+            monitor.log(step, _METRICS, _LOADER, 0.0)
+
+
+def test_a_resumed_run_starts_on_a_line_of_its_own_and_says_so(tmp_path: Path) -> None:
+    run_from(tmp_path, 0, 2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    run_from(tmp_path, 2, 4)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[3])["step"] == 3
+    assert [(r["step"], r.get("resumed_at")) for r in read_metrics(tmp_path)] == [
+        (1, None),
+        (2, None),
+        (3, 2),
+        (4, None),
+    ]
+
+
+def test_tensorboard_keeps_the_point_of_the_resume_and_has_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: {seed: 7}\n")
+    run_from(tmp_path, 0, 4)  # was killed after step 4; the last checkpoint is of step 2
+    run_from(tmp_path, 2, 5)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+    assert "resumed_at" not in events.Tags()["scalars"]
+    assert any(b"seed: 7" in event.tensor_proto.string_val[0] for event in events.Tensors("config/text_summary"))
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_the_bar_is_one_line(width: int) -> None:
+    screen = io.StringIO()
+    bar = progress_bar(Console(file=screen, width=width, force_terminal=True))
+    text = "loss 4.123  1563.2 images/s  wait 0.5%  lr 0.0312"
+    bar.add_task("pretrain", total=12000, completed=1000, text=text)
+    bar.console.print(bar.get_renderable())
+    (line,) = screen.getvalue().splitlines()
+    assert "loss 4." in line

@@ -1,0 +1,81 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from train.engine.step import NonFiniteGradientError, TrainStep
+from train.methods import build_method
+from train.methods.simclr import SimCLR, SimCLRConfig
+from train.model.draws import Draws
+from train.model.encoder import EncoderConfig
+from train.optim.optimizers import OptimConfig, build_optimizer
+from train.processes.distributed import World
+
+
+def small_run(optimizer: str) -> tuple[SimCLR, TrainStep]:
+    torch.manual_seed(0)
+    config = SimCLRConfig(hidden=32, out=16, layers=2)
+    method: Any = build_method(config, EncoderConfig(name="resnet18", width=8), World())
+    optim = build_optimizer(OptimConfig(name=optimizer), method)
+    return method, TrainStep(method, method, optim, torch.float32)
+
+
+def draws(step: int = 0) -> Draws:
+    return Draws(0, step, torch.arange(8))
+
+
+def views(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(8, 3, 32, 32, generator=generator) for _ in range(2)]
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+def test_repeated_steps_on_one_batch_lower_the_loss(optimizer: str) -> None:
+    _, step = small_run(optimizer)
+    rate = {"lars": 2.0, "sgd": 0.1, "adamw": 0.003}[optimizer]
+    losses = [step(views(0), draws(), rate, 0.5)[0].item() for _ in range(8)]
+    assert losses[-1] < losses[0] - 0.1
+    step.check(Path("runs/x"))
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+def test_non_finite_gradient_stops_all_further_updates(optimizer: str, tmp_path: Path) -> None:
+    method, step = small_run(optimizer)
+    step(views(0), draws(), 0.1, 0.1)
+    before = {name: p.detach().clone() for name, p in method.named_parameters()}
+    poisoned = views(1)
+    poisoned[0][0, 0, 0, 0] = float("nan")
+    step(poisoned, draws(4), 0.1, 0.2)
+    step(views(2), draws(5), 0.1, 0.3)
+    for name, p in method.named_parameters():
+        assert torch.equal(p, before[name]), name
+    with pytest.raises(NonFiniteGradientError, match=r"at step 5; no update .*no checkpoint is in .* yet; start again"):
+        step.check(tmp_path)
+    (tmp_path / "step-000000003.pt").touch()
+    with pytest.raises(NonFiniteGradientError, match=r"continue from .*step-000000003\.pt with a lower"):
+        step.check(tmp_path)
+
+
+def test_bfloat16_stays_close_to_float32() -> None:
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        method, step = small_run("sgd")
+        step = TrainStep(method, method, step._optimizer, dtype)
+        losses.append(step(views(0), draws(), 0.01, 0.1)[0].item())
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+
+
+def test_clipping_bounds_the_norm_of_the_update() -> None:
+    changes = {}
+    for clip_norm in (None, 1e-3):
+        method, step = small_run("sgd")
+        step = TrainStep(method, method, step._optimizer, torch.float32, clip_norm=clip_norm)
+        before = torch.cat([p.detach().flatten() for p in method.parameters()])
+        loss = step(views(0), draws(), 1.0, 0.1)
+        after = torch.cat([p.detach().flatten() for p in method.parameters()])
+        changes[clip_norm] = (float((after - before).norm()), float(loss.metrics["gradient_norm"]))
+    assert changes[None][0] == pytest.approx(changes[None][1], rel=0.01)
+    assert changes[1e-3][0] == pytest.approx(1e-3, rel=0.01)
+    assert changes[1e-3][1] == changes[None][1], "what is logged is the norm before clipping"

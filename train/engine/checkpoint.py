@@ -1,0 +1,303 @@
+"""Checkpoints: tensors and plain Python in one file, written beside and renamed, verified before use.
+
+A file is a zip archive as torch writes it, with the xxh3_128 of everything before it as the archive's comment. So any
+damage is noticed, and ``torch.load(path, weights_only=True)`` still reads it.
+
+What the stream of batches depends on (`Identity`) is stored and must agree on resume; what it does not depend on
+(world size, backend, threads) may change.
+"""
+
+import logging
+import threading
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from sharding.command import UserError
+from sharding.storage import rename_durably
+from train.config import Config, validate
+from train.methods import build_method
+from train.model.encoder import Encoder
+from train.processes.distributed import World
+
+log = logging.getLogger(__name__)
+
+State = dict[str, Any]  # "method", "optimizer": state dicts; "step"; "identity"; "config"
+
+_MARK = b"xxh3_128="
+_SEAL_BYTES = len(_MARK) + 32  # in hexadecimal digits
+_CHUNK_BYTES = 1 << 24
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used; the message names the file or the field that differs."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """All that decides the batches and the meaning of the weights. Two runs of equal identity are one run."""
+
+    data: str
+    seed: int
+    global_batch_size: int
+    window: int | None
+    views: list[dict[str, Any]]
+    encoder: dict[str, Any]
+    method: dict[str, Any]
+    optimizer: str
+
+    @classmethod
+    def of(cls, config: Config, fingerprint: str) -> "Identity":
+        plain, run = config.model_dump(mode="json"), config.run
+        parts = plain["views"], plain["encoder"], plain["method"], config.optim.name
+        return cls(fingerprint, run.seed, run.global_batch_size, config.data.window, *parts)
+
+
+class Writer:
+    """Writes checkpoints in the background, one at a time, and keeps the newest ``keep`` and every ``keep_every``-th
+    step for ever. Use as a context: at its end everything is written, or the error is raised."""
+
+    def __init__(self, directory: Path, keep: int, keep_every: int | None = None) -> None:
+        self._directory, self._keep, self._keep_every = directory, keep, keep_every
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, step: int, state: State) -> None:
+        """Start writing ``state``, of which a copy is made here. Raises the error of the write before, if it failed."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(step, _copy(state)), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what prevented it: OSError, or UserError for values that are not
+        finite; the earlier checkpoints are then untouched."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.wait()
+        elif self._thread:
+            self._thread.join()
+
+    def _write(self, step: int, state: State) -> None:
+        try:
+            save(self._directory, step, state)
+            self._drop_old()
+        except Exception as error:  # the loop's, at its next checkpoint
+            self._error = error
+
+    def _drop_old(self) -> None:
+        for path in checkpoints(self._directory)[: -self._keep]:
+            if not self._keep_every or step_of(path) % self._keep_every:
+                path.unlink()
+
+
+def save(directory: Path, step: int, state: State) -> Path:
+    """Write ``step-<step>.pt``, durably and all or nothing.
+
+    Raises OSError when the file cannot be written, and UserError, naming the tensor, for values that are not finite.
+    """
+    for name, tensor in _tensors(state):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"{directory}: the state after step {step} is not saved: {name} has values that are not finite; "
+                "continue from an earlier checkpoint with a lower learning rate"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"step-{step:09d}.pt"
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+        _seal(temporary)
+        rename_durably(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's zip writer
+        temporary.unlink(missing_ok=True)
+        reason = error if isinstance(error, OSError) else "is the disk full?"
+        raise OSError(
+            f"{path}: the checkpoint could not be written ({reason}); free space or change run.dir"
+        ) from error
+    return path
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """All complete checkpoints, oldest first."""
+    return sorted(directory.glob("step-*.pt"))
+
+
+def step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def load(path: Path) -> State:
+    """The state in a file, on the CPU. Raises `CheckpointError` where it is missing, damaged or something else."""
+    try:
+        _check(path)
+        state: State = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # damage has as many of them as torch's reader has lines
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
+    if not isinstance(state, dict) or not state.keys() >= {"method", "optimizer", "step", "identity", "config"}:
+        raise CheckpointError(f"{path}: not a checkpoint of train.pretrain")
+    return state
+
+
+def load_latest(directory: Path) -> State | None:
+    """The newest readable state, or None without checkpoints. Unreadable newer ones are reported and passed over."""
+    found = checkpoints(directory)
+    for path in reversed(found):
+        try:
+            return load(path)
+        except CheckpointError as error:
+            log.warning("%s; falling back to the checkpoint before it", error)
+    if found:
+        raise CheckpointError(
+            f"{directory}: none of the {len(found)} checkpoints is readable; move them away to restart"
+        )
+    return None
+
+
+def check_identity(state: State, expected: Identity, where: Path) -> None:
+    """Raises `CheckpointError`, naming the field, unless the checkpoint belongs to a run of this identity.
+
+    The stored configuration is read by today's models, so that a field that is new and has a default is equal.
+    """
+    fingerprint = state["identity"]["data"]
+    found = asdict(Identity.of(validate(state["config"], f"{where}: its configuration"), fingerprint))
+    for field, value in asdict(expected).items():
+        if found[field] != value:
+            raise CheckpointError(
+                f"{where}: the checkpoint was made with a different {_FIELD_NAMES.get(field, field)}: expected "
+                f"{value}, found {found[field]}; set it back, or choose a new run.dir"
+            )
+
+
+_FIELD_NAMES = {
+    "data": "data set (fingerprint of data.shards)",
+    "seed": "run.seed",
+    "global_batch_size": "run.global_batch_size",
+    "window": "data.window",
+    "optimizer": "optim.name",
+}
+
+
+def changed_settings(state: State, config: Config) -> list[str]:
+    """What the configuration says of the optimizer that the checkpoint's did not, each as "optim.x: old -> new"."""
+    before = validate(state["config"], "checkpoint").optim.model_dump()
+    after = config.optim.model_dump()
+    return [f"optim.{name}: {before[name]} -> {value}" for name, value in after.items() if before[name] != value]
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """The encoder that a run exports, in evaluation mode, on the CPU.
+
+    ``path`` is a checkpoint or the directory of a run (its newest readable checkpoint). Raises `CheckpointError`.
+    """
+    return exported_encoder(load_any(Path(path)), str(path))
+
+
+def load_any(path: Path) -> State:
+    """The state of a checkpoint, or the newest readable one of the directory of a run. Raises `CheckpointError`."""
+    state = load(path) if path.is_file() else load_latest(path)
+    if state is None:
+        raise CheckpointError(f"{path}: expected a checkpoint or a run directory with step-*.pt files")
+    return state
+
+
+def exported_encoder(state: State, where: str) -> Encoder:
+    config = validate(state["config"], where)
+    method = build_method(config.method, config.encoder, World())
+    method.load_state_dict(state["method"])
+    return method.exported().float().eval()
+
+
+def initialize(encoder: Encoder, path: Path) -> None:
+    """Give the encoder the weights of ``path``: a run, one of its checkpoints, or a torch file with a state dict of an
+    encoder, ours or torchvision's (whose classifier is left out). Raises `CheckpointError`, naming what does not fit.
+    """
+    weights = _encoder_weights(path)
+    own = encoder.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        expected, found = (tuple(d[name].shape) if name in d else "nothing" for d in (own, weights))
+        if expected != found:
+            raise CheckpointError(
+                f"run.init_from: {path}: {name}: expected {expected}, found {found}; set `encoder` to theirs"
+            )
+    encoder.load_state_dict(weights)
+
+
+def _encoder_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        weights = load_any(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"run.init_from: {path}: cannot be read ({str(error).splitlines()[0]})") from None
+    if "config" in weights:
+        return exported_encoder(weights, str(path)).state_dict()
+    named = {name.removeprefix("backbone."): value for name, value in weights.items()}
+    return {f"backbone.{name}": value for name, value in named.items() if not name.startswith("fc.")}
+
+
+def _copy(value: Any) -> Any:
+    """The state on the host, apart from what training goes on to change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(item, f"{name}.{key}".lstrip("."))
+
+
+def _seal(path: Path) -> None:
+    """Give the archive its checksum as a comment. Its last two bytes, zeros until then, are the comment's length."""
+    with path.open("r+b") as file:
+        file.seek(-2, 2)
+        file.write(_SEAL_BYTES.to_bytes(2, "little"))
+        file.seek(0)
+        digest = xxhash.xxh3_128()
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+        file.write(_MARK + digest.hexdigest().encode())
+
+
+def _check(path: Path) -> None:
+    """Raises `CheckpointError` for any damage. Files of before there was a seal have checksums of their contents."""
+    size = path.stat().st_size
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        left = max(0, size - _SEAL_BYTES)
+        while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
+            digest.update(chunk)
+            left -= len(chunk)
+        seal = file.read()
+    if seal != _MARK + digest.hexdigest().encode():
+        if not _is_unsealed(path, seal):
+            raise CheckpointError(f"{path}: damaged (its checksum differs); use an earlier checkpoint")
+        log.info("%s is of an earlier version, without a checksum of the whole file", path)
+
+
+def _is_unsealed(path: Path, end: bytes) -> bool:
+    """Whether it is a sound archive with the ``end`` of one that has no comment."""
+    with zipfile.ZipFile(path) as archive:
+        return end[-22:].startswith(b"PK\x05\x06") and end.endswith(b"\0\0") and archive.testzip() is None

@@ -1,0 +1,58 @@
+"""How long a run is, and the learning rate of each of its steps."""
+
+import logging
+import math
+from dataclasses import dataclass
+
+from sharding.command import UserError
+from sharding.manifest import Manifest
+from train.config import Config
+from train.optim import schedule
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    total_steps: int
+    warmup_steps: int
+    peak: float
+
+    def learning_rate(self, step: int) -> float:
+        return schedule.warmup_cosine(
+            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, peak=self.peak
+        )
+
+    def progress(self, done: int) -> float:
+        """The fraction of the run that is finished after ``done`` updates, in (0, 1]."""
+        return done / self.total_steps
+
+
+def plan_run(config: Config, manifest: Manifest) -> RunPlan:
+    """Epochs as steps of the data set at hand."""
+    batch, optim = config.run.global_batch_size, config.optim
+    steps_per_epoch = manifest.num_samples / batch
+    warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
+    peak = schedule.scaled_peak(optim.learning_rate, batch, optim.scaling)
+    if optim.steps is not None:
+        return RunPlan(optim.steps, min(warmup_steps, optim.steps // 10), peak)
+    return RunPlan(math.ceil(optim.epochs * steps_per_epoch), warmup_steps, peak)
+
+
+def check_batch(config: Config, manifest: Manifest, world_size: int) -> None:
+    """Raises UserError unless lanes, processes and pieces divide the global batch; warns of one that is too large."""
+    batch, piece = config.run.global_batch_size, config.run.micro_batch_size
+    for count, what in ((manifest.num_lanes, "lanes of the shards"), (world_size, "processes")):
+        if batch % count:
+            raise UserError(f"run.global_batch_size: expected a multiple of the {count} {what}, found {batch}")
+    if piece and batch // world_size % piece:
+        raise UserError(
+            f"run.micro_batch_size: expected a divisor of the {batch // world_size} images of a process, found {piece}"
+        )
+    if 2 * batch > manifest.num_samples:
+        log.warning(
+            "run.global_batch_size: %d is more than half of the %d images, so batches across a pass's end hold many "
+            "images twice, each as its own negative; a smaller one or more data are better",
+            batch,
+            manifest.num_samples,
+        )

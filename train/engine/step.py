@@ -1,0 +1,97 @@
+"""One update: forward, loss, backward, optimizer. Nothing in it waits for the device."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sharding.command import UserError
+from train.engine.checkpoint import checkpoints
+from train.engine.gradcache import Piece, accumulate, grad_cache
+from train.methods import Loss, Method, Update
+from train.model.draws import Draws
+
+
+class NonFiniteGradientError(UserError):
+    """The gradient of a step has NaN or infinite values; the parameters are those before that step."""
+
+
+class TrainStep:
+    """Callable on the views of a batch; returns the loss and the method's metrics as device scalars.
+
+    ``micro_batch_size`` images of this rank pass the network at a time (see `train.engine.gradcache`), or all of them
+    where it is None. ``clip_norm`` bounds the gradient's norm.
+
+    A non-finite gradient norm (which averaging over ranks spreads to all of them) stops every further update on the
+    device itself; the host learns of it from `check`, which the loop calls whenever it reads the losses anyway.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        wrapped: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dtype: torch.dtype,
+        *,
+        micro_batch_size: int | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        self._method, self._wrapped, self._optimizer, self._dtype = method, wrapped, optimizer, dtype
+        self._micro_batch_size, self._clip_norm = micro_batch_size, clip_norm
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        device = self._parameters[0].device
+        self._device_type = device.type
+        self._stopped = torch.zeros((), device=device)
+        self._bad_step = torch.full((), -1, device=device)
+        optimizer.found_inf = self._stopped  # type: ignore[attr-defined]  # read by fused optimizers and LARS
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+    def __call__(
+        self,
+        views: list[torch.Tensor],
+        draws: Draws,
+        learning_rate: float,
+        progress: float,
+        labels: torch.Tensor | None = None,
+    ) -> Loss:
+        """Update the parameters once; ``progress`` is the fraction of the run finished after this step."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = self._backward(Piece(views, draws, labels))
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
+        bad = ~norm.isfinite()
+        self._bad_step.copy_(torch.where(bad & (self._stopped == 0), draws.step + 1, self._bad_step))
+        self._stopped.copy_(torch.maximum(self._stopped, bad.to(self._stopped.dtype)))
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            self._method.after_update(Update(progress, 1 - self._stopped))
+        return Loss(loss.value.detach(), {**loss.metrics, "gradient_norm": norm})
+
+    def check(self, directory: Path) -> None:
+        """Raises `NonFiniteGradientError` if updates have stopped. Waits for the device."""
+        if self._stopped.item():
+            found = checkpoints(directory)
+            where = f"continue from {found[-1]}" if found else f"no checkpoint is in {directory} yet; start again"
+            raise NonFiniteGradientError(
+                f"the gradient norm became NaN or infinite at step {int(self._bad_step)}; no update was made since; "
+                f"{where} with a lower optim.learning_rate, a longer optim.warmup_epochs, optim.clip_norm=1 or "
+                "run.precision=fp32"
+            )
+
+    def _backward(self, batch: Piece) -> Loss:
+        pieces = batch.split(self._micro_batch_size or len(batch.draws.ids))
+        by_pieces = grad_cache if len(pieces) > 1 and self._method.images_meet else accumulate
+        return by_pieces(self._method, self._forward, getattr(self._wrapped, "no_sync", nullcontext), pieces)
+
+    def _forward(self, views: list[torch.Tensor], draws: Draws) -> Any:
+        """The method's, in mixed precision; what it returns is at least float32, because losses sum over many images
+        and gradients of gathered embeddings over ranks."""
+        with torch.autocast(self._device_type, self._dtype, enabled=self._dtype in (torch.bfloat16, torch.float16)):
+            made = self._wrapped(views, draws)
+        return type(made)(*(t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in made))

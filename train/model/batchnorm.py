@@ -1,0 +1,105 @@
+"""BatchNorm over the global batch, on GPUs by torch's own, on CPU processes by `GlooBatchNorm`."""
+
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from train.processes.distributed import World
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def synchronize_batchnorm(module: Network, world: World) -> Network:
+    """The module with its BatchNorm layers normalising over the global batch, parameters and their names kept.
+
+    On GPUs these are `torch.nn.SyncBatchNorm`, which refuses CPU tensors; elsewhere `GlooBatchNorm`.
+    """
+    if world.size == 1:
+        return module
+    if world.device.type == "cuda":
+        return cast(Network, nn.SyncBatchNorm.convert_sync_batchnorm(module))
+    return cast(Network, _with_gloo_batchnorm(module))
+
+
+def _with_gloo_batchnorm(module: nn.Module) -> nn.Module:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        layer = GlooBatchNorm(
+            module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
+        )
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            setattr(layer, name, tensor)  # the same ones, with their dtype, and frozen where they are
+        return layer.train(module.training)
+    for name, child in module.named_children():
+        setattr(module, name, _with_gloo_batchnorm(child))
+    return module
+
+
+class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the global batch on CPU tensors (n, C, ...), with equally many values on every rank."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:  # noqa: A002  # the base class's name
+        if input.ndim < 2:
+            raise ValueError(f"GlooBatchNorm: expected (n, C, ...), found shape {tuple(input.shape)}")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        y, mean, variance, count = _BatchNormFunction.apply(x, *self._scale(x), self.eps)
+        if self.num_batches_tracked is not None:
+            self._track(mean, variance * (count / (count - 1)))
+        return y
+
+    def _scale(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias: ones and zeros where the layer has none."""
+        if self.affine:
+            return self.weight, self.bias
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.ones(x.shape[1], dtype=dtype), torch.zeros(x.shape[1], dtype=dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        """As BatchNorm: an exponential average, or that of all batches where the momentum is None."""
+        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum  # type: ignore[union-attr]
+        self.running_mean.lerp_(mean, share)  # type: ignore[union-attr]
+        self.running_var.lerp_(variance, share)  # type: ignore[union-attr]
+
+
+class _BatchNormFunction(torch.autograd.Function):
+    """Ioffe & Szegedy, 2015, section 3, with the sums of statistics and gradients taken over all ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+        # What `native_batch_norm` sums with; on channels_last tensors 14 times as fast as `torch.var_mean`.
+        mean, variance = torch.batch_norm_update_stats(x if x.dtype == torch.float64 else x.float(), None, None, 0.0)
+        both = [mean.new_empty(2, len(mean)) for _ in range(dist.get_world_size())]
+        dist.all_gather(both, torch.stack([mean, variance]))
+        means, variances = torch.stack(both).unbind(1)
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
+        count = x.numel() / x.shape[1] * len(both)
+        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
+        ctx.eps, ctx.count = eps, count
+        ctx.mark_non_differentiable(mean, variance)
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        x, weight, mean, inverse_std = ctx.saved_tensors
+        gradient = gradients[0]
+        variance = inverse_std.pow(-2) - ctx.eps
+        # With the statistics held fixed: the local sums are the gradients of weight and bias, which DDP averages.
+        direct, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        sums = torch.stack([d_weight, d_bias])
+        dist.all_reduce(sums)
+        slope = -weight * inverse_std.square() * sums[0] / ctx.count
+        offset = -weight * inverse_std * sums[1] / ctx.count - slope * mean
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        return direct.addcmul_(x, slope.view(shape)).add_(offset.view(shape)), d_weight, d_bias, None

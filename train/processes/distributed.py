@@ -1,0 +1,171 @@
+"""Processes: who they are, gathers, averages, agreement, and how all of them end when one fails.
+
+Gradient convention: each rank's loss is the mean over its own anchors, `World.gather` passes gradients back to the
+rank that a row came from, and DDP averages over ranks. The result is the single-process gradient of the global batch.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sharding.command import UserError
+from train.processes.failure import Failures
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others. ``World()`` is a single process without any group.
+
+    ``control`` is a group of the hosts, apart from the devices': what is sent over it waits for no device.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  # a device is immutable
+    control: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files of the run."""
+        return self.rank == 0
+
+    def gather(self, rows: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """All ranks' ``rows``, concatenated along ``dim`` in the order of ranks, with gradient. Synchronises ranks."""
+        if self.size == 1:
+            return rows
+        gathered: torch.Tensor = _Gather.apply(rows.movedim(dim, 0))
+        return gathered.movedim(0, dim)
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The average over ranks, without gradient. Synchronises ranks."""
+        value = value.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value / self.size
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's ``value`` (anything that can be pickled) on every rank. Synchronises ranks."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, group=self.control)
+        return values[0]
+
+    def require_agreement(self, facts: Mapping[str, object]) -> None:
+        """Raises UserError on every rank unless all have the same ``facts``; it names the fact and two ranks."""
+        if self.size == 1:
+            return
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, dict(facts), group=self.control)
+        for name in sorted(everyone[0].keys() | facts.keys()):
+            found = [theirs.get(name) for theirs in everyone]
+            for rank, value in enumerate(found):
+                if value != found[0]:
+                    raise UserError(
+                        f"the ranks disagree on {name}: rank 0 has {found[0]!r}, rank {rank} has {value!r}; start all "
+                        "processes with the same command and the same code"
+                    )
+
+    def full_state(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """The state of both on rank 0, None on the others. To be called on all ranks: it may be gathered."""
+        return {"method": method.state_dict(), "optimizer": optimizer.state_dict()} if self.is_main else None
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module with gradients averaged over ranks."""
+        if self.size == 1:
+            return module
+        ids = [self.device] if self.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = False  # they stay equal; a queue would be sent each step
+        return wrapped
+
+
+class AnyRank:
+    """Whether a flag was set on any rank at the call before: an answer that nobody has to wait for.
+
+    Each call sends this rank's flag and returns what all ranks' were at the last call; a single process is told at
+    once. To be called by all ranks at the same steps.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        if self._world.size == 1:
+            return flag
+        before, count = self._pending, torch.tensor(int(flag))
+        self._pending = dist.all_reduce(count, group=self._world.control, async_op=True), count
+        if before is None:
+            return False
+        before[0].wait()
+        return bool(before[1])
+
+
+@contextmanager
+def session(command: str) -> Iterator[World]:
+    """The world that `torchrun` describes in the environment, else a single process.
+
+    An error within the block ends all ranks of ``command``, each with a line: see `train.processes.failure`. The group
+    is destroyed at the end of the block, but not after an error: NCCL would first wait for collectives that the other
+    ranks never join.
+    """
+    rank, size, local_rank = (int(os.environ.get(name, d)) for name, d in _VARIABLES.items())
+    device = _device(local_rank)
+    if size == 1:
+        yield World(device=device)
+        return
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    failures = Failures(command, dist.distributed_c10d._get_default_store(), rank)
+    with failures.watched():
+        yield World(rank, size, device, dist.new_group(backend="gloo"))
+    dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"--nproc_per_node: expected at most one process per GPU, of which there are "
+            f"{torch.cuda.device_count()}, found local rank {local_rank}"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.contiguous()  # and with them `empty_like`: NCCL fills memory, whatever its strides mean
+        ctx.num_rows = len(rows)
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows)
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        """Every rank's gradient with respect to this rank's rows, summed (a reduce-scatter; gloo lacks that call)."""
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total.narrow(0, dist.get_rank() * ctx.num_rows, ctx.num_rows)
