@@ -32,7 +32,7 @@ from train.engine.step import TrainStep
 from train.methods import Loss, Method, build_method
 from train.model.batchnorm import synchronize_batchnorm
 from train.model.draws import Draws
-from train.optim.optimizers import build_optimizer, restore
+from train.optim.optimizers import build_optimizer, restore, set_weight_decay
 from train.processes import stop
 from train.processes.distributed import AnyRank, World, session
 from train.processes.run_directory import run_directory
@@ -121,6 +121,7 @@ class Pretraining:
     def __call__(self, batch: Batch, step: int) -> Loss:
         draws = Draws(self._seed, step, batch.ids)
         labels = batch.labels if self.method.takes_labels else None
+        set_weight_decay(self.optimizer, self._plan.weight_decay(step))
         return self.step(batch.views, draws, self._plan.learning_rate(step), self._plan.progress(step + 1), labels)
 
     def learning_rate(self, step: int) -> float:
@@ -228,6 +229,7 @@ def _introduce(config: Config, state: checkpoint.State | None, plan: RunPlan) ->
     (config.run.dir / "config.yaml").write_text(config.to_yaml())
     print(f"settings that are not the defaults (all of them: {config.run.dir / 'config.yaml'}):")
     print(config.differences() or "none")
+    print(f"derived: {plan}")
     if state:
         print(f"continuing at step {state['step']} of {plan.total_steps}")
         for change in checkpoint.changed_settings(state, config):
