@@ -91,14 +91,14 @@ def pretrain(config: Config, world: World) -> bool:
 
 
 def build(config: Config, world: World) -> Method:
-    """The method with its initial weights, on its device, with BatchNorm over the global batch."""
+    """The method with its initial weights, on its device, with BatchNorm as configured."""
     torch.manual_seed(config.run.seed)
     method = build_method(config.method, config.encoder, world)
     if config.run.init_from:
         checkpoint.initialize(method.encoder, config.run.init_from)
     dtype = torch.float64 if config.run.precision == "fp64" else torch.float32
     method.to(world.device, dtype).to(memory_format=torch.channels_last)
-    return synchronize_batchnorm(method, world) if config.run.sync_batchnorm else method
+    return synchronize_batchnorm(method, world, config.run.batchnorm)
 
 
 class Pretraining:
