@@ -1,31 +1,35 @@
 """Losses that tell the views of an image from those of other images."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+_WHOLE = 2**25  # logits, 128 MiB in float32: more of them are made tile by tile
+_TILE = 2**24
 
-def nt_xent(z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float) -> torch.Tensor:
+
+def nt_xent(
+    z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float, tile: int | None = None
+) -> torch.Tensor:
     """The normalised temperature-scaled cross entropy of SimCLR (Chen et al., 2020, equation 1).
 
     z       (V, b, D) embeddings of V views of the b anchor images
     keys    (V, B, D) embeddings of the whole batch, in which the anchors are rows ``offset`` to ``offset + b``
 
     For each anchor and each of its V - 1 positives, the cross entropy of the positive against all other embeddings
-    but the anchor itself; the mean over anchors and positives, a scalar. For V = 2 this is the paper's loss.
+    but the anchor itself; the mean over anchors and positives, a scalar. For V = 2 this is the paper's loss. ``tile``:
+    see `log_sum_exp`.
     """
-    logits, columns, own = _against_all(z, keys, offset, temperature)
-    positives = logits.gather(1, columns)
-    logits = logits.scatter(1, columns[own][:, None], float("-inf"))
-    return (logits.logsumexp(1) - positives[~own].view(len(logits), -1).mean(1)).mean()
+    return _contrast(z, keys, offset, temperature, 1, tile=tile)
 
 
 def dcl(z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float) -> torch.Tensor:
     """The decoupled contrastive loss (Yeh et al., "Decoupled contrastive learning", 2022, section 3): NT-Xent with no
     embedding of the anchor's own image in the denominator. Arguments as of `nt_xent`; a scalar, which may be negative.
     """
-    return _decoupled(z, keys, offset, temperature, z.new_ones(len(z), len(z), z.shape[1]))
+    return _contrast(z, keys, offset, temperature, len(z))
 
 
 def dclw(z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float, sigma: float = 0.5) -> torch.Tensor:
@@ -33,9 +37,9 @@ def dclw(z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float, s
     less where the two views are alike. The mean is over the whole batch's pairs of these two views. As in the authors'
     code, gradients pass through the weights."""
     unit = F.normalize(keys, dim=-1)
-    alike = (torch.einsum("vbd,wbd->vwb", unit, unit) / sigma).exp()
+    alike = (_positives(unit, unit, 0) / sigma).exp()
     weights = 2 - alike / alike.mean(-1, keepdim=True)
-    return _decoupled(z, keys, offset, temperature, weights[:, :, offset : offset + z.shape[1]])
+    return _contrast(z, keys, offset, temperature, len(z), weights[..., offset : offset + z.shape[1]])
 
 
 def spectral(z: torch.Tensor, keys: torch.Tensor, offset: int, mu: float = 1.0) -> torch.Tensor:
@@ -72,28 +76,88 @@ def align_uniform(
     return alignment + (sums - math.log(num_images * (num_images - 1))).mean()
 
 
-def _against_all(
-    z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits (V * b, V * B) of anchors against all embeddings; the columns (V * b, V) in which each anchor's image is;
-    which of these (V * b, V) is the anchor itself."""
-    num_views, num_anchors, _ = z.shape
-    anchors = F.normalize(z, dim=-1).flatten(0, 1)
-    others = F.normalize(keys, dim=-1).flatten(0, 1)
-    rows = torch.arange(num_views * num_anchors, device=z.device)
-    images = offset + rows % num_anchors
-    columns = images[:, None] + keys.shape[1] * torch.arange(num_views, device=z.device)
-    return anchors @ others.T / temperature, columns, F.one_hot(rows // num_anchors, num_views).bool()
-
-
-def _decoupled(
-    z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float, weights: torch.Tensor
+def _contrast(
+    z: torch.Tensor,
+    keys: torch.Tensor,
+    offset: int,
+    temperature: float,
+    num_excluded: int,
+    weights: torch.Tensor | float = 1.0,
+    tile: int | None = None,
 ) -> torch.Tensor:
-    """``weights`` (V, V, b) of the positives of each pair of views."""
-    logits, columns, own = _against_all(z, keys, offset, temperature)
-    positives = logits.gather(1, columns) * weights.movedim(2, 1).flatten(0, 1)
-    negatives = logits.scatter(1, columns, float("-inf"))
-    return (negatives.logsumexp(1) - positives[~own].view(len(logits), -1).mean(1)).mean()
+    """The mean over anchors of the denominators, without the first ``num_excluded`` of `_columns`, less that of the
+    positives times ``weights`` (V - 1, V, b)."""
+    z, keys = F.normalize(z, dim=-1), F.normalize(keys, dim=-1)
+    excluded = _columns(z, keys, offset)[:, :num_excluded]
+    denominators = log_sum_exp(z.flatten(0, 1), keys.flatten(0, 1), excluded, temperature, tile)
+    return denominators.mean() - (weights * _positives(z, keys, offset)).mean() / temperature
+
+
+def _positives(z: torch.Tensor, keys: torch.Tensor, offset: int) -> torch.Tensor:
+    """Dot products (V - 1, V, b) of each anchor with the next view of its image, the one after that, and so on."""
+    own = keys[:, offset : offset + z.shape[1]]
+    return torch.stack([(z * own.roll(-shift, 0)).sum(-1) for shift in range(1, len(z))])
+
+
+def _columns(z: torch.Tensor, keys: torch.Tensor, offset: int) -> torch.Tensor:
+    """Where the anchors' images (V * b, V) are among the V * B embeddings: the anchor itself, then the next views."""
+    views, images = (torch.arange(n, device=z.device) for n in z.shape[:2])
+    others = (views[:, None] + views) % len(z)
+    return (others[:, None] * keys.shape[1] + offset + images[:, None]).flatten(0, 1)
+
+
+def log_sum_exp(
+    anchors: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor, temperature: float, tile: int | None = None
+) -> torch.Tensor:
+    """``log(sum(exp(a . o / temperature)))`` (A,) of anchors (A, D) over the others (K, D), but for those whose
+    numbers are in ``excluded`` (A, E). Where there are many logits, or with ``tile``, so many columns of them are held
+    at a time, and made once more for the gradient."""
+    num_logits = len(anchors) * len(others)
+    if tile is None and num_logits <= _WHOLE:
+        return _logits(anchors, others, excluded, temperature, slice(0, len(others))).logsumexp(1)
+    value: torch.Tensor = _Tiled.apply(anchors, others, excluded, temperature, tile or max(1, _TILE // len(anchors)))
+    return value
+
+
+def _logits(
+    anchors: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor, temperature: float, columns: slice
+) -> torch.Tensor:
+    """Of some columns, -inf where excluded."""
+    logits = (anchors / temperature) @ others[columns].T
+    place = excluded - columns.start
+    inside = (place >= 0) & (excluded < columns.stop)
+    mask = torch.where(inside, float("-inf"), 0.0).to(logits.dtype)
+    return logits.scatter_add_(1, place.clamp(0, logits.shape[1] - 1), mask)
+
+
+class _Tiled(torch.autograd.Function):
+    """`log_sum_exp` that holds ``tile`` columns of the logits at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, anchors: torch.Tensor, others: torch.Tensor, *how: Any) -> torch.Tensor:
+        excluded, temperature, tile = how
+        total = anchors.new_full((len(anchors),), float("-inf"))
+        for columns in _tiles(len(others), tile):
+            total = total.logaddexp(_logits(anchors, others, excluded, temperature, columns).logsumexp(1))
+        ctx.save_for_backward(anchors, others, excluded, total)
+        ctx.temperature, ctx.tile = temperature, tile
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        anchors, others, excluded, total = ctx.saved_tensors
+        scale = gradients[0][:, None] / ctx.temperature
+        of_anchors, of_others = torch.zeros_like(anchors), torch.zeros_like(others)
+        for columns in _tiles(len(others), ctx.tile):
+            logits = _logits(anchors, others, excluded, ctx.temperature, columns)
+            shares = logits.sub_(total[:, None]).exp_().mul_(scale)
+            of_anchors.addmm_(shares, others[columns])
+            of_others[columns] = shares.T @ anchors
+        return of_anchors, of_others, None, None, None
+
+
+def _tiles(count: int, tile: int) -> list[slice]:
+    return [slice(start, min(start + tile, count)) for start in range(0, count, tile)]
 
 
 def _within(z: torch.Tensor, mu: float) -> torch.Tensor:
@@ -127,8 +191,10 @@ def info_nce(queries: torch.Tensor, keys: torch.Tensor, offset: int, temperature
     queries  (b, D) of b images
     keys     (B, D) of the whole batch, in which the queries' positives are rows ``offset`` to ``offset + b``
     """
-    logits = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T / temperature
-    return F.cross_entropy(logits, offset + torch.arange(len(queries), device=queries.device))
+    queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
+    none = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    positives = (queries * keys[offset : offset + len(queries)]).sum(-1)
+    return (log_sum_exp(queries, keys, none, temperature) - positives / temperature).mean()
 
 
 def queue_info_nce(q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature: float) -> torch.Tensor:
