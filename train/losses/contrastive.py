@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 _WHOLE = 2**25  # logits, 128 MiB in float32: more of them are made tile by tile
 _TILE = 2**24
@@ -110,54 +111,22 @@ def log_sum_exp(
     anchors: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor, temperature: float, tile: int | None = None
 ) -> torch.Tensor:
     """``log(sum(exp(a . o / temperature)))`` (A,) of anchors (A, D) over the others (K, D), but for those whose
-    numbers are in ``excluded`` (A, E). Where there are many logits, or with ``tile``, so many columns of them are held
-    at a time, and made once more for the gradient."""
-    num_logits = len(anchors) * len(others)
-    if tile is None and num_logits <= _WHOLE:
-        return _logits(anchors, others, excluded, temperature, slice(0, len(others))).logsumexp(1)
-    value: torch.Tensor = _Tiled.apply(anchors, others, excluded, temperature, tile or max(1, _TILE // len(anchors)))
-    return value
+    numbers are in ``excluded`` (A, E). Where there are many logits, those of only so many anchors as ``tile`` says (by
+    default few) are held at a time, and made once more for the gradient."""
+    if tile is None:
+        tile = len(anchors) if len(anchors) * len(others) <= _WHOLE else max(1, _TILE // len(others))
+    if tile >= len(anchors):
+        return _log_sum_exp(anchors, others, excluded, temperature)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    pairs = zip(anchors.split(tile), excluded.split(tile), strict=True)
+    return torch.cat([checkpoint(_log_sum_exp, a, others, e, temperature, **options) for a, e in pairs])
 
 
-def _logits(
-    anchors: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor, temperature: float, columns: slice
+def _log_sum_exp(
+    anchors: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Of some columns, -inf where excluded."""
-    logits = (anchors / temperature) @ others[columns].T
-    place = excluded - columns.start
-    inside = (place >= 0) & (excluded < columns.stop)
-    mask = torch.where(inside, float("-inf"), 0.0).to(logits.dtype)
-    return logits.scatter_add_(1, place.clamp(0, logits.shape[1] - 1), mask)
-
-
-class _Tiled(torch.autograd.Function):
-    """`log_sum_exp` that holds ``tile`` columns of the logits at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, anchors: torch.Tensor, others: torch.Tensor, *how: Any) -> torch.Tensor:
-        excluded, temperature, tile = how
-        total = anchors.new_full((len(anchors),), float("-inf"))
-        for columns in _tiles(len(others), tile):
-            total = total.logaddexp(_logits(anchors, others, excluded, temperature, columns).logsumexp(1))
-        ctx.save_for_backward(anchors, others, excluded, total)
-        ctx.temperature, ctx.tile = temperature, tile
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        anchors, others, excluded, total = ctx.saved_tensors
-        scale = gradients[0][:, None] / ctx.temperature
-        of_anchors, of_others = torch.zeros_like(anchors), torch.zeros_like(others)
-        for columns in _tiles(len(others), ctx.tile):
-            logits = _logits(anchors, others, excluded, ctx.temperature, columns)
-            shares = logits.sub_(total[:, None]).exp_().mul_(scale)
-            of_anchors.addmm_(shares, others[columns])
-            of_others[columns] = shares.T @ anchors
-        return of_anchors, of_others, None, None, None
-
-
-def _tiles(count: int, tile: int) -> list[slice]:
-    return [slice(start, min(start + tile, count)) for start in range(0, count, tile)]
+    logits = (anchors / temperature) @ others.T
+    return logits.scatter_(1, excluded, float("-inf")).logsumexp(1)
 
 
 def _within(z: torch.Tensor, mu: float) -> torch.Tensor:
