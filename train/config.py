@@ -43,6 +43,12 @@ HomeStr = Annotated[str, AfterValidator(_expand_home)]
 HomePath = Annotated[Path, AfterValidator(lambda path: Path(_expand_home(str(path))))]
 
 
+def _check_batchnorm(over: int | str) -> int | str:
+    if over in ("local", "node", "global") or (isinstance(over, int) and over > 0):
+        return over
+    raise ValueError(f"expected local, node, global or a number of processes, found {over!r}")
+
+
 class DataConfig(Settings):
     shards: HomeStr = Field("/data/shards", description="directory or URL made by `python -m sharding.build`")
     backend: Literal["auto", *BACKENDS] = Field(  # type: ignore[valid-type]  # the literal table is the type
@@ -69,7 +75,9 @@ class RunConfig(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
         "auto", description="auto: bf16 on a GPU, fp32 elsewhere; fp64: on a CPU, to verify"
     )
-    sync_batchnorm: bool = Field(True, description="BatchNorm over the global batch")
+    batchnorm: Annotated[int | str, AfterValidator(_check_batchnorm)] = Field(
+        "global", description="statistics over the images of: global, local (a process), node, or so many processes"
+    )
     compile: bool = Field(False, description="torch.compile the method's forward")
     init_from: HomePath | None = Field(
         None, description="begin with an encoder's weights: a run, one of its checkpoints, or a torch file of them"
@@ -79,6 +87,17 @@ class RunConfig(Settings):
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints; the last step always makes one")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints to keep")
     keep_every: int | None = Field(None, ge=1, description="keep the checkpoints of every so many steps for ever")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, value: Any) -> Any:
+        """``sync_batchnorm: true`` is ``batchnorm: global``, as it was called before."""
+        if not isinstance(value, dict) or "sync_batchnorm" not in value:
+            return value
+        if "batchnorm" in value:
+            raise ValueError("expected batchnorm, found also sync_batchnorm, its name of before; remove that one")
+        over = "global" if value["sync_batchnorm"] else "local"
+        return {k: v for k, v in value.items() if k != "sync_batchnorm"} | {"batchnorm": over}
 
 
 class Config(Settings):

@@ -32,7 +32,7 @@ from train.engine.step import TrainStep
 from train.methods import Loss, Method, build_method
 from train.model.batchnorm import synchronize_batchnorm
 from train.model.draws import Draws
-from train.optim.optimizers import build_optimizer, restore
+from train.optim.optimizers import build_optimizer, restore, set_weight_decay
 from train.processes import stop
 from train.processes.distributed import AnyRank, World, session
 from train.processes.run_directory import run_directory
@@ -91,14 +91,14 @@ def pretrain(config: Config, world: World) -> bool:
 
 
 def build(config: Config, world: World) -> Method:
-    """The method with its initial weights, on its device, with BatchNorm over the global batch."""
+    """The method with its initial weights, on its device, with BatchNorm as configured."""
     torch.manual_seed(config.run.seed)
     method = build_method(config.method, config.encoder, world)
     if config.run.init_from:
         checkpoint.initialize(method.encoder, config.run.init_from)
     dtype = torch.float64 if config.run.precision == "fp64" else torch.float32
     method.to(world.device, dtype).to(memory_format=torch.channels_last)
-    return synchronize_batchnorm(method, world) if config.run.sync_batchnorm else method
+    return synchronize_batchnorm(method, world, config.run.batchnorm)
 
 
 class Pretraining:
@@ -121,6 +121,7 @@ class Pretraining:
     def __call__(self, batch: Batch, step: int) -> Loss:
         draws = Draws(self._seed, step, batch.ids)
         labels = batch.labels if self.method.takes_labels else None
+        set_weight_decay(self.optimizer, self._plan.weight_decay(step))
         return self.step(batch.views, draws, self._plan.learning_rate(step), self._plan.progress(step + 1), labels)
 
     def learning_rate(self, step: int) -> float:
@@ -228,6 +229,7 @@ def _introduce(config: Config, state: checkpoint.State | None, plan: RunPlan) ->
     (config.run.dir / "config.yaml").write_text(config.to_yaml())
     print(f"settings that are not the defaults (all of them: {config.run.dir / 'config.yaml'}):")
     print(config.differences() or "none")
+    print(f"derived: {plan}")
     if state:
         print(f"continuing at step {state['step']} of {plan.total_steps}")
         for change in checkpoint.changed_settings(state, config):

@@ -72,6 +72,8 @@ def test_saved_configuration_is_the_same(tmp_path: Path, length: str) -> None:
         ("data.prefetch=1000000", "data.prefetch: .*less than or equal to 64, found 1000000"),
         ("run.seed=18446744073709551616", "run.seed: .*less than 18446744073709551616"),
         ("run.seed=-1", "run.seed: .*greater than or equal to 0"),
+        ("run.batchnorm=0", "run.batchnorm: expected local, node, global or a number of processes, found 0"),
+        ("run.batchnorm=globe", "run.batchnorm: expected local, node, global or a number of processes, found 'globe'"),
         ("run.log_every=true", "run.log_every: expected a number or a name, found true"),
         ("method.temperature=true", "method.temperature: expected a number or a name, found true"),
         ("encoder=resnet7", "encoder.name: unknown architecture; expected resnet50"),
@@ -171,3 +173,13 @@ def test_every_field_is_documented() -> None:
     for section in (Config.model_fields[name].annotation for name in ("data", "encoder", "run")):
         for name, field in section.model_fields.items():  # type: ignore[union-attr]
             assert field.description, name
+
+
+@pytest.mark.parametrize(("old", "new"), [(True, "global"), (False, "local")])
+def test_batchnorm_by_its_name_of_before(old: bool, new: str) -> None:
+    tree = load_config().model_dump(mode="json")
+    del tree["run"]["batchnorm"]
+    tree["run"]["sync_batchnorm"] = old
+    assert validate(tree, "checkpoint").run.batchnorm == new
+    with pytest.raises(ConfigError, match=r"run: expected batchnorm, found also sync_batchnorm, .* remove that one"):
+        load_config(None, ["run.batchnorm=2", f"run.sync_batchnorm={str(old).lower()}"])

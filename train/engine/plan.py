@@ -1,4 +1,4 @@
-"""How long a run is, and the learning rate of each of its steps."""
+"""How long a run is, and the learning rate and weight decay of each of its steps."""
 
 import logging
 import math
@@ -8,6 +8,7 @@ from sharding.command import UserError
 from sharding.manifest import Manifest
 from train.config import Config
 from train.optim import schedule
+from train.optim.optimizers import OptimConfig
 
 log = logging.getLogger(__name__)
 
@@ -17,15 +18,34 @@ class RunPlan:
     total_steps: int
     warmup_steps: int
     peak: float
+    optim: OptimConfig
 
     def learning_rate(self, step: int) -> float:
+        """Of the update ``step``, from 0, in the shape of ``optim.schedule``."""
+        optim = self.optim
+        final = self.peak * (1 if optim.schedule == "constant" else optim.final_learning_rate)
+        if optim.schedule == "step" and step >= self.warmup_steps:
+            return schedule.stairs(step / self.total_steps, self.peak, final, optim.milestones)
         return schedule.warmup_cosine(
-            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, peak=self.peak
+            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, peak=self.peak, final=final
         )
+
+    def weight_decay(self, step: int) -> float:
+        start, end = self.optim.weight_decay, self.optim.weight_decay_end
+        return start if end is None else schedule.cosine(step / self.total_steps, start, end)
 
     def progress(self, done: int) -> float:
         """The fraction of the run that is finished after ``done`` updates, in (0, 1]."""
         return done / self.total_steps
+
+    def __str__(self) -> str:
+        """What follows from the configuration and the data."""
+        first, last = self.weight_decay(0), self.weight_decay(self.total_steps)
+        return (
+            f"{self.total_steps} steps; learning rate {self.peak:.4g} after {self.warmup_steps} steps of warm-up, "
+            f"{self.learning_rate(self.total_steps):.4g} at the end ({self.optim.schedule}); weight decay {first:g}"
+            + (f" to {last:g}" if last != first else "")
+        )
 
 
 def plan_run(config: Config, manifest: Manifest) -> RunPlan:
@@ -35,8 +55,8 @@ def plan_run(config: Config, manifest: Manifest) -> RunPlan:
     warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
     peak = schedule.scaled_peak(optim.learning_rate, batch, optim.scaling)
     if optim.steps is not None:
-        return RunPlan(optim.steps, min(warmup_steps, optim.steps // 10), peak)
-    return RunPlan(math.ceil(optim.epochs * steps_per_epoch), warmup_steps, peak)
+        return RunPlan(optim.steps, min(warmup_steps, optim.steps // 10), peak, optim)
+    return RunPlan(math.ceil(optim.epochs * steps_per_epoch), warmup_steps, peak, optim)
 
 
 def check_batch(config: Config, manifest: Manifest, world_size: int) -> None:

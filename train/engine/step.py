@@ -58,7 +58,7 @@ class TrainStep:
     ) -> Loss:
         """Update the parameters once; ``progress`` is the fraction of the run finished after this step."""
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         loss = self._backward(Piece(views, draws, labels))
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)

@@ -1,31 +1,36 @@
 """Losses that tell the views of an image from those of other images."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+_WHOLE = 2**25  # logits, 128 MiB in float32: more of them are made tile by tile
+_TILE = 2**24
 
 
-def nt_xent(z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float) -> torch.Tensor:
+def nt_xent(
+    z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float, tile: int | None = None
+) -> torch.Tensor:
     """The normalised temperature-scaled cross entropy of SimCLR (Chen et al., 2020, equation 1).
 
     z       (V, b, D) embeddings of V views of the b anchor images
     keys    (V, B, D) embeddings of the whole batch, in which the anchors are rows ``offset`` to ``offset + b``
 
     For each anchor and each of its V - 1 positives, the cross entropy of the positive against all other embeddings
-    but the anchor itself; the mean over anchors and positives, a scalar. For V = 2 this is the paper's loss.
+    but the anchor itself; the mean over anchors and positives, a scalar. For V = 2 this is the paper's loss. ``tile``:
+    see `log_sum_exp`.
     """
-    logits, columns, own = _against_all(z, keys, offset, temperature)
-    positives = logits.gather(1, columns)
-    logits = logits.scatter(1, columns[own][:, None], float("-inf"))
-    return (logits.logsumexp(1) - positives[~own].view(len(logits), -1).mean(1)).mean()
+    return _contrast(z, keys, offset, temperature, 1, tile=tile)
 
 
 def dcl(z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float) -> torch.Tensor:
     """The decoupled contrastive loss (Yeh et al., "Decoupled contrastive learning", 2022, section 3): NT-Xent with no
     embedding of the anchor's own image in the denominator. Arguments as of `nt_xent`; a scalar, which may be negative.
     """
-    return _decoupled(z, keys, offset, temperature, z.new_ones(len(z), len(z), z.shape[1]))
+    return _contrast(z, keys, offset, temperature, len(z))
 
 
 def dclw(z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float, sigma: float = 0.5) -> torch.Tensor:
@@ -33,9 +38,9 @@ def dclw(z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float, s
     less where the two views are alike. The mean is over the whole batch's pairs of these two views. As in the authors'
     code, gradients pass through the weights."""
     unit = F.normalize(keys, dim=-1)
-    alike = (torch.einsum("vbd,wbd->vwb", unit, unit) / sigma).exp()
+    alike = (_positives(unit, unit, 0) / sigma).exp()
     weights = 2 - alike / alike.mean(-1, keepdim=True)
-    return _decoupled(z, keys, offset, temperature, weights[:, :, offset : offset + z.shape[1]])
+    return _contrast(z, keys, offset, temperature, len(z), weights[..., offset : offset + z.shape[1]])
 
 
 def spectral(z: torch.Tensor, keys: torch.Tensor, offset: int, mu: float = 1.0) -> torch.Tensor:
@@ -72,28 +77,56 @@ def align_uniform(
     return alignment + (sums - math.log(num_images * (num_images - 1))).mean()
 
 
-def _against_all(
-    z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits (V * b, V * B) of anchors against all embeddings; the columns (V * b, V) in which each anchor's image is;
-    which of these (V * b, V) is the anchor itself."""
-    num_views, num_anchors, _ = z.shape
-    anchors = F.normalize(z, dim=-1).flatten(0, 1)
-    others = F.normalize(keys, dim=-1).flatten(0, 1)
-    rows = torch.arange(num_views * num_anchors, device=z.device)
-    images = offset + rows % num_anchors
-    columns = images[:, None] + keys.shape[1] * torch.arange(num_views, device=z.device)
-    return anchors @ others.T / temperature, columns, F.one_hot(rows // num_anchors, num_views).bool()
-
-
-def _decoupled(
-    z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float, weights: torch.Tensor
+def _contrast(
+    z: torch.Tensor,
+    keys: torch.Tensor,
+    offset: int,
+    temperature: float,
+    num_excluded: int,
+    weights: torch.Tensor | float = 1.0,
+    tile: int | None = None,
 ) -> torch.Tensor:
-    """``weights`` (V, V, b) of the positives of each pair of views."""
-    logits, columns, own = _against_all(z, keys, offset, temperature)
-    positives = logits.gather(1, columns) * weights.movedim(2, 1).flatten(0, 1)
-    negatives = logits.scatter(1, columns, float("-inf"))
-    return (negatives.logsumexp(1) - positives[~own].view(len(logits), -1).mean(1)).mean()
+    """The mean over anchors of the denominators, without the first ``num_excluded`` of `_columns`, less that of the
+    positives times ``weights`` (V - 1, V, b)."""
+    z, keys = F.normalize(z, dim=-1), F.normalize(keys, dim=-1)
+    excluded = _columns(z, keys, offset)[:, :num_excluded]
+    denominators = log_sum_exp(z.flatten(0, 1), keys.flatten(0, 1), excluded, temperature, tile)
+    return denominators.mean() - (weights * _positives(z, keys, offset)).mean() / temperature
+
+
+def _positives(z: torch.Tensor, keys: torch.Tensor, offset: int) -> torch.Tensor:
+    """Dot products (V - 1, V, b) of each anchor with the next view of its image, the one after that, and so on."""
+    own = keys[:, offset : offset + z.shape[1]]
+    return torch.stack([(z * own.roll(-shift, 0)).sum(-1) for shift in range(1, len(z))])
+
+
+def _columns(z: torch.Tensor, keys: torch.Tensor, offset: int) -> torch.Tensor:
+    """Where the anchors' images (V * b, V) are among the V * B embeddings: the anchor itself, then the next views."""
+    views, images = (torch.arange(n, device=z.device) for n in z.shape[:2])
+    others = (views[:, None] + views) % len(z)
+    return (others[:, None] * keys.shape[1] + offset + images[:, None]).flatten(0, 1)
+
+
+def log_sum_exp(
+    anchors: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor, temperature: float, tile: int | None = None
+) -> torch.Tensor:
+    """``log(sum(exp(a . o / temperature)))`` (A,) of anchors (A, D) over the others (K, D), but for those whose
+    numbers are in ``excluded`` (A, E). Where there are many logits, those of only so many anchors as ``tile`` says (by
+    default few) are held at a time, and made once more for the gradient."""
+    if tile is None:
+        tile = len(anchors) if len(anchors) * len(others) <= _WHOLE else max(1, _TILE // len(others))
+    if tile >= len(anchors):
+        return _log_sum_exp(anchors, others, excluded, temperature)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    pairs = zip(anchors.split(tile), excluded.split(tile), strict=True)
+    return torch.cat([checkpoint(_log_sum_exp, a, others, e, temperature, **options) for a, e in pairs])
+
+
+def _log_sum_exp(
+    anchors: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    logits = (anchors / temperature) @ others.T
+    return logits.scatter_(1, excluded, float("-inf")).logsumexp(1)
 
 
 def _within(z: torch.Tensor, mu: float) -> torch.Tensor:
@@ -127,8 +160,10 @@ def info_nce(queries: torch.Tensor, keys: torch.Tensor, offset: int, temperature
     queries  (b, D) of b images
     keys     (B, D) of the whole batch, in which the queries' positives are rows ``offset`` to ``offset + b``
     """
-    logits = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T / temperature
-    return F.cross_entropy(logits, offset + torch.arange(len(queries), device=queries.device))
+    queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
+    none = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    positives = (queries * keys[offset : offset + len(queries)]).sum(-1)
+    return (log_sum_exp(queries, keys, none, temperature) - positives / temperature).mean()
 
 
 def queue_info_nce(q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -6,9 +6,9 @@ over their pairs.
 
 Kept (facebookresearch/barlowtwins): the projector 8192-8192-8192 without BatchNorm at its end, lambda 0.0051,
 correlations over the global batch with the biased variance and BatchNorm's epsilon, LARS without decay and adaptation
-of biases and BatchNorm, 0.2 x B/256, 10 epochs of warm-up, cosine, BYOL's two views. Substituted: one learning rate
-for all parameters (there 0.0048 x B/256 for biases and BatchNorm, which the configuration cannot say); a cosine down to
-0 (there 0.001 of the peak); bilinear crops (there bicubic). Each process computes its share of the matrix's rows.
+of biases and BatchNorm, 0.2 x B/256 (for these 0.0048 x B/256), 10 epochs of warm-up, cosine to 0.001 of the peak,
+BYOL's two views. Substituted: LARS with the learning rate inside the momentum; bilinear crops (there bicubic). Each
+process computes its share of the matrix's rows.
 """
 
 from itertools import combinations
@@ -43,7 +43,8 @@ class BarlowTwins(Method):
     recipe = Recipe(
         "byol",
         {
-            "optim": {"name": "lars", "learning_rate": 0.2, "weight_decay": 1e-6, "epochs": 1000, "warmup_epochs": 10},
+            "optim": {"name": "lars", "learning_rate": 0.2, "final_learning_rate": 0.001, "excluded_rate": 0.024}
+            | {"weight_decay": 1e-6, "epochs": 1000, "warmup_epochs": 10},
             "run": {"dir": "runs/barlow", "global_batch_size": 2048},
         },
     )

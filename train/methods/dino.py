@@ -6,10 +6,10 @@ every other global view (equations 2 and 3); the centre follows the mean of t ov
 
 Kept: the head of three layers with GELU and a last layer of unit weight vectors, of cosines with a bottleneck of 256;
 that layer frozen at first; the teacher's momentum to 1 by a cosine; the teacher's temperature warmed up linearly; the
-centre. Frozen and warmed up for fractions of the run. Substituted: timm's ViT and its initialisation without drop path
-(0.1 in the published ViT-S); weight decay stays 0.04, where the authors raise it to 0.4 by a cosine; the learning rate
-ends at 0 (1e-6); class token and position embeddings decay. Left out: the bound of 3.0 on the
-norm of each tensor's gradient.
+centre; AdamW, whose decay (of class token and position embeddings too) rises from 0.04 to 0.4 by a cosine, and whose
+learning rate ends at 1e-6 (for the recipe's batch). Frozen and warmed up for fractions of the run. Substituted: timm's
+ViT and its initialisation without drop path (0.1 in the published ViT-S). Left out: the bound of 3.0 on the norm of
+each tensor's gradient.
 """
 
 from typing import Literal, NamedTuple
@@ -77,7 +77,9 @@ class DINO(Method):
             "optim": {
                 "name": "adamw",
                 "learning_rate": 5e-4,
+                "final_learning_rate": 5e-4,
                 "weight_decay": 0.04,
+                "weight_decay_end": 0.4,
                 "epochs": 800,
                 "warmup_epochs": 10,
             },

@@ -5,10 +5,10 @@
 projector; the loss is InfoNCE (equation 1) of q with its k against a queue of the keys of former batches (algorithm 1).
 
 Kept: the projector of two layers without BatchNorm, the queue of 65536 keys, tau 0.2, the teacher moved before the next
-step's keys are made, SGD without warm-up. Substituted: "shuffle BN", with which no query shares BatchNorm statistics
-with its key, by statistics over the global batch, which do not tell which images are together; where a batch passes in
-pieces its statistics are those of a piece. The queue need not be a multiple of the batch. The paper decays biases and
-BatchNorm's parameters too.
+step's keys are made, SGD without warm-up, which decays all parameters. Substituted: "shuffle BN", with which no query
+shares BatchNorm statistics with its key, by statistics over the global batch, which do not tell which images are
+together; where a batch passes in pieces its statistics are those of a piece. The queue need not be a multiple of the
+batch.
 """
 
 from typing import ClassVar, Literal, NamedTuple
@@ -47,7 +47,8 @@ class MoCoV2(Method):
     recipe = Recipe(
         "mocov2",
         {
-            "optim": {"name": "sgd", "learning_rate": 0.03, "weight_decay": 1e-4, "epochs": 200, "warmup_epochs": 0},
+            "optim": {"name": "sgd", "learning_rate": 0.03, "weight_decay": 1e-4, "exclude": []}
+            | {"epochs": 200, "warmup_epochs": 0},
             "run": {"dir": "runs/mocov2", "global_batch_size": 256},
         },
     )

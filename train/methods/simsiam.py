@@ -4,10 +4,10 @@
 which count as constants (equations 2 and 3, algorithm 1).
 
 Kept: the projector of three layers with BatchNorm after each, the last one without scale and offset; the predictor, a
-bottleneck without BatchNorm at its end; SGD without warm-up; BatchNorm over the global batch. Substituted: the paper
-decays BatchNorm's parameters and biases too, and keeps the predictor's learning rate constant, here it moves as all do;
-the linear layer before the last BatchNorm has no bias (the paper's is not trained). Beyond the paper: more than two
-views, the mean over all ordered pairs.
+bottleneck without BatchNorm at its end; SGD without warm-up, which decays all parameters; BatchNorm over the global
+batch. Substituted: the paper keeps the predictor's learning rate constant, here it moves as all do; the linear layer
+before the last BatchNorm has no bias (the paper's is not trained). Beyond the paper: more than two views, the mean over
+all ordered pairs.
 """
 
 from typing import Literal, NamedTuple
@@ -42,7 +42,8 @@ class SimSiam(Method):
     recipe = Recipe(
         "mocov2",
         {
-            "optim": {"name": "sgd", "learning_rate": 0.05, "weight_decay": 1e-4, "epochs": 100, "warmup_epochs": 0},
+            "optim": {"name": "sgd", "learning_rate": 0.05, "weight_decay": 1e-4, "exclude": []}
+            | {"epochs": 100, "warmup_epochs": 0},
             "run": {"dir": "runs/simsiam", "global_batch_size": 512},
         },
     )

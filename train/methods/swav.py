@@ -5,10 +5,10 @@ are their scores after Sinkhorn and Knopp's algorithm over the global batch (equ
 by ``softmax(scores / temperature)`` (equations 1 and 2, section 3.2 for multi-crop).
 
 Kept: the projector of two layers, codes without gradient and without rounding, prototypes of unit length after each
-update, frozen at first (a fraction of the run here: one epoch of 800 by default), views and schedule. Substituted: LARS
-without decay and adaptation of biases and BatchNorm, where the authors' LARC has both; the cosine ends at 0, not at a
-thousandth of the peak, and warm-up starts near 0, not at a sixteenth of it. Left out: the queue, which the authors add
-to batches of 256; so batches should not be much smaller than the number of prototypes.
+update, frozen at first (a fraction of the run here: one epoch of 800 by default), views, decay and adaptation of all
+parameters, cosine to 0.001 of the peak. Substituted: LARS with the learning rate inside the momentum, where the
+authors' LARC has it outside; warm-up starts near 0, not at a sixteenth of the peak. Left out: the queue, which the
+authors add to batches of 256; so batches should not be much smaller than the number of prototypes.
 """
 
 from typing import Literal, NamedTuple
@@ -48,7 +48,8 @@ class SwAV(Method):
     recipe = Recipe(
         "multicrop-2x224+6x96",
         {
-            "optim": {"name": "lars", "learning_rate": 0.3, "weight_decay": 1e-6, "epochs": 800, "warmup_epochs": 10},
+            "optim": {"name": "lars", "learning_rate": 0.3, "final_learning_rate": 0.001, "weight_decay": 1e-6}
+            | {"exclude": [], "epochs": 800, "warmup_epochs": 10},
             "run": {"dir": "runs/swav", "global_batch_size": 4096},
         },
     )

@@ -7,10 +7,11 @@
     covariance   squared covariances of different dimensions / D, averaged over views, times 2
 
 Kept (facebookresearch/vicreg): the expander 8192-8192-8192 without BatchNorm at its end, weights 25, 25, 1, LARS
-without decay and adaptation of biases and BatchNorm, 0.2 x B/256, 10 epochs of warm-up, cosine. Where the paper and the
-authors' code differ, it is the code, as their weights are the code's: the invariance is divided by D, the variance
-averaged and the covariance summed over the two views. Substituted: hidden layers without bias, which BatchNorm makes
-void; a cosine down to 0 (there 0.001 of the peak). Each process computes its share of the matrix's rows.
+without decay and adaptation of biases and BatchNorm, 0.2 x B/256, 10 epochs of warm-up, cosine to 0.001 of the peak.
+Where the paper and the authors' code differ, it is the code, as their weights are the code's: the invariance is divided
+by D, the variance averaged and the covariance summed over the two views. Substituted: hidden layers without bias, which
+BatchNorm makes void; LARS with the learning rate inside the momentum. Each process computes its share of the matrix's
+rows.
 """
 
 from itertools import combinations
@@ -46,7 +47,8 @@ class VICReg(Method):
     recipe = Recipe(
         "vicreg",
         {
-            "optim": {"name": "lars", "learning_rate": 0.2, "weight_decay": 1e-6, "epochs": 1000, "warmup_epochs": 10},
+            "optim": {"name": "lars", "learning_rate": 0.2, "final_learning_rate": 0.001, "weight_decay": 1e-6}
+            | {"epochs": 1000, "warmup_epochs": 10},
             "run": {"dir": "runs/vicreg", "global_batch_size": 2048},
         },
     )

@@ -1,4 +1,4 @@
-"""Optimizers: torch's SGD and AdamW, and LARS as SimCLR uses it.
+"""Optimizers: torch's SGD and AdamW, LARS as SimCLR uses it, LARC, and LAMB.
 
 All of them take ``found_inf``, a device tensor set by the train step: where it is not zero, the update leaves
 parameters and state as they are, without the host being asked.
@@ -10,18 +10,41 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import nn
+from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from pipeline.settings import Settings
+from sharding.command import UserError
+
+Zeros = Callable[[torch.Tensor], torch.Tensor]
+
+_LARC_EPS = 1e-8  # apex's and solo-learn's
+_LAMB_EPS = 1e-6  # the paper's
+_TOKENS = {"pos_embed", "cls_token", "reg_token", "dist_token", "mask_token", "mask"}  # timm's names, and MAE's
 
 
 class OptimConfig(Settings):
-    name: Literal["lars", "sgd", "adamw"] = "lars"
+    name: Literal["lars", "larc", "lamb", "sgd", "adamw"] = Field(
+        "lars", description="larc: LARS that only lowers learning rates (solo-learn's clip_lr)"
+    )
     learning_rate: float = Field(0.3, gt=0, description="peak is this x B/256 (linear) or x sqrt(B) (sqrt)")
     scaling: Literal["linear", "sqrt"] = "linear"
-    weight_decay: float = Field(1e-6, ge=0, description="not on biases and BatchNorm")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of LARS and SGD; beta_1 of AdamW")
-    eta: float = Field(0.001, gt=0, description="LARS: trust coefficient; 0.02 on small data sets")
+    schedule: Literal["cosine", "constant", "step"] = Field("cosine", description="of the rate, after the warm-up")
+    final_learning_rate: float = Field(0.0, ge=0, le=1, description="at the end of cosine and step: share of the peak")
+    milestones: tuple[float, ...] = Field(
+        (0.6, 0.8), min_length=1, description="step: fractions of the run at which the rate falls, in equal ratios"
+    )
+    weight_decay: float = Field(1e-6, ge=0, description="not on what is excluded")
+    weight_decay_end: float | None = Field(None, ge=0, description="by a cosine over the run; default: does not move")
+    exclude: tuple[Literal["vectors", "tokens"], ...] = Field(
+        ("vectors",),
+        description="neither decayed nor adapted: vectors (biases, BatchNorm, LayerNorm), "
+        "tokens (of class and mask, position embeddings)",
+    )
+    excluded_rate: float = Field(1.0, gt=0, description="learning rate of what is excluded: share of the others'")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of LARS, LARC and SGD; beta_1 of AdamW and LAMB")
+    beta2: float = Field(0.999, ge=0, lt=1, description="of AdamW and LAMB")
+    eta: float = Field(0.001, gt=0, description="LARS, LARC: trust coefficient; 0.02 on small data sets")
     clip_norm: float | None = Field(None, gt=0, description="scale gradients of a larger norm down to this one")
     epochs: float = Field(100, gt=0, description="passes over the data; the run ends at the next whole step")
     steps: int | None = Field(None, ge=1, description="updates of the run, instead of epochs")
@@ -34,27 +57,62 @@ class OptimConfig(Settings):
                 f"warmup_epochs: expected less than the {self.epochs:g} optim.epochs, found {self.warmup_epochs:g}; "
                 f"set optim.warmup_epochs={self.epochs / 10:g}, for example"
             )
+        if self.schedule == "step" and not self.final_learning_rate:
+            raise ValueError(
+                "final_learning_rate: expected more than 0 with optim.schedule=step; "
+                f"{0.1 ** len(self.milestones):g} divides the rate by 10 at each of the optim.milestones"
+            )
         return self
 
 
 def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of all trainable parameters; one-dimensional ones (biases, BatchNorm) are neither decayed nor
-    adapted. Its learning rate is set by the train step."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    """The optimizer of all trainable parameters in two groups, of which the second (``config.exclude``) is neither
+    decayed nor adapted. Learning rates are set by the train step: its own times the group's ``lr_scale``."""
+    chosen: list[nn.Parameter] = []
+    excluded: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (excluded if _is_excluded(name, parameter, config.exclude) else chosen).append(parameter)
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay, "adapt": True},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
+        {"params": chosen, "weight_decay": config.weight_decay, "adapt": True, "lr_scale": 1.0},
+        {"params": excluded, "weight_decay": 0.0, "adapt": False, "lr_scale": config.excluded_rate},
     ]
+    betas = config.momentum, config.beta2
     if config.name == "lars":
         return LARS(groups, momentum=config.momentum, eta=config.eta)
+    if config.name == "larc":
+        return LARC(groups, momentum=config.momentum, eta=config.eta)
+    if config.name == "lamb":
+        return LAMB(groups, betas=betas)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(config.momentum, 0.999), fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def _is_excluded(name: str, parameter: nn.Parameter, rules: tuple[str, ...]) -> bool:
+    is_vector, is_token = parameter.ndim <= 1, name.rpartition(".")[2] in _TOKENS
+    return (is_vector and "vectors" in rules) or (is_token and "tokens" in rules)
+
+
+def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
+    """Of the group that is decayed."""
+    for group in optimizer.param_groups:
+        if group["adapt"]:
+            group["weight_decay"] = weight_decay
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the state but keep the settings of this ``optimizer``: torch would put the saved ones in their place."""
+    """Load the state but keep the settings of this ``optimizer``: torch would put the saved ones in their place.
+
+    Raises UserError where the saved groups are of other parameters.
+    """
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    sizes, saved = ([len(g["params"]) for g in groups] for groups in (optimizer.param_groups, state["param_groups"]))
+    if sizes != saved:
+        raise UserError(
+            f"optim.exclude: expected a checkpoint with {sizes[1]} of {sum(sizes)} parameters excluded, found "
+            f"{saved[1]} of {sum(saved)}; set optim.exclude as it was, or choose a new run.dir"
+        )
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group |= own
@@ -75,42 +133,87 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         if closure is not None:
-            raise ValueError("LARS.step takes no closure")
+            raise ValueError(f"{type(self).__name__}.step takes no closure")
         for group in self.param_groups:
             params: list[torch.Tensor] = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._update(group, params)
+                self._update(group, params, [p.grad for p in params if p.grad is not None])
 
-    def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
-        """The gradients serve as memory for the update; torch's fused SGD applies it, or leaves all as it is."""
-        gradients = [p.grad for p in params if p.grad is not None]
+    def _update(self, group: dict[str, Any], params: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+        """The gradients serve as memory for the update."""
         if group["weight_decay"]:
             torch._foreach_add_(gradients, params, alpha=group["weight_decay"])
         if group["adapt"]:
-            torch._foreach_mul_(gradients, self._trust(params, gradients, group["eta"]))
+            w, g = _norms(params), _norms(gradients)
+            trust = torch.where((w > 0) & (g > 0), group["eta"] * w / g, 1.0)
+            torch._foreach_mul_(gradients, list(trust.unbind()))
         torch._foreach_mul_(gradients, group["lr"])
-        sgd(
-            params,
-            gradients,
-            [self._buffer(p) for p in params],
-            fused=True,
-            found_inf=getattr(self, "found_inf", None),
-            weight_decay=0.0,
-            momentum=group["momentum"],
-            lr=1.0,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-        )
+        self._descend(params, gradients, momentum=group["momentum"], lr=1.0)
 
-    @staticmethod
-    def _trust(params: list[torch.Tensor], gradients: list[torch.Tensor], eta: float) -> list[torch.Tensor]:
-        w, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, gradients))
-        return list(torch.where((w > 0) & (g > 0), eta * w / g, 1.0).unbind())
+    def _descend(
+        self, params: list[torch.Tensor], gradients: list[torch.Tensor], *, momentum: float, lr: float
+    ) -> None:
+        """By torch's fused SGD, which applies the update, or leaves all as it is."""
+        buffers: Any = self._buffers(params, "momentum_buffer")
+        sgd(params, gradients, buffers, momentum=momentum, lr=lr, dampening=0.0, nesterov=False, **self._fused())
 
-    def _buffer(self, parameter: torch.Tensor) -> torch.Tensor | None:
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer: torch.Tensor = state["momentum_buffer"]
-        return buffer
+    def _fused(self) -> dict[str, Any]:
+        return {"fused": True, "found_inf": getattr(self, "found_inf", None), "weight_decay": 0.0, "maximize": False}
+
+    def _buffers(self, params: list[torch.Tensor], name: str, zeros: Zeros = torch.zeros_like) -> list[torch.Tensor]:
+        """The state ``name`` of each parameter, at first ``zeros`` of it."""
+        for parameter in params:
+            if name not in self.state[parameter]:
+                self.state[parameter][name] = zeros(parameter)
+        return [self.state[parameter][name] for parameter in params]
+
+
+class LARC(LARS):
+    """LARS with a trust ratio that only lowers the learning rate, as apex's LARC and solo-learn's ``clip_lr``.
+
+    ``v <- m v + min(trust / lr, 1) (g + wd w)``, ``w <- w - lr v``, ``trust = eta |w| / (|g| + wd |w| + 1e-8)``, where
+    ``adapt`` is set and both norms are positive; else the minimum is replaced by 1.
+    """
+
+    def _update(self, group: dict[str, Any], params: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+        w, g = _norms(params), _norms(gradients)
+        torch._foreach_add_(gradients, params, alpha=group["weight_decay"])
+        if group["adapt"]:
+            trust = group["eta"] * w / (g + group["weight_decay"] * w + _LARC_EPS)
+            ratio = torch.where((w > 0) & (g > 0), (trust / group["lr"]).clamp(max=1.0), 1.0)
+            torch._foreach_mul_(gradients, list(ratio.unbind()))
+        self._descend(params, gradients, momentum=group["momentum"], lr=group["lr"])
+
+
+class LAMB(LARS):
+    """Layer-wise adaptive moments (You et al., "Large batch optimization for deep learning: training BERT in 76
+    minutes", 2020, algorithm 2, with the identity as phi).
+
+    ``w <- w - lr * trust * u``, ``u`` being Adam's direction plus ``wd w``, and ``trust = |w| / |u|`` where ``adapt``
+    is set and both norms are positive, else 1.
+    """
+
+    def __init__(self, params: Any, *, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        super().__init__(params)
+        self._betas = {"beta1": betas[0], "beta2": betas[1]}
+        for group in self.param_groups:
+            group["fused"] = True  # `load_state_dict` then takes the counts of updates to the device
+
+    def _update(self, group: dict[str, Any], params: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+        """Torch's fused Adam moves zeros by the direction, or leaves them and the moments as they are."""
+        moved, fused = [torch.zeros_like(p) for p in params], self._fused()
+        first, second = (self._buffers(params, name) for name in ("exp_avg", "exp_avg_sq"))
+        steps = self._buffers(params, "step", lambda p: torch.zeros((), device=p.device))
+        options = fused | self._betas | {"lr": 1.0, "eps": _LAMB_EPS, "amsgrad": False}
+        adam(moved, gradients, first, second, [], steps, **options)
+        update = list(torch._foreach_neg(moved))
+        torch._foreach_add_(update, params, alpha=group["weight_decay"])
+        w, u = _norms(params), _norms(update)
+        trust = torch.where((w > 0) & (u > 0), w / u, 1.0) if group["adapt"] else torch.ones_like(w)
+        accepted = 1.0 if fused["found_inf"] is None else 1 - fused["found_inf"]
+        torch._foreach_mul_(update, list((-group["lr"] * accepted * trust).unbind()))
+        torch._foreach_add_(params, update)
+
+
+def _norms(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(torch._foreach_norm(tensors))

@@ -1,6 +1,7 @@
 """Learning rates and other values that move during a run, as pure functions of how far it is."""
 
 import math
+from collections.abc import Sequence
 
 
 def warmup_cosine(step: int, *, total_steps: int, warmup_steps: int, peak: float, final: float = 0.0) -> float:
@@ -11,7 +12,7 @@ def warmup_cosine(step: int, *, total_steps: int, warmup_steps: int, peak: float
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return cosine(min(1.0, progress), peak, final)
 
 
 def scaled_peak(base: float, global_batch_size: int, scaling: str) -> float:
@@ -22,3 +23,9 @@ def scaled_peak(base: float, global_batch_size: int, scaling: str) -> float:
 def cosine(progress: float, start: float, end: float) -> float:
     """Half a cosine from ``start`` at progress 0 to ``end`` at 1."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def stairs(progress: float, start: float, end: float, milestones: Sequence[float]) -> float:
+    """From ``start`` to ``end`` (both positive) in equal ratios, one at each of the ``milestones`` of progress."""
+    passed = sum(progress >= milestone for milestone in milestones)
+    return start * (end / start) ** (passed / len(milestones))

@@ -78,6 +78,15 @@ class World:
         """The state of both on rank 0, None on the others. To be called on all ranks: it may be gathered."""
         return {"method": method.state_dict(), "optimizer": optimizer.state_dict()} if self.is_main else None
 
+    def subgroup(self, size: int, name: str) -> Any:
+        """The group of ``size`` consecutive ranks that this one is in, or None for that of all. Synchronises ranks.
+
+        Raises UserError, about the setting ``name``, unless ``size`` divides the number of processes.
+        """
+        if size < 1 or self.size % size:
+            raise UserError(f"{name}: expected groups of a divisor of the {self.size} processes, found {size}")
+        return None if size == self.size else dist.new_subgroups(group_size=size)[0]
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         if self.size > 1:
@@ -165,7 +174,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        """Every rank's gradient with respect to this rank's rows, summed (a reduce-scatter; gloo lacks that call)."""
-        total = gradients[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total.narrow(0, dist.get_rank() * ctx.num_rows, ctx.num_rows)
+        """Every rank's gradient with respect to this rank's rows, summed."""
+        theirs = list(gradients[0].contiguous().split(ctx.num_rows))
+        own = torch.empty_like(theirs[0])
+        dist.reduce_scatter(own, theirs)
+        return own

@@ -79,3 +79,16 @@ def test_clipping_bounds_the_norm_of_the_update() -> None:
     assert changes[None][0] == pytest.approx(changes[None][1], rel=0.01)
     assert changes[1e-3][0] == pytest.approx(1e-3, rel=0.01)
     assert changes[1e-3][1] == changes[None][1], "what is logged is the norm before clipping"
+
+
+def test_excluded_parameters_have_their_own_rate() -> None:
+    changes = {}
+    for scale in (1.0, 0.25):
+        torch.manual_seed(0)
+        method: Any = build_method(SimCLRConfig(hidden=32, out=16), EncoderConfig(name="resnet18", width=8), World())
+        optimizer = build_optimizer(OptimConfig(name="sgd", excluded_rate=scale), method)
+        before = {name: p.detach().clone() for name, p in method.named_parameters()}
+        TrainStep(method, method, optimizer, torch.float32)(views(0), draws(), 0.1, 0.1)
+        changes[scale] = {name: p.detach() - before[name] for name, p in method.named_parameters()}
+    for name, change in changes[1.0].items():
+        torch.testing.assert_close(changes[0.25][name], change * (0.25 if change.ndim <= 1 else 1.0))

@@ -6,8 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.losses.contrastive import align_uniform, dcl, dclw, nt_xent, spectral
+from tests.processes import run_ranks
+from train.losses import contrastive
+from train.losses.contrastive import align_uniform, dcl, dclw, info_nce, log_sum_exp, nt_xent, spectral
+from train.processes.distributed import World
 
 LOSSES = {
     "ntxent": partial(nt_xent, temperature=0.2),
@@ -211,3 +215,69 @@ def test_known_values_of_orthogonal_and_of_equal_embeddings() -> None:
     assert align_uniform(same, same, 0).item() == pytest.approx(0, abs=1e-12)
     assert dcl(apart, apart, 0, 0.5).item() == pytest.approx(math.log(10) - 2)
     assert dcl(same, same, 0, 0.5).item() == pytest.approx(math.log(10))
+
+
+def test_info_nce_is_a_cross_entropy_among_the_keys() -> None:
+    queries, keys = doubles(3, 5), doubles(7, 5)
+    logits = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T / 0.2
+    torch.testing.assert_close(info_nce(queries, keys, 2, 0.2), F.cross_entropy(logits, torch.arange(2, 5)))
+
+
+@pytest.mark.parametrize("tile", [1, 5, 7, 64])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_tiles_have_the_value_and_the_gradients_of_the_whole(tile: int, dtype: torch.dtype, tolerance: float) -> None:
+    """Also of keys that are not the anchors, and with the second process's place among them."""
+    results = []
+    for size in (None, tile):
+        z, keys = (t.to(dtype).requires_grad_() for t in (doubles(3, 4, 8), doubles(3, 12, 8)))
+        value = nt_xent(z, keys, 4, 0.2, tile=size)
+        results.append([value, *torch.autograd.grad(value, [z, keys])])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_what_is_excluded_is_so_in_whichever_tile_it_is() -> None:
+    anchors, others = doubles(3, 5), doubles(9, 5)
+    excluded = torch.tensor([[0, 8], [3, 4], [5, 2]])
+    kept = [[o for o in range(9) if o not in row] for row in excluded.tolist()]
+    expected = torch.stack([(others[o] @ a / 0.1).logsumexp(0) for a, o in zip(anchors, kept, strict=True)])
+    for tile in (None, 1, 2, 4):
+        torch.testing.assert_close(log_sum_exp(anchors, others, excluded, 0.1, tile), expected)
+
+
+class Largest(TorchDispatchMode):
+    """The greatest number of elements of any tensor that an operation returns."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.num_elements = max(self.num_elements, result.numel())
+        return result
+
+
+def test_the_matrix_of_a_large_batch_is_never_held() -> None:
+    z = torch.randn(2, 3000, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert contrastive._WHOLE < (2 * 3000) ** 2
+    with Largest() as largest:
+        nt_xent(z, z, 0, 0.5).backward()
+    assert largest.num_elements <= contrastive._TILE
+
+
+def tiled_by_rank(world: World, tile: int | None) -> list[torch.Tensor]:
+    """The mean loss, and the gradient of this rank's embeddings as DDP would average it."""
+    per_rank = 12 // world.size
+    z = doubles(2, 12, 5)[:, world.rank * per_rank :][:, :per_rank].clone().requires_grad_()
+    loss = nt_xent(z, world.gather(z, dim=1), world.rank * per_rank, 0.2, tile=tile)
+    loss.backward()
+    return [world.mean(loss), torch.as_tensor(z.grad) / world.size]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_tiles_pass_their_gradients_to_the_ranks_that_the_columns_came_from(world_size: int) -> None:
+    value, gradient = tiled_by_rank(World(), None)
+    ranks = run_ranks(tiled_by_rank, world_size, 5)
+    torch.testing.assert_close(torch.cat([found[1] for found in ranks], dim=1), gradient, rtol=1e-12, atol=1e-12)
+    for found in ranks:
+        torch.testing.assert_close(found[0], value, rtol=1e-12, atol=1e-12)

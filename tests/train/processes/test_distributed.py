@@ -1,5 +1,6 @@
 """N processes must give the single process's gradient of the global batch."""
 
+import os
 from typing import Any
 
 import pytest
@@ -111,3 +112,45 @@ def test_every_kind_of_batchnorm_is_synchronized() -> None:
         torch.testing.assert_close(torch.cat([layer[1] for layer in layers]), y1)
         for layer in layers:
             torch.testing.assert_close(layer[2:], buffers)
+
+
+_GROUPS: dict[str | int, int] = {"local": 1, 2: 2, "node": 2, "global": 4, 4: 4}  # of how many ranks
+
+
+def outputs_of_groups(world: World) -> list[list[torch.Tensor]]:
+    """Of each kind of group: what the network makes of this rank's images, gradients and statistics."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    per_rank, results = _BATCH // world.size, []
+    for over in _GROUPS:
+        module = synchronize_batchnorm(network(), world, over)
+        x = images()[0][world.rank * per_rank :][:per_rank].clone().requires_grad_()
+        y = module(x)
+        y.square().sum().backward()
+        averages = [world.mean(p.grad) for p in module.parameters() if p.grad is not None]
+        results.append([y.detach(), torch.as_tensor(x.grad), *averages, *(b.float() for b in module.buffers())])
+    return results
+
+
+def test_batchnorm_of_a_group_of_ranks_is_that_of_one_process_with_their_images() -> None:
+    everything = run_ranks(outputs_of_groups, 4)
+    for number, size in enumerate(_GROUPS.values()):
+        ranks, gradients = [results[number] for results in everything], []
+        for first in range(0, 4, size):
+            rows = slice(first * _BATCH // 4, (first + size) * _BATCH // 4)
+            module, x = network(), images()[0][rows].clone().requires_grad_()
+            y = module(x)
+            y.square().sum().backward()
+            members = ranks[first : first + size]
+            torch.testing.assert_close(torch.cat([found[0] for found in members]), y.detach())
+            torch.testing.assert_close(torch.cat([found[1] for found in members]), x.grad, rtol=1e-4, atol=1e-5)
+            for found in members:
+                torch.testing.assert_close(found[-6:], [buffer.float() for buffer in module.buffers()])
+            gradients.append([p.grad for p in module.parameters() if p.grad is not None])
+        expected = [torch.stack(of_groups).sum(0) / 4 for of_groups in zip(*gradients, strict=True)]
+        torch.testing.assert_close(ranks[0][2:-6], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_groups_that_would_not_be_equal_are_refused() -> None:
+    for over, found in ((3, 3), ("node", 0)):
+        with pytest.raises(UserError, match=rf"run\.batchnorm={over}: .*a divisor of the 4 processes, found {found}"):
+            synchronize_batchnorm(network(), World(size=4), over)

@@ -1,0 +1,62 @@
+from typing import Any
+
+import pytest
+
+from sharding.manifest import Manifest, open_shards
+from tests.train.runs import settings
+from train.config import load_config
+from train.engine.checkpoint import checkpoints, load
+from train.engine.plan import RunPlan, plan_run
+from train.overrides import ConfigError
+from train.pretrain import main
+
+
+def plan(shards: Any, *overrides: str) -> RunPlan:
+    """Of 96 images in batches of 24: 4 steps an epoch."""
+    manifest: Manifest = open_shards(shards).manifest
+    return plan_run(load_config(None, ["run.global_batch_size=24", *overrides]), manifest)
+
+
+def test_the_rate_is_scaled_and_ends_where_it_is_told(shards: Any) -> None:
+    chosen = plan(shards, "optim.learning_rate=0.8", "optim.final_learning_rate=0.01", "optim.epochs=25")
+    assert (chosen.total_steps, chosen.warmup_steps) == (100, 40)
+    assert [chosen.learning_rate(step) for step in (39, 40, 70, 100)] == pytest.approx(
+        [0.075, 0.075, 0.037875, 0.00075]
+    )
+    assert str(chosen) == (
+        "100 steps; learning rate 0.075 after 40 steps of warm-up, 0.00075 at the end (cosine); weight decay 1e-06"
+    )
+
+
+def test_a_constant_rate_is_reached_and_kept(shards: Any) -> None:
+    chosen = plan(shards, "optim.learning_rate=0.8", "optim.schedule=constant", "optim.epochs=25")
+    assert [chosen.learning_rate(step) for step in (3, 39, 70, 100)] == pytest.approx([0.0075, 0.075, 0.075, 0.075])
+
+
+def test_the_supervised_baseline_divides_by_ten_at_epochs_30_60_and_80(shards: Any) -> None:
+    chosen = plan(shards, "method.name=supervised", "optim.learning_rate=0.1")
+    peak = 0.1 * 24 / 256
+    rates = [chosen.learning_rate(4 * epoch) for epoch in (5, 29, 30, 59, 60, 79, 80, 90)]
+    assert rates == pytest.approx([peak, peak, peak / 10, peak / 10, peak / 100, peak / 100, peak / 1000, peak / 1000])
+
+
+def test_dinos_weight_decay_rises_by_a_cosine(shards: Any) -> None:
+    chosen = plan(shards, "method.name=dino", "optim.epochs=25")
+    assert [chosen.weight_decay(step) for step in (0, 50, 100)] == pytest.approx([0.04, 0.22, 0.4])
+    assert plan(shards).weight_decay(7) == 1e-6, "by default it does not move"
+
+
+def test_stairs_need_a_rate_to_end_at() -> None:
+    with pytest.raises(ConfigError, match=r"final_learning_rate: expected more than 0 with .* 0\.01 divides the rate"):
+        load_config(None, ["optim.schedule=step"])
+
+
+def test_a_run_moves_its_weight_decay_and_shows_what_is_derived(
+    shards: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(settings(shards, tmp_path, "optim.steps=2", "optim.weight_decay=0.1", "optim.weight_decay_end=0.3")) == 0
+    )
+    groups = load(checkpoints(tmp_path)[-1])["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [pytest.approx(0.2), 0.0]
+    assert "derived: 2 steps; learning rate 0.004688 after 0 steps" in capsys.readouterr().out
