@@ -48,7 +48,6 @@ class Arguments:
     layout: Layout
     policy: Policy
     max_quarantine: float
-    engine: str
     workers: int
     cache: Path | None
     streaming: bool
@@ -81,7 +80,6 @@ def parse(description: str | None, argv: Sequence[str] | None) -> Arguments:
             keep_truncated=args.keep_truncated,
         ),
         args.max_quarantine,
-        args.engine,
         args.workers,
         args.cache,
         args.streaming,
@@ -122,5 +120,4 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
-    add("--engine", choices=["processes", "ray"], default="processes", help="default: %(default)s")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")

@@ -24,7 +24,7 @@ from rich.progress import Progress
 from sharding.arguments import Layout, parse
 from sharding.command import UserError, command, say
 from sharding.encode import BadImageError, Policy, encode
-from sharding.engine import Engine, in_process, processes, ray_cluster
+from sharding.engine import Engine, in_process, processes
 from sharding.finish import TAIL_READY, finish, write_quarantine
 from sharding.manifest import MANIFEST_FILE, QUARANTINE_FILE, Manifest
 from sharding.part import Job, Record, record_name, write_part
@@ -238,14 +238,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(__doc__, argv)
     start = time.perf_counter()
     try:
-        engine = ray_cluster() if args.engine == "ray" else in_process if args.workers == 1 else processes(args.workers)
         with bar() as progress:
             manifest = build(
                 args.spec,
                 args.out,
                 args.layout,
                 args.policy,
-                engine=engine,
+                engine=processes(args.workers),
                 max_quarantine=args.max_quarantine,
                 cache=args.cache,
                 streaming=args.streaming,

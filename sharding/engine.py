@@ -1,4 +1,4 @@
-"""Ways to run pure tasks: here, on this machine's processes, or on a Ray cluster. Results arrive in any order.
+"""Ways to run pure tasks: here, or on this machine's processes. Results arrive in any order.
 
 Tasks publish whole files only, so a worker may be killed at any moment.
 """
@@ -15,8 +15,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
-
-from sharding.command import UserError
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -35,10 +33,13 @@ def in_process(task: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iter
 
 
 def processes(num_workers: int) -> Engine:
-    """Worker processes; `shared` is sent to each once, and at most two items a worker are in flight.
+    """Worker processes (here, for one); `shared` is sent to each once, and at most two items a worker are in flight.
 
     Workers end when the caller does, however it ends: an exception, Ctrl-C, or kill -9.
     """
+
+    if num_workers == 1:
+        return in_process
 
     def run(task: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
         context = multiprocessing.get_context("forkserver")
@@ -93,34 +94,3 @@ def _call(item: Any) -> Any:
     assert _worker is not None
     task, shared = _worker
     return task(shared, item)
-
-
-def ray_cluster() -> Engine:
-    """Tasks on the Ray cluster that RAY_ADDRESS names, or on a local Ray.
-
-    Every node must see the output, and the source's files under the same paths.
-
-    Raises:
-        ImportError: Ray is not installed.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("--engine ray needs Ray: pip install 'parallax-ssl[ray]'") from error
-
-    def run(task: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
-        import sharding
-
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, runtime_env={"py_modules": [sharding]})
-        remote = ray.remote(task)
-        reference = ray.put(shared)
-        queue = iter(items)
-        window = 2 * int(ray.cluster_resources().get("CPU", 1))
-        pending = [remote.remote(reference, item) for item in itertools.islice(queue, window)]
-        while pending:
-            done, pending = ray.wait(pending)
-            pending += [remote.remote(reference, item) for item in itertools.islice(queue, len(done))]
-            yield from ray.get(done)
-
-    return run

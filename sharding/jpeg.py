@@ -1,14 +1,15 @@
 """What a JPEG file says about itself before any pixel is decoded: frame type, size, EXIF orientation.
 
-Marker codes are those of ITU-T T.81, table B.1; EXIF is a TIFF directory in an APP1 segment (JEITA CP-3451).
+Marker codes are those of ITU-T T.81, table B.1. Of EXIF, PIL reads what it can.
 """
-
-from __future__ import annotations
 
 import re
 import struct
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from PIL import Image
 
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 BASELINE, PROGRESSIVE = 0xC0, 0xC2
@@ -17,7 +18,6 @@ _STANDALONE = frozenset(range(0xD0, 0xD8)) | {0x01, 0xD8}  # markers without a l
 _APP1, _SOS, _EOI = 0xE1, 0xDA, 0xD9
 _EXIF = b"Exif\x00\x00"
 _ORIENTATION_TAG = 0x0112
-_INTEGER_FORMATS = {1: "B", 3: "H", 4: "I"}  # TIFF types BYTE, SHORT, LONG
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # after coded data, in which 0xFF is stuffed or a restart
 _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)\s*([0-9])")
 
@@ -36,15 +36,11 @@ class JpegHeader:
     width: int
     num_components: int
     orientation: int  # 1 to 8; 1 when nothing (readable) is said
-    bad_exif: tuple[tuple[int, int], ...]  # [start, end) of EXIF segments that readers may disagree about
+    bad_exif: tuple[tuple[int, int], ...]  # [start, end) of EXIF segments if readers may disagree about them
 
 
 def read_header(data: bytes) -> JpegHeader:
-    """Walk the segments before the first scan.
-
-    Raises:
-        JpegError: no JPEG, or it ends (or breaks) before its frame header.
-    """
+    """Walk the segments before the first scan. Raises JpegError where there is no frame header before it."""
     frame: tuple[int, int, int, int, int] | None = None
     exif: list[tuple[int, int]] = []
     xmp = 1
@@ -123,33 +119,19 @@ def _frame_fields(body: bytes) -> tuple[int, int, int, int]:
 
 
 def _resolve_orientation(data: bytes, exif: list[tuple[int, int]], xmp: int) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """The first readable EXIF orientation, else XMP's; and segments broken, doubled or out of range."""
-    found: list[int] = []
-    bad: list[tuple[int, int]] = []
-    for start, end in exif:
-        orientation = _tiff_orientation(data[start + 4 + len(_EXIF) : end])
-        if orientation is None or not 0 < orientation < 9 or found:
-            bad.append((start, end))
-        else:
-            found.append(orientation)
-    said = [*found, xmp if 0 < xmp < 9 else 1]
-    return said[0], tuple(bad)
+    """The first readable EXIF orientation, else XMP's; and the EXIF segments unless there is one that is sound."""
+    found = [_exif_orientation(data[start + 4 : end]) for start, end in exif]
+    said = [value for value in [*found, xmp] if value in range(1, 9)]
+    return said[0] if said else 1, tuple(exif) if len(found) > 1 or 0 in found else ()
 
 
-def _tiff_orientation(tiff: bytes) -> int | None:
-    """Orientation in a TIFF block's first directory: 1 when absent, None when the block is broken."""
-    order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(tiff[:4])
-    if order is None or len(tiff) < 10:
-        return None
-    first = struct.unpack_from(f"{order}I", tiff, 4)[0]
-    if first + 2 > len(tiff):
-        return None
-    count = struct.unpack_from(f"{order}H", tiff, first)[0]
-    if first + 2 + 12 * count > len(tiff):
-        return None
-    for entry in range(first + 2, first + 2 + 12 * count, 12):
-        tag, kind, length = struct.unpack_from(f"{order}HHI", tiff, entry)
-        if tag == _ORIENTATION_TAG:
-            integer = _INTEGER_FORMATS.get(kind)
-            return None if integer is None or length != 1 else struct.unpack_from(order + integer, tiff, entry + 8)[0]
-    return 1
+def _exif_orientation(segment: bytes) -> int:
+    """1 when nothing is said, 0 when the segment is broken or says what means nothing."""
+    exif = Image.Exif()
+    try:
+        with warnings.catch_warnings(action="error"):  # what PIL warns of, other readers may read differently
+            exif.load(segment)
+            orientation = exif.get(_ORIENTATION_TAG, 1)
+    except Exception:  # broken segments provoke SyntaxError, struct.error, UserWarning ...
+        return 0
+    return orientation if orientation in range(1, 9) else 0

@@ -189,7 +189,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     out = Directory.at(args.shards)
-    engine = in_process if args.workers < 2 else processes(args.workers)
+    engine = processes(args.workers)
     problems = verify(out, decode=args.decode, engine=engine, progress=True)
     for problem in problems:
         print(problem)
