@@ -1,17 +1,16 @@
 """Command line of `python -m sharding.build`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from sharding.encode import Policy
 from sharding.source import SourceSpec
-from sharding.storage import Directory
+
+T = TypeVar("T", bound=Any)
 
 _RANGES = [
     ("lanes", 1, 10_000),
@@ -35,30 +34,19 @@ class Layout:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; `--help` has the rest."""
+    """Of the command `python -m name`. Says what is wrong in one line; `--help` has the rest."""
+
+    def __init__(self, name: str, description: str | None) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=f"python -m {name}", description=description, formatter_class=form)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-@dataclass(frozen=True)
-class Arguments:
-    spec: SourceSpec
-    out: Directory
-    layout: Layout
-    policy: Policy
-    max_quarantine: float
-    workers: int
-    cache: Path | None
-    streaming: bool
-
-
-def parse(description: str | None, argv: Sequence[str] | None) -> Arguments:
-    parser = Parser(
-        prog="python -m sharding.build",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, and `spec`, `layout` and `policy` made of them."""
+    parser = Parser("sharding.build", description)
     _add_source(parser)
     _add_output(parser)
     _add_run(parser)
@@ -69,21 +57,14 @@ def parse(description: str | None, argv: Sequence[str] | None) -> Arguments:
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
     if args.quality and not args.short_side:
         parser.error("--quality is that of --short-side; without it only images that must be converted are encoded")
-    return Arguments(
-        SourceSpec(args.dataset, args.config, args.split, args.revision, args.image_column, args.label_column),
-        Directory.at(args.out),
-        Layout(args.lanes, args.shard_mb, args.seed),
-        Policy(
-            args.short_side,
-            args.quality or Policy.quality,
-            max_pixels=args.max_pixels,
-            keep_truncated=args.keep_truncated,
-        ),
-        args.max_quarantine,
-        args.workers,
-        args.cache,
-        args.streaming,
-    )
+    args.quality = args.quality or Policy.quality
+    args.spec, args.layout, args.policy = _taken(SourceSpec, args), _taken(Layout, args), _taken(Policy, args)
+    return args
+
+
+def _taken(kind: type[T], args: argparse.Namespace) -> T:
+    """An instance of a dataclass whose fields have the values of the arguments of their names."""
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind) if hasattr(args, field.name)})
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:

@@ -6,8 +6,6 @@
 Stopped or killed at any point, the same command continues and ends with the same bytes.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import re
@@ -27,7 +25,7 @@ from sharding.encode import BadImageError, Policy, encode
 from sharding.engine import Engine, in_process, processes
 from sharding.finish import TAIL_READY, finish, write_quarantine
 from sharding.manifest import MANIFEST_FILE, QUARANTINE_FILE, Manifest
-from sharding.part import Job, Record, record_name, write_part
+from sharding.part import BuildContext, PartRecord, record_name, write_part
 from sharding.plan import Part, plan_parts
 from sharding.progress import bar, track
 from sharding.source import Source, SourceSpec, open_source
@@ -56,50 +54,26 @@ def build(
 ) -> Manifest:
     """Build, or finish building, the shards of one data set in `out`.
 
-    Raises:
-        SourceError: the data cannot be opened.
-        BuildError: foreign files, changed options or data, another build at work, or more than
-            `max_quarantine` (a fraction) refused images.
+    Raises SourceError when the data cannot be opened, and BuildError for foreign files, changed options or data, a
+    different build at work, or more than `max_quarantine` (a fraction) refused images.
     """
     options = {"source": asdict(spec), "policy": asdict(policy), "layout": asdict(layout)}
     if (manifest := _check_out(out, options)) is None:
         source = open_source(spec, cache, streaming, progress)
+        context = BuildContext(source, policy, out, prefix=re.sub(r"\W.*", "", spec.split) or "data")
         if source.no_labels:
             say("sharding.build", source.no_labels)
         with out.lock():
-            manifest = _build(source, out, layout, policy, options, engine, max_quarantine, progress)
+            samples_per_shard = _start_or_continue(context, layout, options)
+            parts = plan_parts(len(source), layout.lanes, samples_per_shard, layout.seed)
+            records = _records(context, parts, engine, progress, limit=max_quarantine * len(source))
+            origin = {**options["source"], "num_rows": len(source), "hub_commit": source.revision}
+            manifest = finish(context, records, samples_per_shard, engine, source=origin, layout=options["layout"])
     else:
         say("sharding.build", f"{out}: already complete, nothing to do")
     out.remove_state()
     discard_spool(spec, cache)
     return manifest
-
-
-def _build(
-    source: Source,
-    out: Directory,
-    layout: Layout,
-    policy: Policy,
-    options: dict[str, dict[str, Any]],
-    engine: Engine,
-    max_quarantine: float,
-    progress: Progress | None,
-) -> Manifest:
-    if len(source) == 0:
-        raise BuildError("the data set is empty")
-    mean_bytes, digest = source.probe()
-    samples_per_shard = _samples_per_shard(source, policy, layout, mean_bytes)
-    parts = plan_parts(len(source), layout.lanes, samples_per_shard, layout.seed)
-    data = {
-        "number of rows": len(source),
-        "checksum of evenly spaced rows": digest,
-        "number of rows per shard": samples_per_shard,
-    }
-    _start_or_continue(out, {**options, "data": data})
-    job = Job(source, policy, out, prefix=re.sub(r"\W.*", "", options["source"]["split"]) or "data")
-    records = _records(job, parts, engine, progress, limit=max_quarantine * len(source))
-    origin = {**options["source"], "num_rows": len(source), "hub_commit": source.revision}
-    return finish(job, records, samples_per_shard, engine, source=origin, layout=options["layout"])
 
 
 def _check_out(out: Directory, options: dict[str, dict[str, Any]]) -> Manifest | None:
@@ -135,11 +109,23 @@ def _refuse_changes(out: Directory, before: dict[str, Any], now: dict[str, dict[
                 )
 
 
-def _start_or_continue(out: Directory, options: dict[str, dict[str, Any]]) -> None:
+def _start_or_continue(context: BuildContext, layout: Layout, options: dict[str, dict[str, Any]]) -> int:
+    """Note down options and data, or see that they are those of the first run. Returns the samples per shard."""
+    source, out = context.source, context.out
+    if len(source) < layout.lanes:
+        raise BuildError(f"{len(source)} images cannot fill {layout.lanes} equal lanes: choose a smaller --lanes")
+    mean_bytes, digest = source.probe()
+    samples_per_shard = _samples_per_shard(source, context.policy, layout, mean_bytes)
+    data = {
+        "number of rows": len(source),
+        "checksum of evenly spaced rows": digest,
+        "number of rows per shard": samples_per_shard,
+    }
     if out.exists(OPTIONS_FILE):
-        _refuse_changes(out, json.loads(out.read(OPTIONS_FILE)), options)
+        _refuse_changes(out, json.loads(out.read(OPTIONS_FILE)), {**options, "data": data})
     else:
-        out.write(OPTIONS_FILE, json.dumps(options).encode())
+        out.write(OPTIONS_FILE, json.dumps({**options, "data": data}).encode())
+    return samples_per_shard
 
 
 def _samples_per_shard(source: Source, policy: Policy, layout: Layout, mean_bytes: float) -> int:
@@ -158,69 +144,73 @@ def _mean_encoded_bytes(source: Source, policy: Policy, num_probes: int = 64) ->
     return sum(sizes) / len(sizes) if sizes else 0
 
 
-def _records(job: Job, parts: Sequence[Part], engine: Engine, progress: Progress | None, limit: float) -> list[Record]:
+def _records(
+    context: BuildContext, parts: Sequence[Part], engine: Engine, progress: Progress | None, limit: float
+) -> list[PartRecord]:
     """The records of all parts, in order; writes the parts that have none yet."""
-    records = _finished(job.out, parts)
+    records = _finished(context.out, parts)
     todo = [part for part in parts if record_name(part) not in records]
-    written: Iterator[tuple[Part, Record]] = track(
-        engine(_write_named, job, todo),
+    written: Iterator[tuple[Part, PartRecord]] = track(
+        engine(_write_named, context, todo),
         progress,
         "sharding",
-        total=sum(len(part.rows) for part in parts),
-        done=sum(len(part.rows) for part in parts) - sum(len(part.rows) for part in todo),
+        total=len(context.source),
+        done=len(context.source) - sum(len(part.rows) for part in todo),
         size=lambda result: (len(result[0].rows), result[1].source_bytes),
     )
-    num_quarantined = sum(len(r.quarantined) for r in records.values())
-    for part, record in written:
+    num_quarantined = sum(len(record.quarantined) for record in records.values())
+    for part, record in [] if num_quarantined > limit else written:
         records[record_name(part)] = record
         num_quarantined += len(record.quarantined)
         if num_quarantined > limit:
             break
-    if num_quarantined > limit:
-        raise _too_many(job, list(records.values()), limit)
-    if (num_samples := sum(r.shard.num_samples for r in records.values())) < 1 + max(part.lane for part in parts):
-        write_quarantine(job.out, list(records.values()))
-        raise BuildError(
-            f"only {num_samples} of {len(job.source)} images can be used, fewer than --lanes; "
-            f"the reasons are in {job.out}/{QUARANTINE_FILE}"
-        )
+    _check_yield(context, list(records.values()), num_quarantined, limit, max(part.lane for part in parts) + 1)
     return [records[record_name(part)] for part in parts]
 
 
-def _finished(out: Directory, parts: Sequence[Part]) -> dict[str, Record]:
+def _finished(out: Directory, parts: Sequence[Part]) -> dict[str, PartRecord]:
     """Records, by name, of the parts that are done. Once shards are being levelled, all are."""
     sizes = out.sizes()
-    found = {name: Record.from_bytes(out.read(name)) for part in parts if (name := record_name(part)) in sizes}
+    found = {name: PartRecord.from_bytes(out.read(name)) for part in parts if (name := record_name(part)) in sizes}
     if TAIL_READY in sizes:
         return found
     return {name: r for name, r in found.items() if sizes.get(r.shard.path) == r.shard.num_bytes}
 
 
-def _write_named(job: Job, part: Part) -> tuple[Part, Record]:
-    return part, write_part(job, part)
+def _write_named(context: BuildContext, part: Part) -> tuple[Part, PartRecord]:
+    return part, write_part(context, part)
 
 
-def _too_many(job: Job, records: list[Record], limit: float) -> BuildError:
-    write_quarantine(job.out, records)
-    refused = [q for r in records for q in r.quarantined]
-    return BuildError(
-        f"{len(refused)} of {len(job.source)} images cannot be used, more than the {limit:.0f} that --max-quarantine "
-        f"allows. Reasons so far are in {job.out}/{QUARANTINE_FILE}; the first is {refused[0]['key']}: "
-        f"{refused[0]['reason']}. If they may be left out, run again with a larger --max-quarantine"
-    )
+def _check_yield(
+    context: BuildContext, records: list[PartRecord], num_quarantined: int, limit: float, num_lanes: int
+) -> None:
+    """Refuses to go on with too many unusable images, or with fewer usable ones than lanes; says why they are."""
+    out, num_rows = context.out, len(context.source)
+    if num_quarantined > limit:
+        first = next(q for record in records for q in record.quarantined)
+        write_quarantine(out, records)
+        raise BuildError(
+            f"{num_quarantined} of {num_rows} images cannot be used, more than the {limit:.0f} that --max-quarantine "
+            f"allows. Reasons so far are in {out}/{QUARANTINE_FILE}; the first is {first['key']}: {first['reason']}. "
+            "If they may be left out, run again with a larger --max-quarantine"
+        )
+    if (num_samples := num_rows - num_quarantined) < num_lanes:
+        write_quarantine(out, records)
+        raise BuildError(
+            f"only {num_samples} of {num_rows} images can be used, fewer than --lanes; "
+            f"the reasons are in {out}/{QUARANTINE_FILE}"
+        )
 
 
 def _report(manifest: Manifest, out: Directory, seconds: float) -> str:
     num_bytes = sum(shard.num_bytes for shard in manifest.shards)
     changed = ", ".join(f"{count} {change}" for change, count in manifest.changes.items()) or "none"
-    lines = [
+    return (
         f"{out}: {manifest.num_samples} images in {len(manifest.shards)} shards, {num_bytes / 1e6:.1f} MB, "
-        f"{manifest.num_lanes} lanes of {manifest.num_samples_per_lane}, {len(manifest.class_names)} classes",
+        f"{manifest.num_lanes} lanes of {manifest.num_samples_per_lane}, {len(manifest.class_names)} classes\n"
         f"read {manifest.num_read}, quarantined {manifest.num_quarantined}, surplus {manifest.num_surplus}, "
-        f"changed: {changed}",
-        f"fingerprint {manifest.fingerprint}, {seconds:.1f} s",
-    ]
-    return "\n".join(lines)
+        f"changed: {changed}\nfingerprint {manifest.fingerprint}, {seconds:.1f} s"
+    )
 
 
 def _explain(error: Exception, out: Directory) -> str:
@@ -236,12 +226,13 @@ def _explain(error: Exception, out: Directory) -> str:
 @command("sharding.build")
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(__doc__, argv)
+    out = Directory.at(args.out)
     start = time.perf_counter()
     try:
         with bar() as progress:
             manifest = build(
                 args.spec,
-                args.out,
+                out,
                 args.layout,
                 args.policy,
                 engine=processes(args.workers),
@@ -251,11 +242,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 progress=progress,
             )
     except (OSError, BrokenProcessPool) as error:
-        raise UserError(_explain(error, args.out)) from None
+        raise UserError(_explain(error, out)) from None
     except KeyboardInterrupt:
-        say("sharding.build", f"stopped; the same command continues {args.out}")
+        say("sharding.build", f"stopped; the same command continues {out}")
         return 130
-    print(_report(manifest, args.out, time.perf_counter() - start))
+    print(_report(manifest, out, time.perf_counter() - start))
     return 0
 
 

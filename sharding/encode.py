@@ -4,8 +4,6 @@ Whatever passes decodes alike in every backend: an upright 8-bit baseline or pro
 three components, whose every coded block has been decoded once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import warnings
@@ -54,8 +52,7 @@ class Encoded:
 def encode(data: bytes, policy: Policy) -> Encoded:
     """Check one image fully and bring it into the form that the shards promise.
 
-    Raises:
-        BadImageError: empty, not an image, truncated, damaged, or larger than `policy.max_pixels`.
+    Raises BadImageError: empty, not an image, truncated, damaged, or larger than `policy.max_pixels`.
     """
     if not data:
         raise BadImageError("empty: 0 bytes")

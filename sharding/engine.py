@@ -3,8 +3,6 @@
 Tasks publish whole files only, so a worker may be killed at any moment.
 """
 
-from __future__ import annotations
-
 import itertools
 import multiprocessing
 import os

@@ -4,8 +4,6 @@ Lanes that lost images are levelled by dealing out the samples of the last shard
 written aside and moved over the old ones only when all of them exist, so a crash at any point can go on.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -28,7 +26,7 @@ from sharding.manifest import (
     Shard,
     fingerprint,
 )
-from sharding.part import Job, Record, index_name, shard_name
+from sharding.part import BuildContext, PartRecord, index_name, shard_name
 from sharding.plan import SPARE_LANE, Level, level
 from sharding.storage import STATE, Directory, checksum
 from sharding.writer import ShardWriter
@@ -48,8 +46,8 @@ class TailShard:
 
 
 def finish(
-    job: Job,
-    records: Sequence[Record],
+    context: BuildContext,
+    records: Sequence[PartRecord],
     samples_per_shard: int,
     engine: Engine,
     *,
@@ -57,37 +55,35 @@ def finish(
     layout: dict[str, Any],
 ) -> Manifest:
     """Write everything that describes the shards, the manifest last. `records` in the order of the plan."""
-    shards, surplus = level_lanes(job, records, samples_per_shard, engine)
+    shards, surplus = level_lanes(context, records, samples_per_shard, engine)
     shards.sort(key=lambda record: (record.shard.lane, record.shard.path))
-    write_quarantine(job.out, records)
-    policy = asdict(job.policy)
+    write_quarantine(context.out, records)
+    policy = asdict(context.policy)
     manifest = Manifest(
         version=FORMAT_VERSION,
-        fingerprint=fingerprint([r.shard for r in shards], layout["lanes"], policy, job.source.class_names),
+        fingerprint=fingerprint([r.shard for r in shards], layout["lanes"], policy, context.source.class_names),
         source=source,
         policy=policy,
         layout=layout,
-        seed=layout["seed"],
-        num_lanes=layout["lanes"],
         num_read=sum(r.shard.num_samples + len(r.quarantined) for r in records),
         num_samples=sum(r.shard.num_samples for r in shards),
         num_quarantined=sum(len(r.quarantined) for r in records),
         num_surplus=len(surplus),
         surplus_rows=tuple(surplus),
         changes=dict(sorted(sum((Counter(r.changes) for r in records), Counter[str]()).items())),
-        class_names=job.source.class_names,
+        class_names=context.source.class_names,
         shards=tuple(r.shard for r in shards),
-        index=write_index(job.out, shards),
+        index=write_index(context.out, shards),
         libraries={name: metadata.version(name) for name in _LIBRARIES},
     )
-    _reconcile(manifest, job.out)
-    manifest.save(job.out)
+    _reconcile(manifest, context.out)
+    manifest.save(context.out)
     return manifest
 
 
 def level_lanes(
-    job: Job, records: Sequence[Record], samples_per_shard: int, engine: Engine
-) -> tuple[list[Record], list[int]]:
+    context: BuildContext, records: Sequence[PartRecord], samples_per_shard: int, engine: Engine
+) -> tuple[list[PartRecord], list[int]]:
     """Make lanes equal. Returns the records of the final shards and the source rows left over."""
     regular = [r for r in records if r.shard.lane != SPARE_LANE]
     spares = [r for r in records if r.shard.lane == SPARE_LANE]
@@ -104,10 +100,10 @@ def level_lanes(
         or [SAMPLE_SCHEMA.append(pa.field("archive", pa.string())).empty_table()]
     )
     tails, rest = deal(pool, counts, levelled, samples_per_shard)
-    written = _write_tails(job, tails, engine)
-    _replace_tails(job.out, pooled, written)
+    written = _write_tails(context, tails, engine)
+    _replace_tails(context.out, pooled, written)
     for record in (r for r in kept if r.shard.num_samples == 0):
-        _remove_shard(job.out, record.shard.path)
+        _remove_shard(context.out, record.shard.path)
     return [r for r in kept if r.shard.num_samples] + written, rest
 
 
@@ -127,39 +123,39 @@ def deal(
     return tails, pool.slice(position).column("source_row").to_pylist()
 
 
-def write_tail(job: Job, tail: TailShard) -> Record:
+def write_tail(context: BuildContext, tail: TailShard) -> PartRecord:
     """Copy samples out of finished archives into one new shard, and write its index and record, all aside."""
-    name = shard_name(job.prefix, tail.lane, tail.number)
+    name = shard_name(context.prefix, tail.lane, tail.number)
     rows: list[dict[str, int]] = []
-    with job.out.publish(f"{_TAIL}/{name}") as path, ShardWriter(path) as writer:
+    with context.out.publish(f"{_TAIL}/{name}") as path, ShardWriter(path) as writer:
         for row in tail.samples.to_pylist():
             start, size = row["offset"], row["size"]
-            jpeg = job.out.read(row.pop("archive"), start, start + size)
+            jpeg = context.out.read(row.pop("archive"), start, start + size)
             rows.append({**row, "offset": writer.add(row["source_row"], jpeg, row["label"])})
-    job.out.write(f"{_TAIL}/{index_name(name)}", writer.index)
+    context.out.write(f"{_TAIL}/{index_name(name)}", writer.index)
     shard = Shard(name, tail.lane, len(rows), writer.num_bytes, writer.digest)
-    record = Record(shard, pa.Table.from_pylist(rows, SAMPLE_SCHEMA), [], {}, 0)
-    job.out.write(f"{_TAIL}/{name}.arrow", record.to_bytes())
+    record = PartRecord(shard, pa.Table.from_pylist(rows, SAMPLE_SCHEMA), [], {}, 0)
+    context.out.write(f"{_TAIL}/{name}.arrow", record.to_bytes())
     return record
 
 
-def write_quarantine(out: Directory, records: Sequence[Record]) -> None:
+def write_quarantine(out: Directory, records: Sequence[PartRecord]) -> None:
     """One JSON object a line, by source row: source_row, key, label, reason."""
     rows = sorted((q for r in records for q in r.quarantined), key=lambda q: q["source_row"])
     out.write(QUARANTINE_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def _write_tails(job: Job, tails: list[TailShard], engine: Engine) -> list[Record]:
-    names = {f"{_TAIL}/{shard_name(job.prefix, t.lane, t.number)}.arrow": t for t in tails}
-    if not job.out.exists(TAIL_READY):
-        done = {name for name in names if job.out.exists(name)}
-        for _ in engine(write_tail, job, [tail for name, tail in names.items() if name not in done]):
+def _write_tails(context: BuildContext, tails: list[TailShard], engine: Engine) -> list[PartRecord]:
+    names = {f"{_TAIL}/{shard_name(context.prefix, t.lane, t.number)}.arrow": t for t in tails}
+    if not context.out.exists(TAIL_READY):
+        done = {name for name in names if context.out.exists(name)}
+        for _ in engine(write_tail, context, [tail for name, tail in names.items() if name not in done]):
             pass
-        job.out.write(TAIL_READY, b"{}\n")
-    return [Record.from_bytes(job.out.read(name)) for name in names]
+        context.out.write(TAIL_READY, b"{}\n")
+    return [PartRecord.from_bytes(context.out.read(name)) for name in names]
 
 
-def _replace_tails(out: Directory, pooled: list[Record], written: list[Record]) -> None:
+def _replace_tails(out: Directory, pooled: list[PartRecord], written: list[PartRecord]) -> None:
     """Move the new shards over the old ones. Each step can be repeated."""
     for record in written:
         for name in (record.shard.path, index_name(record.shard.path)):
@@ -175,7 +171,7 @@ def _remove_shard(out: Directory, path: str) -> None:
             out.remove(name)
 
 
-def write_index(out: Directory, records: Sequence[Record]) -> IndexFile:
+def write_index(out: Directory, records: Sequence[PartRecord]) -> IndexFile:
     tables = [
         r.samples.add_column(0, INDEX_SCHEMA.field("shard"), pa.array(np.full(len(r.samples), i, np.int32)))
         for i, r in enumerate(records)

@@ -3,15 +3,11 @@
 python -m sharding.inspect /data/shards --out pictures
 """
 
-from __future__ import annotations
-
-import argparse
 import io
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +19,6 @@ from sharding.arguments import Parser
 from sharding.command import command
 from sharding.manifest import ShardSet, open_shards
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 _QUANTILES = (0, 0.01, 0.5, 0.99, 1)
 _THUMBNAIL = 128  # pixels
 _CAPTION = 14  # pixels below each thumbnail
@@ -34,32 +27,23 @@ _CAPTION = 14  # pixels below each thumbnail
 def summary(shards: ShardSet) -> Table:
     """Counts, and the spread of image sizes."""
     manifest, index = shards.manifest, shards.index
+    copies = np.unique(index.xxh3_64, return_counts=True)[1]
+    counts = f"{manifest.num_read:,}, {manifest.num_quarantined:,}, {manifest.num_surplus:,}"
+    changed = ", ".join(f"{count:,} {change}" for change, count in manifest.changes.items())
     table = Table(title=f"{shards.directory}", show_header=False)
-    for name, value in [
-        ("source", f"{manifest.source['dataset']}, {manifest.source['split']}"),
-        ("images", f"{manifest.num_samples:,} in {len(manifest.shards)} shards"),
-        ("lanes", f"{manifest.num_lanes} of {manifest.num_samples_per_lane:,}"),
-        ("bytes", f"{sum(shard.num_bytes for shard in manifest.shards):,}"),
-        (
-            "read, quarantined, surplus",
-            f"{manifest.num_read:,}, {manifest.num_quarantined:,}, {manifest.num_surplus:,}",
-        ),
-        ("changed", ", ".join(f"{count:,} {change}" for change, count in manifest.changes.items()) or "none"),
-        ("classes", f"{len(manifest.class_names):,} named, {len(np.unique(index.label)):,} present"),
-        ("occur more than once", f"{_num_repeated(index.xxh3_64):,} images"),
-        ("fingerprint", manifest.fingerprint),
-    ]:
-        table.add_row(name, value)
+    table.add_row("source", f"{manifest.source['dataset']}, {manifest.source['split']}")
+    table.add_row("images", f"{manifest.num_samples:,} in {len(manifest.shards)} shards")
+    table.add_row("lanes", f"{manifest.num_lanes} of {manifest.num_samples_per_lane:,}")
+    table.add_row("bytes", f"{sum(shard.num_bytes for shard in manifest.shards):,}")
+    table.add_row("read, quarantined, surplus", counts)
+    table.add_row("changed", changed or "none")
+    table.add_row("classes", f"{len(manifest.class_names):,} named, {len(np.unique(index.label)):,} present")
+    table.add_row("occur more than once", f"{copies[copies > 1].sum():,} images")
+    table.add_row("fingerprint", manifest.fingerprint)
     for name, values in _measures(shards).items():
         spread = ", ".join(f"{value:,.4g}" for value in np.quantile(values, _QUANTILES))
         table.add_row(f"{name}: least, 1 %, median, 99 %, most", spread)
     return table
-
-
-def _num_repeated(digests: NDArray[np.uint64]) -> int:
-    """How many images have the same bytes as a different one."""
-    counts = np.unique(digests, return_counts=True)[1]
-    return int(counts[counts > 1].sum())
 
 
 def save_histograms(shards: ShardSet, path: Path) -> None:
@@ -67,25 +51,29 @@ def save_histograms(shards: ShardSet, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2).ravel()
-    for axis, (name, values) in zip(axes, _measures(shards).items(), strict=False):
+    *axes, last = figure.subplots(2, 2).ravel()
+    for axis, (name, values) in zip(axes, _measures(shards).items(), strict=True):
         axis.hist(values, bins=60, color="tab:blue")
         axis.set(xlabel=name, ylabel="images")
-    _draw_classes(axes[3], shards.index.label)
+    counts = np.sort(np.unique(shards.index.label, return_counts=True)[1])[::-1]
+    last.fill_between(np.arange(len(counts) + 1), [*counts, counts[-1]], step="post", color="tab:blue")
+    last.set(xlabel="class, largest first", ylabel="images", ylim=(0, 1.1 * counts[0]))
+    last.locator_params(integer=True)
     figure.suptitle(f"{shards.manifest.num_samples:,} images, {shards.manifest.source['dataset']}")
     figure.savefig(path, dpi=100)
 
 
 def save_contact_sheet(shards: ShardSet, path: Path, columns: int = 12, rows: int = 8) -> None:
     """Evenly spaced samples, one row of the sheet after the other, each with its id and class."""
-    ids = np.unique(np.linspace(0, len(shards.index) - 1, columns * rows).astype(int))
-    cell = (_THUMBNAIL, _THUMBNAIL + _CAPTION)
-    sheet = Image.new("RGB", (columns * cell[0], -(-len(ids) // columns) * cell[1]), "white")
+    index = shards.index
+    ids = np.unique(np.linspace(0, len(index) - 1, columns * rows).astype(int))
+    sheet = Image.new("RGB", (columns * _THUMBNAIL, -(-len(ids) // columns) * (_THUMBNAIL + _CAPTION)), "white")
     draw = ImageDraw.Draw(sheet)
     for position, sample in enumerate(ids.tolist()):
-        x, y = position % columns * cell[0], position // columns * cell[1]
-        thumbnail = ImageOps.contain(_read(shards, sample), (_THUMBNAIL - 2, _THUMBNAIL - 2))
-        sheet.paste(thumbnail, (x, y))
+        start, archive = int(index.offset[sample]), shards.manifest.shards[index.shard[sample]].path
+        image = Image.open(io.BytesIO(shards.directory.read(archive, start, start + int(index.size[sample]))))
+        x, y = position % columns * _THUMBNAIL, position // columns * (_THUMBNAIL + _CAPTION)
+        sheet.paste(ImageOps.contain(image.convert("RGB"), (_THUMBNAIL - 2, _THUMBNAIL - 2)), (x, y))
         draw.text((x + 1, y + _THUMBNAIL), f"{sample} {_class_name(shards, sample)}"[:20], fill="black")
     sheet.save(path)
 
@@ -99,20 +87,6 @@ def _measures(shards: ShardSet) -> dict[str, NDArray]:
     }
 
 
-def _draw_classes(axis: Axes, labels: NDArray[np.int32]) -> None:
-    counts = np.sort(np.unique(labels, return_counts=True)[1])[::-1]
-    axis.fill_between(np.arange(len(counts) + 1), [*counts, counts[-1]], step="post", color="tab:blue")
-    axis.set(xlabel="class, largest first", ylabel="images", ylim=(0, 1.1 * counts[0]))
-    axis.locator_params(integer=True)
-
-
-def _read(shards: ShardSet, sample: int) -> Image.Image:
-    index = shards.index
-    start = int(index.offset[sample])
-    path = shards.manifest.shards[index.shard[sample]].path
-    return Image.open(io.BytesIO(shards.directory.read(path, start, start + int(index.size[sample])))).convert("RGB")
-
-
 def _class_name(shards: ShardSet, sample: int) -> str:
     label, names = int(shards.index.label[sample]), shards.manifest.class_names
     name = names[label] if 0 <= label < len(names) else str(label)
@@ -121,9 +95,7 @@ def _class_name(shards: ShardSet, sample: int) -> str:
 
 @command("sharding.inspect")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m sharding.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("sharding.inspect", __doc__)
     parser.add_argument("shards", help="directory or fsspec URL")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the pictures (default: here)")
     args = parser.parse_args(argv)

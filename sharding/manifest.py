@@ -3,8 +3,6 @@
 The manifest is written last, so a directory that has one is complete.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -24,6 +22,7 @@ FORMAT_VERSION = 2  # version 1, whose fingerprint leaves the class names out, i
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.arrow"
 QUARANTINE_FILE = "quarantine.jsonl"
+_DOUBLED = ("seed", "num_lanes")  # fields that `layout` has too, of manifests written before 2026-11-24
 SAMPLE_SCHEMA = pa.schema(
     [
         pa.field("offset", pa.int64(), nullable=False),  # of the JPEG's data in its archive, bytes
@@ -71,8 +70,6 @@ class Manifest:
     source: dict[str, Any]
     policy: dict[str, Any]
     layout: dict[str, Any]  # lanes, shard size and seed, as asked for
-    seed: int
-    num_lanes: int
     num_read: int
     num_samples: int
     num_quarantined: int
@@ -85,16 +82,17 @@ class Manifest:
     libraries: dict[str, str] = field(default_factory=dict)
 
     @property
+    def num_lanes(self) -> int:
+        return int(self.layout["lanes"])
+
+    @property
     def num_samples_per_lane(self) -> int:
         """All lanes have equally many."""
         return self.num_samples // self.num_lanes
 
     @classmethod
     def load(cls, root: str | Path | Directory) -> Self:
-        """
-        Raises:
-            ShardError: no manifest, an unfinished build, another version, or other fields.
-        """
+        """Raises ShardError for no manifest, an unfinished build, a different version, or other fields."""
         out = Directory.at(root)
         if not out.exists(MANIFEST_FILE):
             raise ShardError(_why_no_manifest(out))
@@ -116,6 +114,7 @@ class Manifest:
                 f"{where}: format version {version!r}, this program reads versions 1 to {FORMAT_VERSION}; "
                 "build the shards again with this program, or read them with the one that made them"
             )
+        raw = {name: value for name, value in raw.items() if name not in _DOUBLED}
         if difference := {f.name for f in fields(cls)} ^ set(raw):
             raise ShardError(f"{where}: fields missing or unknown: {', '.join(sorted(difference))}")
         try:
@@ -157,8 +156,7 @@ class Index:
     def load(cls, root: str | Path | Directory, expected: IndexFile | None = None) -> Self:
         """Reads the file whole: what becomes of it on the disk later can neither change an order nor kill a process.
 
-        Raises:
-            ShardError: it cannot be read, or has not the checksum of the `expected` one.
+        Raises ShardError when it cannot be read, or has not the checksum of the `expected` one.
         """
         out = Directory.at(root)
         where = f"{out}/{INDEX_FILE}"
@@ -195,10 +193,8 @@ def open_shards(root: str | Path | Directory, lanes: Collection[int] | None = No
     """Open a shard directory after checking that its files fit together: the archives by their sizes alone, the index
     by its checksum, since a wrong height would change crops, and a wrong label the evaluation, unseen.
 
-    Of the archives, only those of ``lanes`` need to be there (by default all).
-
-    Raises:
-        ShardError: names the first file that is missing or does not fit.
+    Of the archives, only those of ``lanes`` need to be there (by default all). A ShardError names the first file that
+    is missing or does not fit.
     """
     out = Directory.at(root)
     manifest = Manifest.load(out)

@@ -4,8 +4,6 @@ A part's files depend on the source, the policy and the part alone, so any worke
 a crash, makes the same bytes. Its *record*, written last, says that it is done.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +22,7 @@ from sharding.writer import ShardWriter, index_entry, index_text
 
 
 @dataclass(frozen=True)
-class Job:
+class BuildContext:
     """What all parts of a build share."""
 
     source: Source
@@ -34,7 +32,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Record:
+class PartRecord:
     """What became of one part. `samples` has the columns of `SAMPLE_SCHEMA`, in the order of the archive."""
 
     shard: Shard
@@ -44,12 +42,7 @@ class Record:
     source_bytes: int
 
     def to_bytes(self) -> bytes:
-        about = {
-            "shard": asdict(self.shard),
-            "quarantined": self.quarantined,
-            "changes": self.changes,
-            "source_bytes": self.source_bytes,
-        }
+        about = asdict(replace(self, samples=None))
         sink = pa.BufferOutputStream()
         table = self.samples.replace_schema_metadata({"record": json.dumps(about)})
         with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -60,8 +53,7 @@ class Record:
     def from_bytes(cls, data: bytes) -> Self:
         table = pa.ipc.open_stream(data).read_all()
         about = json.loads(table.schema.metadata[b"record"])
-        about["shard"] = Shard(**about["shard"])
-        return cls(samples=table.replace_schema_metadata(None), **about)
+        return cls(**{**about, "shard": Shard(**about["shard"]), "samples": table.replace_schema_metadata(None)})
 
 
 def shard_name(prefix: str, lane: int, number: int) -> str:
@@ -84,17 +76,17 @@ def dali_index(index: Index, number: int) -> bytes:
     return index_text([index_entry(*(int(column[row]) for column in columns)) for row in rows])
 
 
-def write_part(job: Job, part: Part) -> Record:
+def write_part(context: BuildContext, part: Part) -> PartRecord:
     """Read, check and write the rows of one part, then its DALI index and its record."""
-    name = shard_name(job.prefix, part.lane, part.number)
-    with job.out.publish(name) as path:
-        record, index = write_rows(job, part.rows.tolist(), path, Shard(name, part.lane, 0, 0, ""))
-    job.out.write(index_name(name), index)
-    job.out.write(record_name(part), record.to_bytes())
+    name = shard_name(context.prefix, part.lane, part.number)
+    with context.out.publish(name) as path:
+        record, index = write_rows(context, part.rows.tolist(), path, Shard(name, part.lane, 0, 0, ""))
+    context.out.write(index_name(name), index)
+    context.out.write(record_name(part), record.to_bytes())
     return record
 
 
-def write_rows(job: Job, rows: list[int], path: Path, shard: Shard) -> tuple[Record, bytes]:
+def write_rows(context: BuildContext, rows: list[int], path: Path, shard: Shard) -> tuple[PartRecord, bytes]:
     """Write the usable ones of `rows` as one archive at `path`; returns its record and its DALI index."""
     samples: list[tuple[int, ...]] = []
     quarantined: list[dict[str, Any]] = []
@@ -102,10 +94,10 @@ def write_rows(job: Job, rows: list[int], path: Path, shard: Shard) -> tuple[Rec
     source_bytes = 0
     with ShardWriter(path) as writer:
         for row in rows:
-            data, label = job.source.read(row)
+            data, label = context.source.read(row)
             source_bytes += len(data)
             try:
-                image = encode(data, job.policy)
+                image = encode(data, context.policy)
             except BadImageError as error:
                 quarantined.append({"source_row": row, "key": f"{row:08d}", "label": label, "reason": str(error)})
                 continue
@@ -115,11 +107,10 @@ def write_rows(job: Job, rows: list[int], path: Path, shard: Shard) -> tuple[Rec
             digest = xxhash.xxh3_64_intdigest(image.data)
             samples.append((offset, len(image.data), image.height, image.width, label, row, digest))
     shard = replace(shard, num_samples=len(samples), num_bytes=writer.num_bytes, xxh3_128=writer.digest)
-    return Record(shard, _samples(samples), quarantined, dict(changes), source_bytes), writer.index
+    return PartRecord(shard, samples_table(samples), quarantined, dict(changes), source_bytes), writer.index
 
 
-def _samples(rows: list[tuple[int, ...]]) -> pa.Table:
+def samples_table(rows: list[tuple[int, ...]]) -> pa.Table:
+    """Rows, each with the fields of SAMPLE_SCHEMA, as columns."""
     columns = zip(*rows, strict=True) if rows else [()] * len(SAMPLE_SCHEMA)
-    return pa.Table.from_arrays(
-        [pa.array(list(c), f.type) for c, f in zip(columns, SAMPLE_SCHEMA, strict=True)], schema=SAMPLE_SCHEMA
-    )
+    return pa.table(list(map(list, columns)), schema=SAMPLE_SCHEMA)

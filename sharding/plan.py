@@ -6,14 +6,10 @@ unequal; `level` then says how many shards at the end of each lane have to be po
 dealt out again to make the lanes equal.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from sharding.command import UserError
 
 SPARE_LANE = -1
 
@@ -46,14 +42,8 @@ def shuffled_rows(num_rows: int, seed: int) -> NDArray[np.int64]:
 
 
 def plan_parts(num_rows: int, num_lanes: int, samples_per_shard: int, seed: int) -> list[Part]:
-    """All shards, lanes interleaved, and last the part of the spares (`SPARE_LANE`) when there are any.
-
-    Raises:
-        ValueError: fewer rows than lanes.
-    """
+    """All shards, lanes interleaved, and last the part of the spares (`SPARE_LANE`) when there are any."""
     per_lane = num_rows // num_lanes
-    if per_lane == 0:
-        raise UserError(f"{num_rows} images cannot fill {num_lanes} equal lanes: choose a smaller --lanes")
     rows = shuffled_rows(num_rows, seed)
     num_shards = -(-per_lane // samples_per_shard)
     lanes = [np.array_split(rows[lane * per_lane : (lane + 1) * per_lane], num_shards) for lane in range(num_lanes)]

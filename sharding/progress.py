@@ -1,7 +1,5 @@
 """Progress of a build, in images and bytes of the source."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Where images come from: any Hugging Face data set as rows of (encoded bytes, label), in any order."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re
@@ -49,7 +47,7 @@ class SourceSpec:
 class Source:
     """Rows by number. Pickles small: a data set on disk travels as its path."""
 
-    dataset: Dataset  # only the image and label columns, in Arrow format
+    dataset: "Dataset"  # only the image and label columns, in Arrow format
     class_names: tuple[str, ...] = ()  # by label
     revision: str | None = None  # commit on the hub
     no_labels: str = ""  # why there are none
@@ -99,12 +97,8 @@ def open_source(
 ) -> Source:
     """Open a data set for random access, downloading or converting it first where that is needed.
 
-    Args:
-        cache: where the `datasets` library keeps what it downloads or converts; None: where it always does.
-        streaming: fetch only the image and label columns, into `cache`, instead of the library's full download.
-
-    Raises:
-        SourceError: not found, no access, no network, or no usable image column.
+    ``cache`` is where the `datasets` library keeps what it downloads or converts (None: where it always does). With
+    ``streaming`` only the image and label columns are fetched, into ``cache``, instead of the library's full download.
     """
     import datasets
 
@@ -129,7 +123,7 @@ def open_source(
     return _source(dataset, spec, names, revision, cache, progress)
 
 
-def _load(spec: SourceSpec, options: dict[str, Any]) -> tuple[tuple[str, ...], Dataset | IterableDataset]:
+def _load(spec: SourceSpec, options: dict[str, Any]) -> "tuple[tuple[str, ...], Dataset | IterableDataset]":
     """Class names, where they are known from elsewhere than the features, and the data set."""
     from datasets import load_dataset, load_from_disk
 
@@ -162,7 +156,7 @@ def _remote_files(spec: SourceSpec) -> tuple[str, dict[str, list[str]]]:
 
 
 def _source(
-    dataset: Dataset | IterableDataset,
+    dataset: "Dataset | IterableDataset",
     spec: SourceSpec,
     names: tuple[str, ...],
     revision: str | None,

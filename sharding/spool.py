@@ -4,8 +4,6 @@ Segments are Arrow stream files, each with the stream's state after it, so an in
 where its last whole segment ended.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator
@@ -30,7 +28,7 @@ _BATCH_ROWS = 64  # held in memory at a time
 _COMPLETE = "complete.json"
 
 
-def spool_folder(spec: SourceSpec, cache: Path | None) -> Path:
+def spool_folder(spec: "SourceSpec", cache: Path | None) -> Path:
     """Where the stream of `spec` is kept."""
     import datasets
 
@@ -38,7 +36,9 @@ def spool_folder(spec: SourceSpec, cache: Path | None) -> Path:
     return (cache or Path(datasets.config.HF_DATASETS_CACHE)) / "parallax-spool" / name
 
 
-def spool(stream: IterableDataset, spec: SourceSpec, cache: Path | None, progress: Progress | None = None) -> Dataset:
+def spool(
+    stream: "IterableDataset", spec: "SourceSpec", cache: Path | None, progress: Progress | None = None
+) -> "Dataset":
     """The stream as a memory-mapped data set; downloads what is not there yet."""
     from datasets import Dataset, concatenate_datasets
 
@@ -52,7 +52,7 @@ def spool(stream: IterableDataset, spec: SourceSpec, cache: Path | None, progres
     return concatenate_datasets([Dataset.from_file(str(folder.local_path(f"{s}.arrow"))) for s in segments])
 
 
-def discard_spool(spec: SourceSpec, cache: Path | None) -> None:
+def discard_spool(spec: "SourceSpec", cache: Path | None) -> None:
     shutil.rmtree(spool_folder(spec, cache), ignore_errors=True)
 
 
@@ -62,7 +62,7 @@ def _segments(folder: Directory) -> list[str]:
     return sorted(name.removesuffix(".json") for name in states)
 
 
-def _continue(stream: IterableDataset, folder: Directory, progress: Progress | None) -> None:
+def _continue(stream: "IterableDataset", folder: Directory, progress: Progress | None) -> None:
     segments = _segments(folder)
     if segments:
         stream.load_state_dict(json.loads(folder.read(f"{segments[-1]}.json")))
@@ -72,7 +72,7 @@ def _continue(stream: IterableDataset, folder: Directory, progress: Progress | N
     _fill(stream, tables, folder, len(segments))
 
 
-def _fill(stream: IterableDataset, tables: Iterator[pa.Table], folder: Directory, number: int) -> None:
+def _fill(stream: "IterableDataset", tables: Iterator[pa.Table], folder: Directory, number: int) -> None:
     """Write the rest of the stream as segments from `number` on."""
     schema = stream.features.arrow_schema
     table = next(tables, None)

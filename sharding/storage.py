@@ -1,7 +1,5 @@
 """A directory on a local disk or behind any fsspec URL, in which files appear whole or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os
@@ -30,7 +28,7 @@ class Directory:
     url: str
 
     @staticmethod
-    def at(location: str | Path | Directory) -> Directory:
+    def at(location: "str | Path | Directory") -> "Directory":
         return location if isinstance(location, Directory) else Directory(str(location).rstrip("/") or "/")
 
     def __str__(self) -> str:
@@ -55,10 +53,8 @@ class Directory:
         return Path(self.path(name))
 
     def exists(self, name: str) -> bool:
-        """
-        Raises:
-            OSError: the store cannot be asked. Each has errors of its own for a network that is down or credentials
-                that are missing; they show here, since this is the first that any command wants to know.
+        """Raises OSError when the store cannot be asked. Each has errors of its own for a network that is down or
+        credentials that are missing; they show here, since this is the first that any command wants to know.
         """
         try:
             return bool(self.fs.exists(self.path(name)))
@@ -114,11 +110,7 @@ class Directory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep a second build out of a local directory, and clear what killed ones left half-written.
-
-        Raises:
-            ValueError: another process builds here.
-        """
+        """Keep a second build out of a local directory, and clear what killed ones left half-written."""
         if not self.is_local:
             yield
             return

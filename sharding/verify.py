@@ -1,4 +1,4 @@
-"""Check a shard directory against its manifest, and mend it.
+"""Check a shard directory against its manifest, and repair it.
 
     python -m sharding.verify /data/shards              # sizes, checksums, indices
     python -m sharding.verify /data/shards --decode     # and every image
@@ -7,13 +7,11 @@
 Ends with 0 when everything is sound, 1 when something is damaged, 2 when there is nothing to check.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,12 +37,13 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Check:
-    """What the checks of all shards share."""
+class Expectation:
+    """What all shards are checked against."""
 
     out: Directory
     manifest: Manifest
-    sizes: dict[str, int]
+    sizes: dict[str, int]  # as found
+    index_is_sound: bool
     decode: bool
 
 
@@ -54,100 +53,78 @@ _index = functools.lru_cache(maxsize=1)(Index.load)  # once in each process
 def verify(
     out: Directory, *, decode: bool = False, engine: Engine = in_process, progress: bool = False
 ) -> list[Problem]:
-    """All that is wrong with a shard directory.
-
-    Raises:
-        ShardError: there is no readable manifest.
-    """
+    """All that is wrong with a shard directory. Raises ShardError where there is no readable manifest."""
     _index.cache_clear()
-    sizes = out.sizes()
-    check = Check(out, Manifest.load(out), sizes, decode)
-    problems = [*_check_manifest(check), *_check_strays(check), *(damage := _check_index(check))]
-    shards = range(len(check.manifest.shards))
+    manifest, sizes = Manifest.load(out), out.sizes()
+    problems = [*_check_manifest(out, manifest, sizes), *(damage := _check_index(out, manifest, sizes))]
+    expected = Expectation(out, manifest, sizes, not damage, decode)
     with bar() as shown:
-        results = track(
-            engine(_check_without_index if damage else check_shard, check, shards),
+        checked = track(
+            engine(check_shard, expected, range(len(manifest.shards))),
             shown if progress else None,
             "verifying",
-            total=check.manifest.num_samples,
-            size=lambda found: (found[1], found[2]),
+            total=manifest.num_samples,
+            size=lambda result: (manifest.shards[result[0]].num_samples, manifest.shards[result[0]].num_bytes),
         )
-        problems += [problem for found, _, _ in results for problem in found]
+        problems += [problem for _, found in checked for problem in found]
     return sorted(problems, key=lambda problem: (problem.path, problem.key))
 
 
-def check_shard(check: Check, number: int) -> tuple[list[Problem], int, int]:
-    """Problems of one shard and its DALI index, its samples and its bytes."""
-    shard = check.manifest.shards[number]
-    problems = _check_archive(check, number)
-    if problems or check.decode:
-        problems += _check_samples(check, number) if shard.path in check.sizes else []
-    return problems + _check_dali_index(check, number), shard.num_samples, shard.num_bytes
+def check_shard(expected: Expectation, number: int) -> tuple[int, list[Problem]]:
+    """The number, and the problems of this shard, of its samples and of its DALI index."""
+    shard = expected.manifest.shards[number]
+    problems = _check_file(expected.out, expected.sizes, shard.path, shard.num_bytes, shard.xxh3_128)
+    if expected.index_is_sound:
+        if (problems or expected.decode) and shard.path in expected.sizes:
+            problems += _check_samples(expected, number)
+        problems += _check_dali_index(expected, number)
+    return number, problems
 
 
-def _check_without_index(check: Check, number: int) -> tuple[list[Problem], int, int]:
-    shard = check.manifest.shards[number]
-    return _check_archive(check, number), shard.num_samples, shard.num_bytes
-
-
-def _check_manifest(check: Check) -> list[Problem]:
+def _check_manifest(out: Directory, manifest: Manifest, sizes: dict[str, int]) -> Iterator[Problem]:
     try:
-        check_fingerprint(check.out, check.manifest)
+        check_fingerprint(out, manifest)
     except ShardError as error:
-        return [Problem(MANIFEST_FILE, str(error))]
-    return []
+        yield Problem(MANIFEST_FILE, str(error))
+    known = {shard.path for shard in manifest.shards}
+    for name in sizes:
+        if name.startswith("lane-") and name.endswith(".tar") and name not in known:
+            yield Problem(name, "is not in the manifest")  # readers of `lane-*/*.tar` would take it for data
 
 
-def _check_strays(check: Check) -> list[Problem]:
-    """Archives that readers of `lane-*/*.tar` would take for data."""
-    known = {shard.path for shard in check.manifest.shards}
-    strays = [n for n in check.sizes if n.startswith("lane-") and n.endswith(".tar") and n not in known]
-    return [Problem(name, "is not in the manifest") for name in strays]
-
-
-def _check_index(check: Check) -> list[Problem]:
-    expected = check.manifest.index
-    problems = _check_file(check, INDEX_FILE, expected.num_bytes, expected.xxh3_128)
-    if problems:
-        return problems
+def _check_index(out: Directory, manifest: Manifest, sizes: dict[str, int]) -> list[Problem]:
+    problems = _check_file(out, sizes, INDEX_FILE, manifest.index.num_bytes, manifest.index.xxh3_128)
     try:
-        check_index(check.out, check.manifest, _index(check.out))
+        if not problems:
+            check_index(out, manifest, _index(out))
     except ShardError as error:
         return [Problem(INDEX_FILE, str(error))]
-    return []
+    return problems
 
 
-def _check_archive(check: Check, number: int) -> list[Problem]:
-    shard = check.manifest.shards[number]
-    return _check_file(check, shard.path, shard.num_bytes, shard.xxh3_128)
-
-
-def _check_file(check: Check, name: str, num_bytes: int, digest: str) -> list[Problem]:
-    if name not in check.sizes:
+def _check_file(out: Directory, sizes: dict[str, int], name: str, num_bytes: int, digest: str) -> list[Problem]:
+    if name not in sizes:
         return [Problem(name, "is missing")]
-    if check.sizes[name] != num_bytes:
-        return [Problem(name, f"expected {num_bytes} bytes, found {check.sizes[name]}")]
-    with check.out.open(name) as file:
-        found = checksum(file)
-    return [] if found == digest else [Problem(name, "its checksum is not the manifest's")]
+    if sizes[name] != num_bytes:
+        return [Problem(name, f"expected {num_bytes} bytes, found {sizes[name]}")]
+    with out.open(name) as file:
+        return [] if checksum(file) == digest else [Problem(name, "its checksum is not the manifest's")]
 
 
-def _check_samples(check: Check, number: int) -> list[Problem]:
+def _check_samples(expected: Expectation, number: int) -> Iterator[Problem]:
     """Which samples of an archive are damaged: each must come out of the encoder as it went in."""
-    path = check.manifest.shards[number].path
-    policy = Policy(max_pixels=check.manifest.policy["max_pixels"])
-    index = _index(check.out)
-    problems = []
-    with check.out.open(path) as file:
+    path = expected.manifest.shards[number].path
+    policy = Policy(max_pixels=expected.manifest.policy["max_pixels"])
+    index = _index(expected.out)
+    with expected.out.open(path) as file:
         for row in index.rows_of(number):
             key = f"{index.source_row[row]:08d}"
             file.seek(index.offset[row] - 512)
             header, data = file.read(512), file.read(index.size[row])
             if not header.startswith(f"{key}.jpg\0".encode()):
-                problems.append(Problem(path, "its tar header is damaged", key))
+                yield Problem(path, "its tar header is damaged", key)
             elif reason := _damage(data, policy, (index.height[row], index.width[row])):
-                problems.append(Problem(path, reason, key))
-    return problems
+                yield Problem(path, reason, key)
 
 
 def _damage(data: bytes, policy: Policy, size: tuple[int, int]) -> str:
@@ -162,19 +139,17 @@ def _damage(data: bytes, policy: Policy, size: tuple[int, int]) -> str:
     return ""
 
 
-def _check_dali_index(check: Check, number: int) -> list[Problem]:
-    name = index_name(check.manifest.shards[number].path)
-    if name not in check.sizes:
+def _check_dali_index(expected: Expectation, number: int) -> list[Problem]:
+    name = index_name(expected.manifest.shards[number].path)
+    if name not in expected.sizes:
         return [Problem(name, "is missing")]
-    if check.out.read(name) != dali_index(_index(check.out), number):
+    if expected.out.read(name) != dali_index(_index(expected.out), number):
         return [Problem(name, "does not fit its archive: DALI would read wrong samples or crash")]
     return []
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m sharding.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("sharding.verify", __doc__)
     add = parser.add_argument
     add("shards", help="directory or fsspec URL")
     add("--decode", action="store_true", help="check every image as well")
@@ -191,13 +166,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Directory.at(args.shards)
     engine = processes(args.workers)
     problems = verify(out, decode=args.decode, engine=engine, progress=True)
-    for problem in problems:
-        print(problem)
+    print(*problems, sep="\n", end="\n" if problems else "")
     if problems and args.repair:
         repair(out, sorted({problem.path for problem in problems}), args.dataset, args.cache)
         problems = verify(out, decode=args.decode, engine=engine)
-        for problem in problems:
-            print(f"after the repair: {problem}")
+        print(*(f"after the repair: {problem}\n" for problem in problems), sep="", end="")
     manifest = Manifest.load(out)
     state = f"{len(problems)} problems" if problems else "sound"
     print(f"{out}: {manifest.num_samples} images in {len(manifest.shards)} shards: {state}")

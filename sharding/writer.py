@@ -1,7 +1,5 @@
 """WebDataset shards: USTAR archives whose bytes depend on their samples alone, and DALI's index of each."""
 
-from __future__ import annotations
-
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path

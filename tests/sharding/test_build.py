@@ -136,6 +136,13 @@ def test_foreign_files_are_not_touched(parquet: Path, tmp_path: Path) -> None:
     assert files(tmp_path) == {"thesis.txt": b"mine"}
 
 
+def test_fewer_images_than_lanes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "source", [jpeg(i) for i in range(3)], [0] * 3)
+    with pytest.raises(BuildError, match="3 images cannot fill 4 equal lanes"):
+        build_shards(source, tmp_path / "out")
+    assert files(tmp_path / "out") in ({}, {".build/lock": b""})
+
+
 def test_command_reports_what_it_built(parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["--dataset", str(parquet), "--out", str(out), "--lanes", "2", "--workers", "1"]) == 0

@@ -116,7 +116,7 @@ def _flip_a_bit(path: Path) -> None:
         (lambda root: (root / "manifest.json").unlink(), "has no manifest.json"),
         (lambda root: (root / "manifest.json").write_text("{"), "is not JSON"),
         (_edit(lambda raw: raw.update(version=99)), "format version 99"),
-        (_edit(lambda raw: raw.pop("seed")), "missing or unknown: seed"),
+        (_edit(lambda raw: raw.pop("layout")), "missing or unknown: layout"),
         (_edit(lambda raw: raw["class_names"].reverse()), "its shards have [0-9a-f]{32}: it is damaged"),
         (_edit(lambda raw: raw["shards"][1].update(nane=1)), r"is damaged at shards.1.nane: "),
         (_edit(lambda raw: raw["shards"][1].pop("lane")), r"is damaged at shards.1.lane: "),

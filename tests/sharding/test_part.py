@@ -6,7 +6,7 @@ import numpy as np
 
 from sharding.encode import Policy
 from sharding.manifest import Index, Manifest
-from sharding.part import Job, Record, dali_index, index_name, record_name, write_part
+from sharding.part import BuildContext, PartRecord, dali_index, index_name, record_name, write_part
 from sharding.plan import Part
 from sharding.source import SourceSpec, open_source
 from sharding.storage import Directory
@@ -17,18 +17,20 @@ def test_a_part_is_a_pure_function(parquet: Path, tmp_path: Path) -> None:
     source = open_source(SourceSpec(str(parquet)))
     parts = [Part(lane, 2, np.array([5 + lane, 60, 0])) for lane in range(2)]
     for folder, order in (("one", parts), ("two", parts[::-1])):
-        job = Job(source, Policy(), Directory.at(tmp_path / folder), "train")
+        context = BuildContext(source, Policy(), Directory.at(tmp_path / folder), "train")
         for part in order:
-            write_part(job, part)
+            write_part(context, part)
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert "lane-01/train-000002.tar" in files(tmp_path / "one")
 
 
 def test_the_record_says_what_was_written(parquet: Path, tmp_path: Path, images: list[bytes]) -> None:
-    job = Job(open_source(SourceSpec(str(parquet))), Policy(max_pixels=10**6), Directory.at(tmp_path), "train")
+    context = BuildContext(
+        open_source(SourceSpec(str(parquet))), Policy(max_pixels=10**6), Directory.at(tmp_path), "train"
+    )
     part = Part(0, 0, np.array([7, 3]))
-    record = write_part(job, part)
-    assert Record.from_bytes((tmp_path / record_name(part)).read_bytes()) == record
+    record = write_part(context, part)
+    assert PartRecord.from_bytes((tmp_path / record_name(part)).read_bytes()) == record
     assert record.samples.column("source_row").to_pylist() == [7, 3]
     assert record.source_bytes == len(images[7]) + len(images[3])
     assert record.shard.num_bytes == (tmp_path / record.shard.path).stat().st_size
