@@ -188,3 +188,8 @@ _GROUPS = TypeAdapter(tuple[ViewSpec, ...])
 def flatten(specs: Sequence[ViewSpec]) -> tuple[ViewSpec, ...]:
     """One spec per view, in the order in which views are numbered and batches hold them."""
     return tuple(spec for spec in specs for _ in range(spec.count))
+
+
+def in_levels(specs: Sequence[ViewSpec]) -> tuple[ViewSpec, ...]:
+    """The same, but normalised views are levels from 0 to 255: to look at, and to compare exactly."""
+    return tuple(spec.model_copy(update={"mean": (0.0,) * 3, "std": (1 / 255,) * 3}) for spec in specs)
