@@ -151,11 +151,12 @@ def _jitter(view: Image.Image, plan: ViewPlan, row: int) -> Image.Image:
 def cut(image: Image.Image, plan: ViewPlan, row: int) -> Image.Image:
     """The geometry."""
     spec = plan.spec
+    mode = F.InterpolationMode(spec.interpolation)
     if spec.crop == "center":
-        view = F.center_crop(F.resize(image, [spec.resize], antialias=True), [spec.size])
+        view = F.center_crop(F.resize(image, [spec.resize], mode, antialias=True), [spec.size])
     else:
         top, left, height, width = plan.edge[row].tolist()
-        view = F.resized_crop(image, top, left, height, width, [spec.size] * 2, antialias=True)
+        view = F.resized_crop(image, top, left, height, width, [spec.size] * 2, mode, antialias=True)
     return F.hflip(view) if plan.flip[row] else view
 
 

@@ -19,7 +19,7 @@ def render(image: Pixels, top: int, left: int, plan: ViewPlan, row: int, out: By
     """
     start = time.perf_counter()
     view = np.empty((3, *out.shape[:2]), np.uint8)
-    resample(image, top, left, plan.box[row], plan.edge[row], plan.flip[row], view)
+    resample(image, top, left, plan.box[row], plan.edge[row], plan.flip[row], plan.spec.is_cubic, view)
     resampled = time.perf_counter()
     adjust(
         view,
