@@ -20,8 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.loader import lane_shard_sizes
-from pipeline.order import Shuffled
+from pipeline.order import Shuffled, lane_shard_sizes
 from sharding.command import command
 from sharding.manifest import open_shards
 
@@ -72,7 +71,7 @@ def windows(numbers: Sequence[int]) -> dict[str, int | None]:
 def measure(data: Data, window: int | None, options: argparse.Namespace) -> Quality:
     order = Shuffled(data.shard_sizes, options.seed, options.batch_size, window)
     steps = order.num_samples // options.batch_size
-    passes = [np.stack([order.ids(first + step)[0] for step in range(steps)]) for first in (0, steps)]
+    passes = [np.stack([order.batch(first + step)[0] for step in range(steps)]) for first in (0, steps)]
     return _relative(passes, data, options)
 
 

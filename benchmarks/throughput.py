@@ -14,7 +14,6 @@ the network.
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -29,7 +28,7 @@ from benchmarks.peers import LEFT_OUT, PEERS, PeerOptions, build_peer
 from benchmarks.report import save, show
 from pipeline.backends import BACKENDS
 from pipeline.loader import Loader
-from pipeline.stats import bound, difference
+from pipeline.stats import bound
 from pipeline.views import PRESETS, ViewSpec, flatten, preset
 from sharding.command import UserError, command
 from sharding.manifest import ShardSet, open_shards
@@ -116,9 +115,9 @@ def _step_rate(
 ) -> float:
     """Also notes what bounded the round, the last one's remains."""
     step(loader)
-    before, start = loader.stats(), time.perf_counter()
+    before = loader.stats()
     rate = rate_of(partial(step, loader), options.seconds, warmup=0, finish=_finish)
-    bounds[name] = bound(difference(loader.stats(), before), time.perf_counter() - start)
+    bounds[name] = bound(loader.stats() - before)
     return rate
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.backends import Backend, BackendOptions, Pending, UndecodableError, Views, build_backend
+from pipeline.backends import Backend, BackendContext, DamagedSampleError, Pending, Views, build_backend
 from pipeline.plan import BatchPlan
+from pipeline.stats import Stats
 from sharding.command import UserError
 
 log = logging.getLogger(__name__)
@@ -34,11 +35,11 @@ class CanaryError(UserError):
     """A backend's views of a batch are not those of `cpu`; no update was made with them."""
 
 
-def build(options: BackendOptions) -> Backend:
+def build(context: BackendContext) -> Backend:
     """What ``auto`` stands for: `cpu`, or on a GPU `dali`, watched."""
-    if options.device.type == "cpu":
-        return build_backend("cpu", options)
-    return WatchedBackend("dali", lambda: build_backend("dali", options), options)
+    if context.device.type == "cpu":
+        return build_backend("cpu", context)
+    return WatchedBackend("dali", lambda: build_backend("dali", context), context)
 
 
 class WatchedBackend:
@@ -50,9 +51,9 @@ class WatchedBackend:
     have been wrong as well. A driver that hangs is not noticed.
     """
 
-    def __init__(self, name: str, build_candidate: Callable[[], Backend], options: BackendOptions) -> None:
-        self._name, self._options = name, options
-        self._reference = build_backend("cpu", replace(options, num_threads=1, device=torch.device("cpu")))
+    def __init__(self, name: str, build_candidate: Callable[[], Backend], context: BackendContext) -> None:
+        self._name, self._context = name, context
+        self._reference = build_backend("cpu", replace(context, num_threads=1, device=torch.device("cpu")))
         self._is_proven, self._is_watched = False, True
         try:
             self._backend = build_candidate()
@@ -62,14 +63,14 @@ class WatchedBackend:
     def submit(self, plan: BatchPlan) -> Pending:
         if not self._is_proven:
             self._prove(plan.take(slice(0, _SAMPLES_AT_START)))
-        pending, every = self._backend.submit(plan), self._options.canary_every
+        pending, every = self._backend.submit(plan), self._context.canary_every
         if not (self._is_watched and every) or plan.step % every:
             return pending
         rows = np.unique(np.linspace(0, len(plan) - 1, _SAMPLES_LATER).astype(np.int64))
         part = plan.take(rows)
         return _WatchedBatch(pending, rows, partial(self._check, part, self._reference.submit(part)))
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> Stats:
         """The candidate's, or of what has taken its place."""
         return self._backend.stats()
 
@@ -97,7 +98,7 @@ class WatchedBackend:
         """The samples that can be decoded, and `cpu`'s views of them."""
         try:
             return plan, self._reference.submit(plan).result()
-        except UndecodableError as error:
+        except DamagedSampleError as error:
             rows = np.flatnonzero(~np.isin(plan.ids, list(error.reasons)))
         plan = plan.take(rows)
         return plan, self._reference.submit(plan).result()
@@ -105,17 +106,17 @@ class WatchedBackend:
     def _fall_back(self, problem: str) -> Backend:
         log.warning("%s %s; cpu, which is slower, makes the views instead", self._name, problem)
         self._is_watched = False
-        return build_backend("cpu", self._options)
+        return build_backend("cpu", self._context)
 
     def _check(self, plan: BatchPlan, reference: Pending, views: Views) -> None:
         try:
             problem = _excess(differences(views, reference.result()), plan)
-        except UndecodableError as error:
+        except DamagedSampleError as error:
             problem = f"took for images what cpu cannot decode: {error}"
         if problem:
             raise CanaryError(
                 f"step {plan.step}: {self._name} {problem}. No update was made with this batch, but those of up to "
-                f"{self._options.canary_every} steps before it were not compared: continue from a checkpoint of before "
+                f"{self._context.canary_every} steps before it were not compared: continue from a checkpoint of before "
                 "them, with data.backend=cpu, or after updating the GPU's driver; data.canary_every=0 compares no more"
             )
 

@@ -12,14 +12,15 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from pipeline.backends import Backend, BackendOptions, Pending, UndecodableError, Views, build_backend
-from pipeline.order import Ids, Order, Shuffled
-from pipeline.plan import BatchPlan, plan_batch
+from pipeline.backends import Backend, BackendContext, DamagedSampleError, Pending, Views, build_backend
+from pipeline.order import Order, Shuffled, lane_shard_sizes
+from pipeline.plan import BatchPlan, plan_samples
 from pipeline.reading.cache import CacheOptions
-from pipeline.reading.horizon import Horizon
+from pipeline.reading.look_ahead import LookAhead
 from pipeline.reading.reader import Reader
+from pipeline.stats import Stats
 from pipeline.transfer import to_batch, upload
-from pipeline.views import ViewSpec, flatten
+from pipeline.views import ViewSpec
 from pipeline.workers import STALL_SECONDS, Watch
 from sharding.command import UserError
 from sharding.manifest import ShardSet
@@ -91,19 +92,16 @@ class Loader:
         self._next_step, self._closed, self._process = start_step, False, os.getpid()
         self._undecodable: dict[int, str] = {}
         self._pending: deque[tuple[BatchPlan, Pending]] = deque()
-        self._num_batches, self._num_ready = 0, 0
-        self._wait_seconds, self._plan_seconds, self._copy_seconds = 0.0, 0.0, 0.0
+        self._start, self._own = time.perf_counter(), Stats()
         self._watch = Watch(stall_seconds)
-        self._reader, self._horizon = Reader(shards, cache, self._watch), self._look_ahead(cache)
-        options = BackendOptions(
-            self._reader, flatten(specs), batch_size, num_threads, prefetch, self._device, canary_every
-        )
-        self._backend = build_backend(backend, options)
+        self._reader, self._ahead = Reader(shards, cache, self._watch), self._look_ahead(cache)
+        context = BackendContext(self._reader, batch_size, num_threads, self._device, canary_every)
+        self._backend = build_backend(backend, context)
         self._close = weakref.finalize(self, _close, self._process, self._backend, self._reader)
 
     def plan(self, step: int) -> BatchPlan:
         """This rank's plan of a step, undecodable samples that are known by now replaced."""
-        ids, epochs = (values[self._rows(len(values))] for values in self._order.ids(step))
+        ids, epochs = (values[self._rows(len(values))] for values in self._order.batch(step))
         if self._undecodable:
             ids, epochs = self._order.without(ids, epochs, self._undecodable)
         return plan_samples(self._shards, self._specs, self._seed, step, ids, epochs)
@@ -121,29 +119,26 @@ class Loader:
             )
         start = time.perf_counter()
         self._submit_ahead()
-        self._num_ready += sum(pending.done() for _, pending in self._pending)
+        num_prefetched, num_ready = len(self._pending), sum(pending.done() for _, pending in self._pending)
         plan, views = self._collect()
         copying = time.perf_counter()
         batch = self._to_batch(plan, views)
-        self._copy_seconds += time.perf_counter() - copying
-        self._num_batches += 1
+        copy_seconds = time.perf_counter() - copying
         self._submit_ahead()
-        self._wait_seconds += time.perf_counter() - start
+        self._own += Stats(
+            wait_seconds=time.perf_counter() - start,
+            copy_seconds=copy_seconds,
+            num_batches=1,
+            num_prefetched=num_prefetched,
+            num_ready=num_ready,
+        )
         return batch
 
-    def stats(self) -> dict[str, float]:
-        """Totals since the start, of this rank; `pipeline.stats` says how to read each."""
-        return {
-            "num_batches": self._num_batches,
-            "num_threads": self._num_threads,
-            "wait_seconds": self._wait_seconds,
-            "plan_seconds": self._plan_seconds,
-            "copy_seconds": self._copy_seconds,
-            "queue_occupancy": self._num_ready / max(1, self._num_batches * self._prefetch),
-            "replaced_samples": len(self._undecodable),
-            **self._reader.stats(),
-            **self._backend.stats(),
-        }
+    def stats(self) -> Stats:
+        """Totals since the start, of this rank."""
+        seconds = time.perf_counter() - self._start
+        elapsed = Stats(seconds, thread_seconds=self._num_threads * seconds, replaced_samples=len(self._undecodable))
+        return self._own + elapsed + self._reader.stats() + self._backend.stats()
 
     def close(self) -> None:
         """Stop threads and processes. What was delivered stays valid. Raises OSError where a read never returns."""
@@ -159,13 +154,13 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _look_ahead(self, cache: CacheOptions | None) -> Horizon | None:
+    def _look_ahead(self, cache: CacheOptions | None) -> LookAhead | None:
         """None where any shard may come next and is as near as all others."""
         remote = not self._shards.directory.is_local
         if not isinstance(self._order, Shuffled) or (not remote and self._order.window is None):
             return None
         rows = self._rows(self._order.global_batch_size)
-        return Horizon(self._shards, self._order, rows, cache.ahead_bytes if remote and cache else None)
+        return LookAhead(self._shards, self._order, rows, cache.ahead_bytes if remote and cache else None)
 
     def _rows(self, size: int) -> slice:
         """This rank's part of a global batch."""
@@ -179,10 +174,10 @@ class Loader:
     def _submit(self, step: int) -> None:
         start = time.perf_counter()
         plan = self.plan(step)
-        if self._horizon:
+        if self._ahead:
             oldest = self._pending[0][0].step if self._pending else step
-            self._reader.fetch_ahead(self._horizon.shards(oldest))
-        self._plan_seconds += time.perf_counter() - start
+            self._reader.fetch_ahead(self._ahead.advance(oldest))
+        self._own += Stats(plan_seconds=time.perf_counter() - start)
         if len(plan):
             self._reader.read_ahead(plan.ids)
             self._pending.append((plan, self._backend.submit(plan)))
@@ -201,7 +196,7 @@ class Loader:
             plan, pending = self._pending[0]
             try:
                 views = self._wait(pending)
-            except UndecodableError as error:
+            except DamagedSampleError as error:
                 self._report(error)
                 self._rebuild()
                 self._submit_ahead()
@@ -226,7 +221,7 @@ class Loader:
         for step in steps:
             self._submit(step)
 
-    def _report(self, error: UndecodableError) -> None:
+    def _report(self, error: DamagedSampleError) -> None:
         for sample, reason in error.reasons.items():
             log.warning("%s %s: %s", self._order.fate, self._reader.describe(sample), reason)
         self._undecodable |= error.reasons
@@ -267,18 +262,3 @@ def _check_at_least(values: Mapping[str, tuple[int, int]]) -> None:
     for name, (value, least) in values.items():
         if value < least:
             raise UserError(f"{name}: expected at least {least}, found {value}")
-
-
-def plan_samples(shards: ShardSet, specs: Sequence[ViewSpec], seed: int, step: int, ids: Ids, epochs: Ids) -> BatchPlan:
-    """`plan_batch` with the images' sizes looked up in the shards' index."""
-    heights, widths = (sizes[ids].astype(np.int64) for sizes in (shards.index.height, shards.index.width))
-    return plan_batch(specs, seed, step, ids, epochs, heights, widths)
-
-
-def lane_shard_sizes(shards: ShardSet) -> tuple[tuple[int, ...], ...]:
-    """Samples of each shard, by lane."""
-    manifest = shards.manifest
-    return tuple(
-        tuple(shard.num_samples for shard in manifest.shards if shard.lane == lane)
-        for lane in range(manifest.num_lanes)
-    )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.random import ORDER_STREAM, REPLACEMENT_STREAM, key_from_seed, permute, philox, to_integer
 from sharding.command import UserError
+from sharding.manifest import ShardSet
 
 Ids = NDArray[np.int64]
 
@@ -33,7 +34,7 @@ class Order(Protocol):
         """How many batches there are; None: no end."""
         ...
 
-    def ids(self, step: int) -> tuple[Ids, Ids]:
+    def batch(self, step: int) -> tuple[Ids, Ids]:
         """Sample ids ``(B,)`` of the global batch of ``step`` and the pass ``(B,)`` over the data each belongs to."""
         ...
 
@@ -61,7 +62,7 @@ class Sequential:
         """The batches of the pass."""
         return -(-len(self.sequence) // self.global_batch_size)
 
-    def ids(self, step: int) -> tuple[Ids, Ids]:
+    def batch(self, step: int) -> tuple[Ids, Ids]:
         """Sample ids (m,) of a batch, and the pass (m,) that they belong to: 0."""
         ids = self.sequence[step * self.global_batch_size : (step + 1) * self.global_batch_size]
         return ids, np.zeros_like(ids)
@@ -138,7 +139,7 @@ class Shuffled:
         per_lane = self.samples_per_lane
         return sample // per_lane * per_lane + int(to_integer(words[..., 0], per_lane))
 
-    def ids(self, step: int) -> tuple[Ids, Ids]:
+    def batch(self, step: int) -> tuple[Ids, Ids]:
         """Sample ids ``(B,)`` of the global batch of ``step`` and the pass ``(B,)`` over the data each belongs to."""
         lanes = len(self.shard_sizes)
         per_lane = self.global_batch_size // lanes
@@ -172,6 +173,15 @@ class Shuffled:
             stream = ORDER_STREAM + len(self.shard_sizes) * (int(w) + 1) + lane
             shuffled[inside] = members[permute(positions, len(members), key, stream, epoch)]
         return shuffled
+
+
+def lane_shard_sizes(shards: ShardSet) -> tuple[tuple[int, ...], ...]:
+    """Samples of each shard, by lane."""
+    manifest = shards.manifest
+    return tuple(
+        tuple(shard.num_samples for shard in manifest.shards if shard.lane == lane)
+        for lane in range(manifest.num_lanes)
+    )
 
 
 def lanes_of_rank(num_lanes: int, rank: int, world_size: int) -> range:

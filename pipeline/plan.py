@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.random import UInt32, key_from_seed, philox, to_integer, to_range, to_unit
 from pipeline.views import ViewSpec, flatten
+from sharding.manifest import ShardSet
 
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
@@ -67,10 +68,17 @@ class ViewPlan:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """All that a backend needs to make the batch of a step: ``ids`` (n,) int64 and a `ViewPlan` of them per view."""
+    """All that a backend needs to make the batch of a step.
+
+    ids             (n,) int64 sample ids
+    heights, widths (n,) int64, pixels of the decoded images
+    views           a `ViewPlan` of the n images per view
+    """
 
     step: int
     ids: Ints
+    heights: Ints
+    widths: Ints
     views: tuple[ViewPlan, ...]
 
     def __len__(self) -> int:
@@ -78,7 +86,16 @@ class BatchPlan:
 
     def take(self, rows: slice | Ints) -> "BatchPlan":
         """The plan of the images at ``rows``, in their order."""
-        return replace(self, ids=self.ids[rows], views=tuple(view.take(rows) for view in self.views))
+        arrays = {name: getattr(self, name)[rows] for name in ("ids", "heights", "widths")}
+        return replace(self, **arrays, views=tuple(view.take(rows) for view in self.views))
+
+
+def plan_samples(
+    shards: ShardSet, specs: Sequence[ViewSpec], seed: int, step: int, ids: Ints, epochs: Ints
+) -> BatchPlan:
+    """`plan_batch` with the images' sizes looked up in the shards' index."""
+    heights, widths = (sizes[ids].astype(np.int64) for sizes in (shards.index.height, shards.index.width))
+    return plan_batch(specs, seed, step, ids, epochs, heights, widths)
 
 
 def plan_batch(
@@ -88,7 +105,7 @@ def plan_batch(
     views = tuple(
         plan_view(spec, seed, number, ids, epochs, heights, widths) for number, spec in enumerate(flatten(specs))
     )
-    return BatchPlan(step, ids, views)
+    return BatchPlan(step, ids, heights, widths, views)
 
 
 def plan_view(spec: ViewSpec, seed: int, view: int, ids: Ints, epochs: Ints, heights: Ints, widths: Ints) -> ViewPlan:

@@ -1,7 +1,6 @@
 """A contact sheet of images and their views, as a backend makes them.
 
 python -m pipeline.preview --shards /data/shards --out views.png
-python -m pipeline.preview --shards /data/shards --compare cpu torchvision
 python -m pipeline.preview --shards s3://bucket/shards --cache-dir /scratch/shards --views runs/simclr/config.yaml
 """
 
@@ -10,13 +9,14 @@ import io
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.views import PRESETS, ViewSpec, parse, preset
+from pipeline.views import PRESETS, ViewSpec, in_levels, parse, preset
 from sharding.command import UserError, command
 
 if TYPE_CHECKING:
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pipeline.plan import BatchPlan, ViewPlan
+    from pipeline.reading.cache import CacheOptions
     from pipeline.reading.reader import Reader
+    from sharding.manifest import ShardSet
 
 Picture = NDArray[np.uint8]
 
-_GAIN = 64  # of differences, which are hardly visible otherwise
 _OPERATIONS = ("brightness", "contrast", "saturation", "hue")  # BRIGHTNESS to HUE of `pipeline.plan`
 _MAX_IMAGES = 200  # rows; Matplotlib's pictures are at most 2**16 pixels high
 _CACHE_BYTES = 200 * 10**9
@@ -68,73 +69,63 @@ def read_views(name: str) -> tuple[ViewSpec, ...]:
 
 def draw_sheet(options: argparse.Namespace, specs: tuple[ViewSpec, ...]) -> "Figure":
     """One row an image: the original with its crops, then each view in the colour of its crop and what was drawn for
-    it; for two backends the view of either, and their difference.
-    """
+    it. Images that cannot be decoded are left out, and named in the log."""
     from pipeline.reading.cache import CacheOptions
     from pipeline.reading.reader import Reader
     from sharding.manifest import open_shards
 
-    backends = options.compare or [options.backend]
+    shards = open_shards(options.shards)
     cache = CacheOptions(options.cache_dir, _CACHE_BYTES, _CACHE_BYTES) if options.cache_dir else None
-    reader = Reader(open_shards(options.shards), cache)
-    try:
-        plan = make_plan(reader, specs, options)
-        made = [make_views(name, reader, plan) for name in backends]
-        per_view = len(backends) + bool(options.compare)
-        figure, grid = _grid(len(plan), 1 + per_view * len(plan.views))
+    with closing(Reader(shards, cache)) as reader:
+        plan, views = make_views(shards, specs, cache, options)
+        figure, grid = _grid(len(plan), 1 + len(views))
         figure.suptitle(f"{options.views}, step {options.step}, seed {options.seed}", fontsize=7)
-        for row, cells in enumerate(grid):
-            _draw_original(cells[0], reader, plan, row)
-            for number, view in enumerate(plan.views):
-                group = cells[1 + number * per_view :][:per_view]
-                pictures = [views[number][row] for views in made]
-                for axes, name, picture in zip(group, backends, pictures, strict=False):
-                    _show(axes, picture, f"C{number}")
-                    axes.set_title(f"view {number}, {view.spec.size} px, {name}", fontsize=6)
-                    axes.set_xlabel(describe(view, row), fontsize=5)
-                if options.compare:
-                    _draw_difference(group[-1], *pictures)
-    finally:
-        reader.close()
+        for row, (first, *cells) in enumerate(grid):
+            _draw_original(first, reader, plan, row)
+            for number, (axes, view) in enumerate(zip(cells, plan.views, strict=True)):
+                _show(axes, views[number][row], f"C{number}")
+                axes.set_title(f"view {number}, {view.spec.size} px, {options.backend}", fontsize=6)
+                axes.set_xlabel(describe(view, row), fontsize=5)
     return figure
 
 
-def make_plan(reader: "Reader", specs: tuple[ViewSpec, ...], options: argparse.Namespace) -> "BatchPlan":
-    """The plan of the first ``--images`` samples of a step, in batches hardly larger than that."""
-    from pipeline.loader import lane_shard_sizes, plan_samples
-    from pipeline.order import Shuffled
+def make_views(
+    shards: "ShardSet", specs: tuple[ViewSpec, ...], cache: "CacheOptions | None", options: argparse.Namespace
+) -> tuple["BatchPlan", list[Picture]]:
+    """The first views of ``--images`` samples of a step's batch, a picture array (n, size, size, 3) per view."""
+    import torch
+
+    from pipeline.loader import Loader
+    from pipeline.order import Sequential
+
+    order = Sequential(choose_samples(shards, options), options.images)
+    on_gpu = options.backend == "dali" and torch.cuda.is_available()
+    with Loader(
+        shards,
+        in_levels(specs),
+        seed=options.seed,
+        order=order,
+        backend=options.backend,
+        prefetch=1,
+        cache=cache,
+        device=torch.device("cuda" if on_gpu else "cpu"),
+    ) as loader:
+        batch = next(loader)
+        return loader.plan(0), [view.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8) for view in batch.views]
+
+
+def choose_samples(shards: "ShardSet", options: argparse.Namespace) -> NDArray[np.int64]:
+    """Evenly spaced over a batch hardly larger than that, so that all lanes show."""
+    from pipeline.order import Shuffled, lane_shard_sizes
 
     if not 1 <= options.images <= _MAX_IMAGES:
         raise UserError(f"--images: expected 1 to {_MAX_IMAGES}, found {options.images}")
     if options.step < 0:
         raise UserError(f"--step: expected at least 0, found {options.step}")
-    lanes = reader.shards.manifest.num_lanes
+    lanes = shards.manifest.num_lanes
     batch_size = -(-options.images // lanes) * lanes
-    order = Shuffled(lane_shard_sizes(reader.shards), options.seed, batch_size)
-    # Evenly spaced over the batch, so that all lanes show.
-    rows = np.linspace(0, batch_size - 1, options.images).round().astype(int)
-    ids, epochs = (values[rows] for values in order.ids(options.step))
-    return plan_samples(reader.shards, specs, options.seed, options.step, ids, epochs)
-
-
-def make_views(backend: str, reader: "Reader", plan: "BatchPlan") -> list[Picture]:
-    """A view number to its pictures (n, size, size, 3)."""
-    import torch
-
-    from pipeline.backends import BackendOptions, UndecodableError, build_backend
-    from sharding.manifest import repair_command
-
-    device = torch.device("cuda" if backend == "dali" and torch.cuda.is_available() else "cpu")
-    specs = tuple(view.spec for view in plan.views)
-    built = build_backend(backend, BackendOptions(reader, specs, len(plan), 2, 1, device))
-    try:
-        return [view.cpu().numpy() for view in built.submit(plan).result()]
-    except UndecodableError as error:
-        where = "; ".join(f"{reader.describe(sample)}: {reason}" for sample, reason in error.reasons.items())
-        mend = repair_command(reader.shards.directory)
-        raise UserError(f"{where}; mend the shards with {mend}, or look at another --step") from None
-    finally:
-        built.close()
+    ids, _ = Shuffled(lane_shard_sizes(shards), options.seed, batch_size).batch(options.step)
+    return ids[np.linspace(0, batch_size - 1, options.images).round().astype(int)]
 
 
 def describe(view: "ViewPlan", row: int) -> str:
@@ -185,13 +176,6 @@ def _draw_original(axes: "Axes", reader: "Reader", plan: "BatchPlan", row: int) 
     axes.set_title(f"{sample}: {names[label] if 0 <= label < len(names) else label}"[:28], fontsize=6)
 
 
-def _draw_difference(axes: "Axes", first: Picture, second: Picture) -> None:
-    difference = np.abs(first.astype(int) - second)
-    _show(axes, np.minimum(255, _GAIN * difference).astype(np.uint8))
-    axes.set_title(f"difference, {_GAIN} times", fontsize=6)
-    axes.set_xlabel(f"mean {difference.mean():.4f}, largest {difference.max()} of 255", fontsize=5)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline.preview", description="Draw images and their views.")
     parser.add_argument("--shards", required=True, help="directory or URL made by sharding.build")
@@ -200,11 +184,10 @@ def _parser() -> argparse.ArgumentParser:
         "--views", default="simclr", help=f"{', '.join(PRESETS)}, or a YAML file with a section `views`"
     )
     parser.add_argument("--images", type=int, default=8, help="rows of the sheet (default: 8)")
-    parser.add_argument("--step", type=int, default=0, help="step whose batch is shown (default: 0)")
+    parser.add_argument("--step", type=int, default=0, help="step whose images are shown (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order and the views (default: 0)")
     parser.add_argument("--backend", default="cpu", help="who makes the views (default: cpu)")
     parser.add_argument("--cache-dir", type=Path, help="where to keep shards that lie behind a URL")
-    parser.add_argument("--compare", nargs=2, metavar="BACKEND", help="two backends side by side, and their difference")
     return parser
 
 

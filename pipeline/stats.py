@@ -1,58 +1,68 @@
-"""How to read `Loader.stats`: totals since the start, of one process.
+"""What a loader spent its time on, and what that says about a run."""
 
-wait_seconds      `next` took in all. Over the elapsed time: the share that training stands still for data; near 0
-                  the network is the limit. Three parts of it are told apart:
-plan_seconds      drawing ids, crops and factors; about a millisecond a batch
-copy_seconds      normalising, casting, and starting the copy to the device (on a CPU: doing all of it)
-queue_occupancy   share of the prefetched batches that were ready when `next` was called, a mean from 0 to 1: at 1
-                  the loader is ahead, at 0 every batch is waited for
-num_threads       that the loader was given; what follows is summed over them, so that divided by ``num_threads``
-                  and the elapsed time it is the share of the threads' time. `dali` has so many for reading, for
-                  decoding and for the views each; there the shares can add up to more than 1
-read_seconds      reading encoded images; some 0.03 ms each from the page cache, more: the disk is waited for
-decode_seconds    decoding, reading included. DALI's threads cannot be asked: of `dali` it is the time that its
-                  driving thread waits for them, all of which decode meanwhile, times their number
-geometry_seconds  cutting, resizing and mirroring the views; not measured on a GPU, where it overlaps with training
-photometric_seconds  jitter, grey, blur and solarize; likewise
-replaced_samples  that could not be decoded; the log names each
-fetch_seconds     copying shards to the cache, summed over its own threads, and fetched_bytes: how much it was
-"""
-
-from collections.abc import Mapping
-
-Stats = Mapping[str, float]
+from dataclasses import dataclass, fields
 
 # Below this share of the time spent in `next`, faster data would not make training noticeably faster.
 _NO_WAIT = 0.02
 
 
-def difference(after: Stats, before: Stats) -> dict[str, float]:
-    """What was spent between two calls of `Loader.stats`."""
-    means = ("queue_occupancy", "num_threads")
-    return {name: value if name in means else value - before.get(name, 0.0) for name, value in after.items()}
+@dataclass(frozen=True)
+class Stats:
+    """Totals since the start, of one process. Sums and differences are taken field by field; every backend has all
+    fields, and leaves at 0 what it does not measure.
+
+    Over ``seconds``, the first group are shares of the main thread's time; over ``thread_seconds``, the second are
+    shares of the loader's threads' time. `dali` has so many threads for reading, for decoding and for the views each:
+    there the shares can add up to more than 1.
+    """
+
+    seconds: float = 0.0  # since the loader was made
+    wait_seconds: float = 0.0  # `next` took in all: near 0 of `seconds` the network is the limit; it has two parts:
+    plan_seconds: float = 0.0  # drawing ids, crops and factors; about a millisecond a batch
+    copy_seconds: float = 0.0  # normalising, casting, starting the copy to the device (on a CPU: doing all of it)
+
+    thread_seconds: float = 0.0  # `seconds`, times the threads that the loader was given
+    read_seconds: float = 0.0  # encoded images; some 0.03 ms each from the page cache, more: the disk is waited for
+    decode_seconds: float = (
+        0.0  # reading included; of `dali` all its threads' time while the driving one waits for them
+    )
+    geometry_seconds: float = (
+        0.0  # cutting, resizing, mirroring; not measured on a GPU, where training overlaps with it
+    )
+    photometric_seconds: float = 0.0  # jitter, grey, blur and solarize; likewise
+
+    num_batches: int = 0  # delivered
+    num_prefetched: int = 0  # batches in the making, summed over the calls of `next`
+    num_ready: int = 0  # those of them that were ready; as many as that: the loader is ahead; 0: each is waited for
+    replaced_samples: int = 0  # that could not be decoded, or are left out; the log names each
+    fetch_seconds: float = 0.0  # copying shards to the cache, summed over its own threads
+    fetched_bytes: int = 0  # how much that was
+
+    def __add__(self, other: "Stats") -> "Stats":
+        return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, other: "Stats") -> "Stats":
+        return Stats(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
-def bound(spent: Stats, seconds: float) -> str:
-    """What limits a run that ``spent`` this (see `difference`) in ``seconds``, as one line to print."""
-    waiting = spent["wait_seconds"] / seconds
+def bound(spent: Stats) -> str:
+    """What limits a run that ``spent`` this, as one line to print."""
+    waiting = spent.wait_seconds / spent.seconds
     if waiting < _NO_WAIT:
         return f"bound by the train step: {waiting:.1%} of the time is spent waiting for data"
-    own = (spent["plan_seconds"] + spent["copy_seconds"]) / spent["wait_seconds"]
-    if own > 0.5:
+    if spent.plan_seconds + spent.copy_seconds > spent.wait_seconds / 2:
         return f"bound by the loader ({waiting:.0%} of the time), in its own thread: planning, normalising and copying"
-    name, share = max(thread_shares(spent, seconds).items(), key=lambda item: item[1])
+    name, share = max(thread_shares(spent).items(), key=lambda item: item[1])
     return f"bound by the loader ({waiting:.0%} of the time), whose threads spend most of theirs ({share:.0%}) {name}"
 
 
-def thread_shares(spent: Stats, seconds: float) -> dict[str, float]:
+def thread_shares(spent: Stats) -> dict[str, float]:
     """Shares of the loader threads' time, by what they did; ``idle`` is what is left of it."""
-    available = spent["num_threads"] * seconds
-    reading = spent.get("read_seconds", 0.0)
     busy = {
-        "reading": reading,
-        "decoding": max(0.0, spent.get("decode_seconds", 0.0) - reading),
-        "resizing": spent.get("geometry_seconds", 0.0),
-        "changing colours": spent.get("photometric_seconds", 0.0),
+        "reading": spent.read_seconds,
+        "decoding": max(0.0, spent.decode_seconds - spent.read_seconds),
+        "resizing": spent.geometry_seconds,
+        "changing colours": spent.photometric_seconds,
     }
-    shares = {name: value / available for name, value in busy.items()}
+    shares = {name: seconds / spent.thread_seconds for name, seconds in busy.items()}
     return {**shares, "idle": max(0.0, 1 - sum(shares.values()))}

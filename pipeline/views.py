@@ -21,7 +21,7 @@ Divisor = Annotated[float, Field(gt=0)]
 
 class ViewSpec(Settings):
     """One group of views. The operations follow torchvision's definitions and SimCLR's sequence: crop and antialiased
-    bilinear resize, flip, colour jitter (its four operations in random order), grey, blur, solarize, normalise.
+    resize, flip, colour jitter (its four operations in random order), grey, blur, solarize, normalise.
     """
 
     count: int = Field(1, ge=1, description="views of this kind per image")
@@ -30,6 +30,7 @@ class ViewSpec(Settings):
     scale: Interval = Field((0.08, 1.0), description="random crop: area, as a fraction of the image's")
     ratio: Interval = Field((3 / 4, 4 / 3), description="random crop: width / height, log-uniform")
     resize: int = Field(256, ge=1, description="centre crop: short side of the resized image, pixels")
+    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="of the antialiased resize")
     flip: Probability = Field(0.5, description="probability of a horizontal flip")
     jitter: Probability = Field(0.8, description="probability of colour jitter")
     brightness: float = Field(0.8, ge=0, description="factor in [max(0, 1 - x), 1 + x]")
@@ -59,6 +60,11 @@ class ViewSpec(Settings):
         if self.crop == "center" and self.resize < self.size:
             raise ValueError(f"resize: expected at least the size {self.size}, found {self.resize}")
         return self
+
+    @property
+    def is_cubic(self) -> bool:
+        """Whether views are resized bicubically."""
+        return self.interpolation == "bicubic"
 
 
 _NO_AUGMENTATION = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0}
@@ -188,3 +194,8 @@ _GROUPS = TypeAdapter(tuple[ViewSpec, ...])
 def flatten(specs: Sequence[ViewSpec]) -> tuple[ViewSpec, ...]:
     """One spec per view, in the order in which views are numbered and batches hold them."""
     return tuple(spec for spec in specs for _ in range(spec.count))
+
+
+def in_levels(specs: Sequence[ViewSpec]) -> tuple[ViewSpec, ...]:
+    """The same, but normalised views are levels from 0 to 255: to look at, and to compare exactly."""
+    return tuple(spec.model_copy(update={"mean": (0.0,) * 3, "std": (1 / 255,) * 3}) for spec in specs)

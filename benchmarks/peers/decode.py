@@ -11,8 +11,7 @@ import torch
 
 from benchmarks.peers import PeerOptions
 from pipeline.backends.dali.decode import Decoder, Encoded, largest_size
-from pipeline.loader import lane_shard_sizes
-from pipeline.order import Ids, Shuffled
+from pipeline.order import Ids, Shuffled, lane_shard_sizes
 from pipeline.reading.reader import Reader
 
 
@@ -78,4 +77,4 @@ class DaliDecodeOnly:
 def _batches(options: PeerOptions) -> Iterator[Ids]:
     lanes = options.shards.manifest.num_lanes
     order = Shuffled(lane_shard_sizes(options.shards), 0, -(-options.batch_size // lanes) * lanes)
-    return (order.ids(step)[0] for step in count())
+    return (order.batch(step)[0] for step in count())

@@ -13,15 +13,15 @@ import torch
 
 from pipeline.plan import BatchPlan
 from pipeline.reading.reader import Reader
-from pipeline.views import ViewSpec
+from pipeline.stats import Stats
 from sharding.command import UserError
 
 # V tensors (n, size, size, 3) uint8, RGB, contiguous, in the order of `plan.views`
 Views = list[torch.Tensor]
 
 
-class UndecodableError(UserError):
-    """Samples of a batch cannot be decoded; ``reasons`` maps their ids to what the decoder said."""
+class DamagedSampleError(UserError):
+    """Samples of a batch that have a wrong checksum or cannot be decoded; ``reasons`` says which, by id."""
 
     def __init__(self, reasons: dict[int, str]) -> None:
         super().__init__("; ".join(f"sample {i}: {reason}" for i, reason in reasons.items()))
@@ -36,7 +36,7 @@ class Pending(Protocol):
         ...
 
     def result(self, timeout: float | None = None) -> Views:
-        """Wait for the views. Raises `UndecodableError`, naming all such samples of the batch, and TimeoutError where
+        """Wait for the views. Raises `DamagedSampleError`, naming all such samples of the batch, and TimeoutError where
         something is missing after ``timeout`` seconds."""
         ...
 
@@ -44,7 +44,7 @@ class Pending(Protocol):
 class Backend(Protocol):
     """Makes batches from plans.
 
-    Pending batches are collected in the order in which they were submitted. After an `UndecodableError` those still
+    Pending batches are collected in the order in which they were submitted. After an `DamagedSampleError` those still
     pending are void: the loader submits them again, with other samples where needed.
     """
 
@@ -52,8 +52,8 @@ class Backend(Protocol):
         """Start on a batch and return at once. The loader keeps a few batches pending."""
         ...
 
-    def stats(self) -> dict[str, float]:
-        """Seconds spent so far, summed over threads, by stage: ``decode_seconds``, ``geometry_seconds``, ..."""
+    def stats(self) -> Stats:
+        """Seconds spent so far on decoding and on the views, as far as they are measured."""
         ...
 
     def close(self) -> None:
@@ -63,19 +63,17 @@ class Backend(Protocol):
 
 
 @dataclass(frozen=True)
-class BackendOptions:
-    """What every backend is built from."""
+class BackendContext:
+    """Where a backend runs, and what it is built from."""
 
     reader: Reader
-    specs: tuple[ViewSpec, ...]  # one per view
-    batch_size: int  # of this rank
+    batch_size: int  # of this rank, at most
     num_threads: int
-    prefetch: int  # batches pending at most
     device: torch.device
     canary_every: int = 0  # steps between comparisons with `cpu`, of "auto"; 0: only one before the first
 
 
-# name -> "module:builder", imported when chosen; a builder takes BackendOptions and returns a Backend
+# name -> "module:builder", imported when chosen; a builder takes BackendContext and returns a Backend
 BACKENDS = {
     "cpu": "pipeline.backends.cpu:build",
     "dali": "pipeline.backends.dali.backend:build",
@@ -84,11 +82,11 @@ BACKENDS = {
 }
 
 
-def build_backend(name: str, options: BackendOptions) -> Backend:
+def build_backend(name: str, context: BackendContext) -> Backend:
     """``auto`` is `pipeline.canary.build`. Raises ValueError for an unknown name, and ImportError naming the extra of
     an optional one not installed."""
     builders = {**BACKENDS, "auto": "pipeline.canary:build"}
     if name not in builders:
         raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, found {name!r}")
-    build: Callable[[BackendOptions], Backend] = resolve_name(builders[name])
-    return build(options)
+    build: Callable[[BackendContext], Backend] = resolve_name(builders[name])
+    return build(context)

@@ -4,31 +4,29 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
-from pipeline.backends import UndecodableError, Views
+from pipeline.backends import DamagedSampleError, Views
+from pipeline.stats import Stats
 
 _CHUNKS_PER_WORKER = 4  # so that the last worker of a batch is not far behind the others
 
 
-STAGES = "decode", "geometry", "photometric"
-
-
 @dataclass
-class Done:
-    """What a worker says of a chunk, and the sum of it: ``reasons`` of undecodable samples by id, seconds by stage."""
+class ChunkReport:
+    """What a worker says of a chunk: why samples are damaged, by id, and its seconds by stage, as those of `Stats`."""
 
     reasons: dict[int, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    geometry_seconds: float = 0.0
+    photometric_seconds: float = 0.0
 
-    def add(self, other: "Done") -> None:
-        self.reasons |= other.reasons
-        self.spend(**other.seconds)
-
-    def spend(self, **seconds: float) -> None:
-        for stage, value in seconds.items():
-            self.seconds[stage] += value
-
-    def stats(self) -> dict[str, float]:
-        return {f"{stage}_seconds": self.seconds[stage] for stage in STAGES}
+    def stats(self) -> Stats:
+        return Stats(
+            read_seconds=self.read_seconds,
+            decode_seconds=self.decode_seconds,
+            geometry_seconds=self.geometry_seconds,
+            photometric_seconds=self.photometric_seconds,
+        )
 
 
 def chunks(num_rows: int, num_workers: int) -> list[slice]:
@@ -40,7 +38,7 @@ def chunks(num_rows: int, num_workers: int) -> list[slice]:
 class PooledBatch:
     """A `Pending` whose chunks are ``futures``; ``collect`` stores a chunk's result and says how it went."""
 
-    def __init__(self, views: Views, futures: list[Future], collect: Callable[[int, Future], Done]) -> None:
+    def __init__(self, views: Views, futures: list[Future], collect: Callable[[int, Future], ChunkReport]) -> None:
         self._views, self._futures, self._collect = views, futures, collect
 
     def done(self) -> bool:
@@ -53,5 +51,5 @@ class PooledBatch:
         for number, future in enumerate(self._futures):
             reasons |= self._collect(number, future).reasons
         if reasons:
-            raise UndecodableError(reasons)
+            raise DamagedSampleError(reasons)
         return self._views

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from pipeline.backends import BackendOptions, Pending
-from pipeline.backends.pool import Done, PooledBatch, chunks
+from pipeline.backends import BackendContext, Pending
+from pipeline.backends.pool import ChunkReport, PooledBatch, chunks
 from pipeline.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, Ints, ViewPlan
 from pipeline.plan import BatchPlan as Plan
 from pipeline.reading.reader import Reader
+from pipeline.stats import Stats
 from pipeline.workers import Workers
 
 Arrays = list[NDArray[np.uint8]]
@@ -34,40 +35,31 @@ _ADJUST = {
 }
 
 
-def build(options: BackendOptions) -> "TorchvisionBackend":
-    return TorchvisionBackend(options)
-
-
 class TorchvisionBackend:
-    """``num_threads`` worker processes.
+    """``num_threads`` worker processes."""
 
-    The seconds of `stats` (decoding includes reading) are summed over the workers: divided by their number and by the
-    elapsed time they are the share of it that each stage takes.
-    """
-
-    def __init__(self, options: BackendOptions) -> None:
-        self._num_workers = options.num_threads
-        reader = pickle.dumps(options.reader)
+    def __init__(self, context: BackendContext) -> None:
+        self._num_workers = context.num_threads
+        reader = pickle.dumps(context.reader)
         self._pool = ProcessPoolExecutor(self._num_workers, get_context("spawn"), _start_worker, (reader,))
-        self._total, self._read_seconds = Done(), 0.0
+        self._total = Stats()
 
     def submit(self, plan: Plan) -> Pending:
         views = [torch.empty((len(plan), v.spec.size, v.spec.size, 3), dtype=torch.uint8) for v in plan.views]
         rows = chunks(len(plan), self._num_workers)
         futures = [self._pool.submit(_work, plan.ids[r], [view.take(r) for view in plan.views]) for r in rows]
 
-        def collect(number: int, future: Future) -> Done:
-            arrays, done, read_seconds = future.result()
-            self._read_seconds += read_seconds
+        def collect(number: int, future: Future) -> ChunkReport:
+            arrays, report = future.result()
             for view, array in zip(views, arrays, strict=True):
                 view[rows[number]] = torch.from_numpy(array)
-            self._total.add(done)
-            return done
+            self._total += report.stats()
+            return cast(ChunkReport, report)
 
         return PooledBatch(views, futures, collect)
 
-    def stats(self) -> dict[str, float]:
-        return {"read_seconds": self._read_seconds, **self._total.stats()}
+    def stats(self) -> Stats:
+        return self._total
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -98,26 +90,27 @@ def _read(sample: int) -> NDArray[np.uint8]:
     return cast(NDArray[np.uint8], data.result())
 
 
-def _work(ids: Ints, plans: list[ViewPlan]) -> tuple[Arrays, Done, float]:
-    """The views, how it went, and the seconds spent reading."""
-    done, reader = Done(), _reader()[0]
-    read_before = reader.stats()["read_seconds"]
+def _work(ids: Ints, plans: list[ViewPlan]) -> tuple[Arrays, ChunkReport]:
+    report, reader = ChunkReport(), _reader()[0]
+    read_before = reader.stats().read_seconds
     arrays: Arrays = [np.zeros((len(ids), p.spec.size, p.spec.size, 3), np.uint8) for p in plans]
     for row, sample in enumerate(ids.tolist()):
         start = time.perf_counter()
         try:
             image = decode(_read(sample))
         except ValueError as error:
-            done.reasons[sample] = str(error)
+            report.reasons[sample] = str(error)
             continue
-        done.spend(decode=time.perf_counter() - start)
+        report.decode_seconds += time.perf_counter() - start
         for plan, array in zip(plans, arrays, strict=True):
             start = time.perf_counter()
             view = cut(image, plan, row)
             resampled = time.perf_counter()
             array[row] = np.asarray(adjust(view, plan, row))
-            done.spend(geometry=resampled - start, photometric=time.perf_counter() - resampled)
-    return arrays, done, reader.stats()["read_seconds"] - read_before
+            report.geometry_seconds += resampled - start
+            report.photometric_seconds += time.perf_counter() - resampled
+    report.read_seconds = reader.stats().read_seconds - read_before
+    return arrays, report
 
 
 def decode(data: NDArray[np.uint8]) -> Image.Image:
@@ -158,9 +151,13 @@ def _jitter(view: Image.Image, plan: ViewPlan, row: int) -> Image.Image:
 def cut(image: Image.Image, plan: ViewPlan, row: int) -> Image.Image:
     """The geometry."""
     spec = plan.spec
+    mode = F.InterpolationMode(spec.interpolation)
     if spec.crop == "center":
-        view = F.center_crop(F.resize(image, [spec.resize], antialias=True), [spec.size])
+        view = F.center_crop(F.resize(image, [spec.resize], mode, antialias=True), [spec.size])
     else:
         top, left, height, width = plan.edge[row].tolist()
-        view = F.resized_crop(image, top, left, height, width, [spec.size] * 2, antialias=True)
+        view = F.resized_crop(image, top, left, height, width, [spec.size] * 2, mode, antialias=True)
     return F.hflip(view) if plan.flip[row] else view
+
+
+build = TorchvisionBackend

@@ -12,14 +12,14 @@ from pipeline.plan import ViewPlan
 # notice a change in one of the kernels' files.
 
 
-def render(image: Pixels, top: int, left: int, plan: ViewPlan, row: int, out: Bytes) -> dict[str, float]:
+def render(image: Pixels, top: int, left: int, plan: ViewPlan, row: int, out: Bytes) -> tuple[float, float]:
     """Row ``row`` of a plan as ``out`` (size, size, 3) uint8, from an image that begins at (``top``, ``left``).
 
-    Returns the seconds that either part took.
+    Returns the seconds that geometry and photometric operations took.
     """
     start = time.perf_counter()
     view = np.empty((3, *out.shape[:2]), np.uint8)
-    resample(image, top, left, plan.box[row], plan.edge[row], plan.flip[row], view)
+    resample(image, top, left, plan.box[row], plan.edge[row], plan.flip[row], plan.spec.is_cubic, view)
     resampled = time.perf_counter()
     adjust(
         view,
@@ -32,4 +32,4 @@ def render(image: Pixels, top: int, left: int, plan: ViewPlan, row: int, out: By
         plan.solarize[row],
         out,
     )
-    return {"geometry": resampled - start, "photometric": time.perf_counter() - resampled}
+    return resampled - start, time.perf_counter() - resampled

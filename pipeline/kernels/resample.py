@@ -1,4 +1,4 @@
-"""Geometry: crop, antialiased bilinear resize and horizontal flip, in Pillow's own integer arithmetic.
+"""Geometry: crop, antialiased bilinear or bicubic resize and horizontal flip, in Pillow's own integer arithmetic.
 
 Pillow resizes 8-bit images by a horizontal and then a vertical pass, both with 22-bit fixed-point weights and both
 rounded to 8 bits (`ImagingResample`), so the same arithmetic gives the same pixels. A pixel is a uint32, its bytes R,
@@ -32,24 +32,38 @@ def as_pixels(memory: Bytes, height: int, width: int) -> Pixels:
 class Taps(NamedTuple):
     """Which source pixels, with which weights, make up each of n output pixels along one axis.
 
-    first (n,) int32: the first source pixel; length (n,) int32: how many; weights (n, most) int32, in units of 2**-22
+    first (n,) int32: the first source pixel; length (n,) int32: how many; weights (n, at least that) int32, in units of
+    2**-22; most: the greatest length, but at least 4 for the cubic filter, which overshoots, so that sums are clipped
     """
 
     first: Int32s
     length: Int32s
     weights: Int32s
+    most: int
 
 
 @njit(nogil=True, cache=True)
-def find_taps(start: float, extent: float, limit: int, size: int, reverse: bool) -> Taps:
+def _filter(x: float, cubic: bool) -> float:
+    """A triangle of radius 1, or the cubic convolution of radius 2 with a = -0.5 (Keys, 1981) as Pillow writes it."""
+    x = abs(x)
+    if not cubic:
+        return max(1.0 - x, 0.0)
+    if x < 1.0:
+        return (1.5 * x - 2.5) * x * x + 1.0
+    return (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 if x < 2.0 else 0.0
+
+
+@njit(nogil=True, cache=True)
+def find_taps(start: float, extent: float, limit: int, size: int, reverse: bool, cubic: bool) -> Taps:
     """Taps for resizing ``[start, start + extent)`` of an axis of ``limit`` pixels to ``size`` pixels.
 
-    The bilinear filter widens with the scale when it shrinks the image (antialiasing); ``reverse`` mirrors the output.
+    The filter widens with the scale when it shrinks the image (antialiasing); ``reverse`` mirrors the output.
     """
     scale = extent / size
-    support = max(scale, 1.0)
+    widening = max(scale, 1.0)
+    support = 2.0 * widening if cubic else widening
     first, length = np.empty(size, np.int32), np.empty(size, np.int32)
-    weights = np.zeros((size, max(int(np.ceil(support)) * 2 + 1, 4)), np.int32)
+    weights = np.zeros((size, 2 * int(np.ceil(support)) + 2), np.int32)
     raw = np.empty(weights.shape[1], np.float64)
     for i in range(size):
         centre = start + (i + 0.5) * scale
@@ -57,13 +71,14 @@ def find_taps(start: float, extent: float, limit: int, size: int, reverse: bool)
         high = min(int(centre + support + 0.5), limit)
         total = 0.0
         for k in range(high - low):
-            raw[k] = max(1.0 - abs((low + k - centre + 0.5) * (1.0 / support)), 0.0)
+            raw[k] = _filter((low + k - centre + 0.5) * (1.0 / widening), cubic)
             total += raw[k]
         out = size - 1 - i if reverse else i
         first[out], length[out] = low, high - low
         for k in range(high - low):
-            weights[out, k] = int(0.5 + raw[k] / total * (1 << _PRECISION))
-    return Taps(first, length, weights)
+            weight = raw[k] / total * (1 << _PRECISION)
+            weights[out, k] = int(weight + 0.5) if weight >= 0 else int(weight - 0.5)
+    return Taps(first, length, weights, max(length.max(), 4 if cubic else 0))
 
 
 @njit(nogil=True, cache=True)
@@ -79,39 +94,45 @@ def _times(pixel: np.uint8, weight: np.int32) -> np.int32:
 
 
 @njit(nogil=True, cache=True, inline="always")
+def _clip(total: np.int32) -> np.int32:
+    """To 8 bits; see `Taps`."""
+    return min(max(total >> _SHIFT, np.int32(0)), np.int32(255))
+
+
+@njit(nogil=True, cache=True, inline="always")
 def _combine(rows: Bytes, begin: int, taps: Taps, width: int, sums: Int32s, out: Bytes) -> None:
     """``out[j]`` = the weighted sum of the rows that taps name for output j; row 0 is number ``begin`` to the taps.
 
-    Nearly all time of a resize is spent here. Two or three taps, for up to one and a half source pixels to one, are
-    combined without storing ``sums`` (width,) int32. Rows are indexed and not sliced, which would count references.
+    Nearly all time of a resize is spent here. Up to four taps are combined without storing ``sums`` (width,) int32; of
+    the bilinear filter, three are enough for one and a half source pixels to one. Rows are indexed and not sliced,
+    which would count references.
     """
-    first, weights, last, most = taps.first, taps.weights, len(rows) - 1, taps.length.max()
+    first, weights, last = taps.first, taps.weights, len(rows) - 1
     for j in range(len(first)):
         a = first[j] - begin
         b, c, d = min(a + 1, last), min(a + 2, last), min(a + 3, last)
         u, v, w, z = weights[j, 0], weights[j, 1], weights[j, 2], weights[j, 3]
-        if most <= 2:
+        if taps.most <= 2:
             for i in range(width):
                 out[j, i] = np.int32(_times(rows[a, i], u) + np.int32(_times(rows[b, i], v) + _HALF)) >> _SHIFT
-        elif most == 3:
+        elif taps.most == 3:
             for i in range(width):
                 total = np.int32(_times(rows[b, i], v) + np.int32(_times(rows[c, i], w) + _HALF))
                 out[j, i] = np.int32(_times(rows[a, i], u) + total) >> _SHIFT
-        elif most == 4:
+        elif taps.most == 4:
             for i in range(width):
                 total = np.int32(_times(rows[c, i], w) + np.int32(_times(rows[d, i], z) + _HALF))
-                total = np.int32(_times(rows[a, i], u) + np.int32(_times(rows[b, i], v) + total))
-                out[j, i] = total >> _SHIFT
+                out[j, i] = _clip(np.int32(_times(rows[a, i], u) + np.int32(_times(rows[b, i], v) + total)))
         else:
             for i in range(width):
                 total = np.int32(_times(rows[c, i], w) + np.int32(_times(rows[d, i], z) + _HALF))
                 sums[i] = np.int32(_times(rows[a, i], u) + np.int32(_times(rows[b, i], v) + total))
-            for k in range(4, taps.length[j]):
-                u = weights[j, k]
+            for k in range(4, taps.length[j], 2):
+                b, c, u, v = a + k, min(a + k + 1, last), weights[j, k], weights[j, k + 1]
                 for i in range(width):
-                    sums[i] += _times(rows[a + k, i], u)
+                    sums[i] += np.int32(_times(rows[b, i], u) + _times(rows[c, i], v))
             for i in range(width):
-                out[j, i] = sums[i] >> _SHIFT
+                out[j, i] = _clip(sums[i])
 
 
 @njit(nogil=True, cache=True)
@@ -164,7 +185,14 @@ def _is_vertical_first(box: NDArray[np.float64], edge: NDArray[np.int64], size: 
 
 @njit(nogil=True, cache=True)
 def resample(
-    image: Pixels, top: int, left: int, box: NDArray[np.float64], edge: NDArray[np.int64], flip: bool, out: Bytes
+    image: Pixels,
+    top: int,
+    left: int,
+    box: NDArray[np.float64],
+    edge: NDArray[np.int64],
+    flip: bool,
+    cubic: bool,
+    out: Bytes,
 ) -> None:
     """Cut ``box`` out of an image, resize it to ``out`` (3, size, size) uint8 and mirror it if ``flip``.
 
@@ -172,8 +200,8 @@ def resample(
     ``edge`` are those of a `ViewPlan`: pixels outside ``edge`` have no influence.
     """
     size = out.shape[1]
-    vertical = find_taps(box[0] - edge[0], box[2], edge[2], size, False)
-    horizontal = find_taps(box[1] - edge[1], box[3], edge[3], size, flip)
+    vertical = find_taps(box[0] - edge[0], box[2], edge[2], size, False, cubic)
+    horizontal = find_taps(box[1] - edge[1], box[3], edge[3], size, flip, cubic)
     y, end = _span(vertical)
     x, right = _span(horizontal)
     rows, columns = edge[0] - top, edge[1] - left

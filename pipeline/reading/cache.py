@@ -18,6 +18,7 @@ from pathlib import Path
 import xxhash
 from fsspec.callbacks import Callback
 
+from pipeline.stats import Stats
 from pipeline.workers import Watch, Workers
 from sharding.command import UserError
 from sharding.manifest import Shard, ShardSet
@@ -77,9 +78,9 @@ class ShardCache:
             if not self._path(self._shards[number]).exists():
                 self._fetch(number)
 
-    def stats(self) -> dict[str, float]:
-        """``fetch_seconds``, summed over fetching threads, and ``fetched_bytes``."""
-        return {"fetch_seconds": self._fetch_seconds, "fetched_bytes": self._fetched_bytes}
+    def stats(self) -> Stats:
+        """Of fetching."""
+        return Stats(fetch_seconds=self._fetch_seconds, fetched_bytes=self._fetched_bytes)
 
     def close(self) -> None:
         self._closing.set()

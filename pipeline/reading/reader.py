@@ -15,6 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.reading.cache import CacheOptions, ShardCache
+from pipeline.stats import Stats
 from pipeline.workers import Watch, Workers
 from sharding.command import UserError
 from sharding.manifest import ShardSet, open_shards, repair_command
@@ -94,10 +95,10 @@ class Reader:
             f"sample {sample} ({path}, offset {int(index.offset[sample])}, source row {int(index.source_row[sample])})"
         )
 
-    def stats(self) -> dict[str, float]:
-        """``read_seconds``: summed over the threads of this process. Far above the page cache's 0.02 ms a sample, the
-        disk (or the fetching of shards) is what the threads wait for."""
-        return {"read_seconds": self._seconds, **(self._cache.stats() if self._cache else {})}
+    def stats(self) -> Stats:
+        """Of reading, and of fetching shards."""
+        reading = Stats(read_seconds=self._seconds)
+        return reading + self._cache.stats() if self._cache else reading
 
     def close(self) -> None:
         if self._cache:

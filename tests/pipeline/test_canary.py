@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.backends import Backend, BackendOptions, Pending, Views, build_backend
+from pipeline.backends import Backend, BackendContext, Pending, Views, build_backend
 from pipeline.backends.cpu import CpuBackend
 from pipeline.backends.pool import PooledBatch
 from pipeline.canary import CanaryError, WatchedBackend
-from pipeline.loader import Loader, plan_samples
-from pipeline.plan import BatchPlan
+from pipeline.loader import Loader
+from pipeline.plan import BatchPlan, plan_samples
 from pipeline.reading.reader import Reader
-from pipeline.views import ViewSpec, flatten
+from pipeline.views import ViewSpec
 from sharding.manifest import ShardSet
 from tests.census import census
 
@@ -26,8 +26,8 @@ BATCH_SIZE = 20
 class Blackening(CpuBackend):
     """Reports a sample as decoded whose views it has left black, as drivers have been seen to do."""
 
-    def __init__(self, options: BackendOptions, row: int, from_step: int) -> None:
-        super().__init__(options)
+    def __init__(self, context: BackendContext, row: int, from_step: int) -> None:
+        super().__init__(context)
         self._row, self._from_step = row, from_step
 
     def submit(self, plan: BatchPlan) -> Pending:
@@ -55,8 +55,8 @@ class Failing(CpuBackend):
         raise RuntimeError("no decoder on this device")
 
 
-def options(shards: ShardSet, canary_every: int = 0) -> BackendOptions:
-    return BackendOptions(Reader(shards), flatten(SPECS), BATCH_SIZE, 2, 2, torch.device("cpu"), canary_every)
+def context(shards: ShardSet, canary_every: int = 0) -> BackendContext:
+    return BackendContext(Reader(shards), BATCH_SIZE, 2, torch.device("cpu"), canary_every)
 
 
 def plan(shards: ShardSet, step: int = 0) -> BatchPlan:
@@ -66,9 +66,9 @@ def plan(shards: ShardSet, step: int = 0) -> BatchPlan:
 
 @contextmanager
 def watched(
-    shards: ShardSet, build: Callable[[BackendOptions], Backend], canary_every: int = 0
+    shards: ShardSet, build: Callable[[BackendContext], Backend], canary_every: int = 0
 ) -> Iterator[WatchedBackend]:
-    chosen = options(shards, canary_every)
+    chosen = context(shards, canary_every)
     with closing(WatchedBackend("candidate", lambda: build(chosen), chosen)) as backend:
         yield backend
 
@@ -78,12 +78,12 @@ def equal(first: Views, second: Views) -> bool:
 
 
 def expected(shards: ShardSet, step: int = 0) -> Views:
-    with closing(build_backend("cpu", options(shards))) as backend:
+    with closing(build_backend("cpu", context(shards))) as backend:
         return backend.submit(plan(shards, step)).result()
 
 
-def build_dali(options: BackendOptions) -> Backend:
-    return build_backend("dali", options)
+def build_dali(context: BackendContext) -> Backend:
+    return build_backend("dali", context)
 
 
 def test_dali_agrees_and_goes_on(shard_set: ShardSet, caplog: pytest.LogCaptureFixture) -> None:
@@ -102,7 +102,7 @@ def test_one_black_image_at_the_start_is_reported_and_cpu_takes_over(
     shard_set: ShardSet, row: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = census()
-    with watched(shard_set, lambda options: Blackening(options, row, from_step=0), canary_every=1) as backend:
+    with watched(shard_set, lambda context: Blackening(context, row, from_step=0), canary_every=1) as backend:
         for step in range(2):
             assert equal(backend.submit(plan(shard_set, step)).result(), expected(shard_set, step))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -112,7 +112,7 @@ def test_one_black_image_at_the_start_is_reported_and_cpu_takes_over(
     assert census() <= before
 
 
-def refuse(_: BackendOptions) -> Backend:
+def refuse(_: BackendContext) -> Backend:
     raise ImportError("it comes with the extra 'dali'")
 
 
@@ -123,7 +123,7 @@ def refuse(_: BackendOptions) -> Backend:
 )
 def test_a_candidate_that_fails_is_reported_and_cpu_takes_over(
     shard_set: ShardSet,
-    build: Callable[[BackendOptions], Backend],
+    build: Callable[[BackendContext], Backend],
     message: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -133,14 +133,14 @@ def test_a_candidate_that_fails_is_reported_and_cpu_takes_over(
 
 
 def test_a_black_image_in_the_middle_of_a_run_ends_it_by_name(shard_set: ShardSet) -> None:
-    with watched(shard_set, lambda options: Blackening(options, 19, from_step=3), canary_every=3) as backend:
+    with watched(shard_set, lambda context: Blackening(context, 19, from_step=3), canary_every=3) as backend:
         for step in (0, 1, 2, 4, 5, 7):
             backend.submit(plan(shard_set, step)).result()
         for step in (3, 6):
             last = plan(shard_set, step).ids[19]
             with pytest.raises(CanaryError, match=rf"step {step}: .*\(sample {last}: .*data.backend=cpu.*canary_every"):
                 backend.submit(plan(shard_set, step)).result()
-    with watched(shard_set, lambda options: Blackening(options, 19, from_step=3)) as unwatched:
+    with watched(shard_set, lambda context: Blackening(context, 19, from_step=3)) as unwatched:
         unwatched.submit(plan(shard_set, 3)).result()
 
 
@@ -155,7 +155,7 @@ def test_a_damaged_sample_is_no_fault_of_the_candidate(damage: Callable[[int], S
 
 def test_the_candidate_may_not_decode_what_cpu_cannot(damage: Callable[[int], ShardSet], shard_set: ShardSet) -> None:
     """As a decoder that takes damage for an image, which no checksum shows."""
-    chosen = options(damage(0), canary_every=1)
+    chosen = context(damage(0), canary_every=1)
     sound = replace(chosen, reader=Reader(shard_set))
     with closing(WatchedBackend("candidate", lambda: CpuBackend(sound), chosen)) as backend:
         pending = backend.submit(plan(shard_set))

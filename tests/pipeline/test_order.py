@@ -17,7 +17,7 @@ UNEVEN = ((7, 5, 8), (4, 4, 12), (20,), (1, 18, 1))  # four lanes of 20 samples
 
 def stream(order: Shuffled, num_steps: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """The ids (steps * B,) of consecutive steps and their passes."""
-    ids, epochs = zip(*(order.ids(step) for step in range(first, first + num_steps)), strict=True)
+    ids, epochs = zip(*(order.batch(step) for step in range(first, first + num_steps)), strict=True)
     return np.concatenate(ids), np.concatenate(epochs)
 
 
@@ -60,21 +60,21 @@ def test_every_sample_exactly_once_a_pass(window: int | None, batch_size: int) -
 def test_any_step_at_any_time(window: int | None) -> None:
     order = Shuffled(UNEVEN, seed=3, global_batch_size=12, window=window)
     ids, epochs = stream(order, 30)
-    late_ids, late_epochs = Shuffled(UNEVEN, seed=3, global_batch_size=12, window=window).ids(23)
+    late_ids, late_epochs = Shuffled(UNEVEN, seed=3, global_batch_size=12, window=window).batch(23)
     assert_array_equal(late_ids, ids[23 * 12 : 24 * 12])
     assert_array_equal(late_epochs, epochs[23 * 12 : 24 * 12])
 
 
 def test_a_batch_has_equal_parts_of_all_lanes_in_their_order() -> None:
     """So that a rank whose slice covers whole lanes reads only their shards."""
-    ids, _ = Shuffled(UNEVEN, seed=0, global_batch_size=12).ids(5)
+    ids, _ = Shuffled(UNEVEN, seed=0, global_batch_size=12).batch(5)
     assert_array_equal(ids // 20, np.repeat(np.arange(4), 3))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12])
 def test_a_rank_reads_the_lanes_of_its_slice_only(world_size: int) -> None:
     order = Shuffled(UNEVEN, seed=1, global_batch_size=24)
-    for rank, ids in enumerate(np.split(order.ids(7)[0], world_size)):
+    for rank, ids in enumerate(np.split(order.batch(7)[0], world_size)):
         assert set((ids // 20).tolist()) == set(lanes_of_rank(4, rank, world_size))
 
 
@@ -145,7 +145,7 @@ def test_a_sequence_leaves_out_what_cannot_be_decoded(damage: Callable[[int], Sh
     order = Sequential(np.array([1, 3, 17, 18, 4]), global_batch_size=2)
     with Loader(shards, [ViewSpec(size=8, blur=0)], seed=0, order=order) as stream:
         assert [batch.ids.tolist() for batch in stream] == [[1], [4]]
-        assert stream.stats()["replaced_samples"] == 3
+        assert stream.stats().replaced_samples == 3
     with (
         Loader(shards, [ViewSpec(size=8, blur=0)], seed=0, order=Sequential(np.array([3, 17]), 2)) as stream,
         pytest.raises(ValueError, match="all 2 samples cannot be decoded"),

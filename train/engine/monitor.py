@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
+from pipeline.stats import Stats
+
 # What matters most comes first: a narrow terminal cuts the end off.
 _TEXT = "loss {loss:.3f}  {images_per_second:.1f} images/s  wait {data_wait_percent:.1f}%  lr {learning_rate:.3g}"
 
@@ -71,7 +73,7 @@ class Monitor:
         """Move the bar: ``step`` updates are done."""
         self._progress.update(self._task, completed=step)
 
-    def log(self, step: int, metrics: dict[str, float], loader: dict[str, float], pause_seconds: float) -> None:
+    def log(self, step: int, metrics: dict[str, float], loader: Stats, pause_seconds: float) -> None:
         """Record host values after ``step`` updates; ``loader`` is `Loader.stats`, ``pause_seconds`` `loop.Clock`'s."""
         now, paused = time.perf_counter(), pause_seconds - self._last_pause
         seconds = max(now - self._last_time - paused, 1e-9)
@@ -79,13 +81,13 @@ class Monitor:
             "step": step,
             **metrics,
             "images_per_second": (step - self._last_step) * self._global_batch_size / seconds,
-            "data_wait_percent": 100 * (loader["wait_seconds"] - self._last_wait) / seconds,
+            "data_wait_percent": 100 * (loader.wait_seconds - self._last_wait) / seconds,
             "pause_seconds": paused,
-            "replaced_samples": loader["replaced_samples"],
+            "replaced_samples": loader.replaced_samples,
             **self._resumed_at,
         }
         self._resumed_at = {}
-        self._last_step, self._last_time, self._last_wait = step, now, loader["wait_seconds"]
+        self._last_step, self._last_time, self._last_wait = step, now, loader.wait_seconds
         self._last_pause = pause_seconds
         self._file.write(json.dumps(record) + "\n")
         for name, value in record.items():

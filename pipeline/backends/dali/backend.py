@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.backends import BackendOptions, UndecodableError, Views
+from pipeline.backends import BackendContext, DamagedSampleError, Views
 from pipeline.backends.dali.decode import Decoder, Encoded, Regions, find_fault, largest_size, needed_regions
-from pipeline.backends.pool import Done, chunks
+from pipeline.backends.pool import ChunkReport, chunks
 from pipeline.kernels.render import render
 from pipeline.kernels.resample import Pixels, as_pixels
 from pipeline.memory import recycler
 from pipeline.plan import BatchPlan
+from pipeline.stats import Stats
 from pipeline.workers import Workers
 
 # Jobs of the driving thread, the most urgent first: DALI is to have work before anything is waited for.
@@ -42,10 +43,10 @@ class Renderer(Protocol):
 
     def start(self, images: Any, regions: Regions, plan: BatchPlan) -> Callable[[], Views]:
         """Begin with ``images``, DALI's list of n (h, w, 3) uint8 that hold the ``regions`` of the encoded ones; the
-        returned function waits for the views. Raises `UndecodableError` for images that are too small for it."""
+        returned function waits for the views. Raises `DamagedSampleError` for images that are too small for it."""
         ...
 
-    def stats(self) -> dict[str, float]: ...
+    def stats(self) -> Stats: ...
 
     def close(self) -> None: ...
 
@@ -74,12 +75,12 @@ class _Batch:
 class DaliBackend:
     """See `pipeline.backends.Backend`."""
 
-    def __init__(self, options: BackendOptions, renderer: Renderer) -> None:
-        self._options, self._renderer = options, renderer
-        self._largest = largest_size(options.reader.shards.index)
-        self._decoder = self._new_decoder(options.batch_size)
+    def __init__(self, context: BackendContext, renderer: Renderer) -> None:
+        self._context, self._renderer = context, renderer
+        self._largest = largest_size(context.reader.shards.index)
+        self._decoder = self._new_decoder(context.batch_size)
         self._wait_seconds = 0.0
-        self._readers = Workers(options.num_threads, "dali-read", options.reader.watch)
+        self._readers = Workers(context.num_threads, "dali-read", context.reader.watch)
         self._numbers = itertools.count()
         self._unscheduled: deque[_Batch] = deque()
         self._jobs: queue.PriorityQueue[tuple[int, int, _Batch | None]] = queue.PriorityQueue()
@@ -89,18 +90,19 @@ class DaliBackend:
     def submit(self, plan: BatchPlan) -> _Batch:
         if not self._thread.is_alive():
             raise RuntimeError("the backend is closed")
-        rows = chunks(len(plan), self._options.num_threads)
+        rows = chunks(len(plan), self._context.num_threads)
         batch = _Batch(plan, [self._readers.submit(self._read, plan.ids[part]) for part in rows])
         self._unscheduled.append(batch)
         for read in batch.reads:
             read.add_done_callback(lambda _: self._put(_SCHEDULE) if batch.is_read() else None)
         return batch
 
-    def stats(self) -> dict[str, float]:
-        """``decode_seconds``: DALI's threads cannot be asked, but all work while the driving thread waits for them; so
-        that wait times their number, and reading, as for every backend."""
-        decoding = self._options.num_threads * self._wait_seconds
-        return {"decode_seconds": decoding + self._options.reader.stats()["read_seconds"], **self._renderer.stats()}
+    def stats(self) -> Stats:
+        """Of decoding DALI's threads cannot be asked, but all work while the driving thread waits for them; so that
+        wait times their number, and reading, as for every backend."""
+        decoding = self._context.num_threads * self._wait_seconds
+        reading = self._context.reader.stats().read_seconds
+        return self._renderer.stats() + Stats(decode_seconds=decoding + reading)
 
     def close(self) -> None:
         if self._thread.is_alive():
@@ -139,7 +141,7 @@ class DaliBackend:
             batch.encoded |= encoded
             faults |= failed
         if faults:
-            raise UndecodableError(faults | self._find_faults(batch.encoded))
+            raise DamagedSampleError(faults | self._find_faults(batch))
         batch.decoder, batch.regions = self._decoder, needed_regions(batch.plan)
         batch.decoder.schedule([batch.encoded[i] for i in batch.plan.ids.tolist()], batch.regions)
         self._put(_COLLECT, batch)
@@ -148,7 +150,7 @@ class DaliBackend:
         encoded, faults = {}, {}
         for sample in ids.tolist():
             try:
-                encoded[sample] = self._options.reader.read(sample)
+                encoded[sample] = self._context.reader.read(sample)
             except ValueError as error:
                 faults[sample] = str(error)
         return encoded, faults
@@ -166,27 +168,26 @@ class DaliBackend:
             batch.views.set_result(self._renderer.start(images, batch.regions, batch.plan))
             return
         # Not in the handler: DALI's threads would live as long as an exception that led to this one.
-        broken, self._decoder = self._decoder, self._new_decoder(self._options.batch_size)
+        broken, self._decoder = self._decoder, self._new_decoder(self._context.batch_size)
         broken.close()
-        if faults := self._find_faults(batch.encoded):
-            raise UndecodableError(faults)
+        if faults := self._find_faults(batch):
+            raise DamagedSampleError(faults)
         raise RuntimeError(f"DALI: {message}")
 
-    def _find_faults(self, encoded: dict[int, Encoded]) -> dict[int, str]:
+    def _find_faults(self, batch: _Batch) -> dict[int, str]:
         """Decodes every image of a failed batch alone; id -> reason of those that fail."""
-        index = self._options.reader.shards.index
-        faults, decoder = {}, self._new_decoder(1)
-        for sample, data in encoded.items():
-            if fault := find_fault(decoder, data, int(index.height[sample]), int(index.width[sample])):
+        plan, faults, decoder = batch.plan, {}, self._new_decoder(1)
+        for sample, height, width in zip(plan.ids.tolist(), plan.heights, plan.widths, strict=True):
+            if sample in batch.encoded and (fault := find_fault(decoder, batch.encoded[sample], height, width)):
                 faults[sample] = fault
                 decoder = self._new_decoder(1)
         return faults
 
     def _new_decoder(self, batch_size: int) -> Decoder:
-        device = self._options.device
+        device = self._context.device
         on_gpu = device.type == "cuda"
         device_id = (device.index or 0) if on_gpu else None
-        return Decoder(batch_size, self._options.num_threads, device_id, self._largest)
+        return Decoder(batch_size, self._context.num_threads, device_id, self._largest)
 
 
 class CpuRenderer:
@@ -197,7 +198,7 @@ class CpuRenderer:
     def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="dali-views")
-        self._total = Done()
+        self._total = Stats()
 
     def start(self, images: Any, regions: Regions, plan: BatchPlan) -> Callable[[], Views]:
         shapes = [(len(plan), view.spec.size, view.spec.size, 3) for view in plan.views]
@@ -208,31 +209,34 @@ class CpuRenderer:
 
         def wait() -> Views:
             for task in tasks:
-                self._total.add(task.result())
+                self._total += task.result().stats()
             return views
 
         return wait
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> Stats:
         """Of all threads; copying DALI's image into the kernels' layout counts as geometry."""
-        seconds = self._total.seconds
-        return {"geometry_seconds": seconds["geometry"], "photometric_seconds": seconds["photometric"]}
+        return self._total
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _render_rows(images: Any, regions: Regions, plan: BatchPlan, rows: slice, outs: list[NDArray[np.uint8]]) -> Done:
+def _render_rows(
+    images: Any, regions: Regions, plan: BatchPlan, rows: slice, outs: list[NDArray[np.uint8]]
+) -> ChunkReport:
     """Some rows of all views."""
-    done = Done()
+    report = ChunkReport()
     for row in range(rows.start, rows.stop):
         start = time.perf_counter()
         image = _pack(np.asarray(images[row]))
-        done.spend(geometry=time.perf_counter() - start)
+        report.geometry_seconds += time.perf_counter() - start
         top, left = regions[row, :2].tolist()
         for view, out in zip(plan.views, outs, strict=True):
-            done.spend(**render(image, top, left, view, row, out[row]))
-    return done
+            geometry, photometric = render(image, top, left, view, row, out[row])
+            report.geometry_seconds += geometry
+            report.photometric_seconds += photometric
+    return report
 
 
 def _pack(image: NDArray[np.uint8]) -> Pixels:
@@ -242,9 +246,9 @@ def _pack(image: NDArray[np.uint8]) -> Pixels:
     return as_pixels(memory, *image.shape[:2])
 
 
-def build(options: BackendOptions) -> DaliBackend:
-    if options.device.type == "cuda":
+def build(context: BackendContext) -> DaliBackend:
+    if context.device.type == "cuda":
         from pipeline.backends.dali.render_gpu import GpuRenderer  # imports Triton
 
-        return DaliBackend(options, GpuRenderer(options.device))
-    return DaliBackend(options, CpuRenderer(options.num_threads))
+        return DaliBackend(context, GpuRenderer(context.device))
+    return DaliBackend(context, CpuRenderer(context.num_threads))

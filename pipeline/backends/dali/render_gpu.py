@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.backends import UndecodableError, Views
+from pipeline.backends import DamagedSampleError, Views
 from pipeline.backends.dali.decode import Regions
 from pipeline.kernels.photometric_gpu import apply_photometric
 from pipeline.kernels.resample_gpu import Images, resample
 from pipeline.plan import BatchPlan, Ints
+from pipeline.stats import Stats
 from pipeline.transfer import upload
 
 
@@ -44,9 +45,9 @@ class GpuRenderer:
             view.record_stream(current)
         return views
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> Stats:
         """None: measuring the stages would make the host wait for each."""
-        return {}
+        return Stats()
 
     def close(self) -> None:
         self.stream.synchronize()
@@ -60,7 +61,7 @@ def locate(images: Any, device: torch.device) -> Images:
 
 
 def check_sizes(sizes: NDArray[np.int64], regions: Regions, ids: Ints) -> None:
-    """Raises `UndecodableError` for images whose ``sizes`` (n, 2) do not hold their ``regions``: kernels would read
+    """Raises `DamagedSampleError` for images whose ``sizes`` (n, 2) do not hold their ``regions``: kernels would read
     what lies behind them."""
     beyond = (regions[:, :2] + regions[:, 2:] > sizes).any(axis=1)
     if beyond.any():
@@ -68,7 +69,7 @@ def check_sizes(sizes: NDArray[np.int64], regions: Regions, ids: Ints) -> None:
             int(ids[row]): f"decoded to {sizes[row].tolist()} pixels, fewer than the index says"
             for row in np.flatnonzero(beyond)
         }
-        raise UndecodableError(reasons)
+        raise DamagedSampleError(reasons)
 
 
 def make_views(images: Images, plan: BatchPlan) -> Views:

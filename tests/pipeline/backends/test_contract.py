@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.backends import BACKENDS, Backend, BackendOptions, UndecodableError, Views, build_backend
-from pipeline.loader import Loader, plan_samples
-from pipeline.plan import BatchPlan
+from pipeline.backends import BACKENDS, Backend, BackendContext, DamagedSampleError, Views, build_backend
+from pipeline.loader import Loader
+from pipeline.plan import BatchPlan, plan_samples
 from pipeline.reading.reader import Reader
 from pipeline.views import ViewSpec, flatten
 from sharding.manifest import ShardSet, open_shards
@@ -27,13 +27,13 @@ SPECS = (
 EXECUTORS = [name for name in BACKENDS if name != "synthetic"]  # which makes views of no image
 
 
-def options(shards: ShardSet, num_threads: int = 2, prefetch: int = 3) -> BackendOptions:
-    return BackendOptions(Reader(shards), flatten(SPECS), BATCH_SIZE, num_threads, prefetch, torch.device("cpu"))
+def context(shards: ShardSet, num_threads: int = 2) -> BackendContext:
+    return BackendContext(Reader(shards), BATCH_SIZE, num_threads, torch.device("cpu"))
 
 
-def build(name: str, options: BackendOptions) -> Backend:
+def build(name: str, context: BackendContext) -> Backend:
     try:
-        return build_backend(name, options)
+        return build_backend(name, context)
     except ImportError as error:
         pytest.skip(str(error))
 
@@ -42,10 +42,6 @@ def plan(shards: ShardSet, step: int, epoch: int = 0, size: int = BATCH_SIZE) ->
     """Consecutive samples from ``step * BATCH_SIZE`` on."""
     ids = (step * BATCH_SIZE + np.arange(size, dtype=np.int64)) % len(shards.index)
     return plan_samples(shards, SPECS, 5, step, ids, np.full(size, epoch))
-
-
-def take(plan: BatchPlan, rows: slice) -> BatchPlan:
-    return BatchPlan(plan.step, plan.ids[rows], tuple(view.take(rows) for view in plan.views))
 
 
 def equal(first: Views, second: Views) -> bool:
@@ -59,7 +55,7 @@ def built(shard_set: ShardSet) -> Iterator[Callable[[str], Backend]]:
 
     def get(name: str) -> Backend:
         if name not in backends:
-            backends[name] = build(name, options(shard_set))
+            backends[name] = build(name, context(shard_set))
         return backends[name]
 
     yield get
@@ -105,7 +101,7 @@ def test_a_slice_of_the_plan_gives_a_slice_of_the_views(backend: Backend, shard_
     whole = plan(shard_set, 1, epoch=2)
     views = backend.submit(whole).result()
     n = BATCH_SIZE // world_size
-    parts = [backend.submit(take(whole, slice(r * n, (r + 1) * n))).result() for r in range(world_size)]
+    parts = [backend.submit(whole.take(slice(r * n, (r + 1) * n))).result() for r in range(world_size)]
     assert equal(views, [torch.cat(pieces) for pieces in zip(*parts, strict=True)])
 
 
@@ -114,10 +110,10 @@ def test_threads_change_no_pixel_and_nothing_is_left_when_closed(
     name: str, built: Callable[[str], Backend], shard_set: ShardSet
 ) -> None:
     expected, before = built(name).submit(plan(shard_set, 3)).result(), census()
-    backend = build(name, options(shard_set, num_threads=1, prefetch=1))
+    backend = build(name, context(shard_set, num_threads=1))
     views = backend.submit(plan(shard_set, 3)).result()
     assert equal(views, expected)
-    assert backend.stats()["decode_seconds"] > 0
+    assert backend.stats().decode_seconds > 0
     assert census() > before
     backend.submit(plan(shard_set, 4))
     backend.close()
@@ -129,11 +125,11 @@ def test_undecodable_samples_are_named_and_the_backend_lives_on(name: str, damag
     bad_samples = {BATCH_SIZE + 1, BATCH_SIZE + 7, BATCH_SIZE + 8}  # the last two of one worker
     for sample in bad_samples:
         damaged = damage(sample)
-    backend = build(name, options(damaged, num_threads=1))
+    backend = build(name, context(damaged, num_threads=1))
     try:
         sound, bad, void = (backend.submit(plan(damaged, step)) for step in range(3))
         views = sound.result()
-        with pytest.raises(UndecodableError) as caught:
+        with pytest.raises(DamagedSampleError) as caught:
             bad.result()
         del void
         assert caught.value.reasons.keys() == bad_samples
@@ -158,7 +154,7 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 def test_an_image_of_one_pixel_is_enough_for_any_ratio(name: str, tiny_shards: ShardSet) -> None:
     spec = ViewSpec(size=8, ratio=(2, 4), jitter=0, blur=0)
     ids = np.arange(4)
-    backend = build(name, options(tiny_shards, num_threads=1))
+    backend = build(name, context(tiny_shards, num_threads=1))
     try:
         (view,) = backend.submit(plan_samples(tiny_shards, [spec], 0, 0, ids, ids)).result()
     finally:
@@ -170,7 +166,7 @@ def test_an_image_of_one_pixel_is_enough_for_any_ratio(name: str, tiny_shards: S
 def test_a_missing_shard_is_named(name: str, copied_shards: Path) -> None:
     shards = open_shards(copied_shards)
     (copied_shards / "lane-00" / "train-000000.tar").unlink()
-    backend = build(name, options(shards, num_threads=1))
+    backend = build(name, context(shards, num_threads=1))
     try:
         with pytest.raises((OSError, ValueError), match=r"lane-00/train-000000.tar"):
             backend.submit(plan(shards, 0)).result()
@@ -199,4 +195,4 @@ def test_a_read_that_never_returns_is_named(name: str, copied_shards: Path) -> N
 
 def test_an_unknown_backend_is_refused_by_name(shard_set: ShardSet) -> None:
     with pytest.raises(ValueError, match=r"one of cpu, dali.*found 'gpu'"):
-        build_backend("gpu", options(shard_set))
+        build_backend("gpu", context(shard_set))

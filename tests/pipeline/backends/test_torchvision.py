@@ -6,10 +6,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from pipeline.backends import BackendOptions, UndecodableError
+from pipeline.backends import BackendContext, DamagedSampleError
 from pipeline.backends.torchvision import apply, build, decode
-from pipeline.loader import plan_samples
-from pipeline.plan import BatchPlan, ViewPlan
+from pipeline.plan import BatchPlan, ViewPlan, plan_samples
 from pipeline.reading.reader import Reader
 from pipeline.views import ViewSpec, preset
 from sharding.manifest import ShardSet
@@ -43,17 +42,19 @@ def test_worker_processes(damage: Callable[[int], ShardSet]) -> None:
     """One test, because starting processes takes seconds."""
     shards, before = damage(3), census()
     reader = Reader(shards)
-    backend = build(BackendOptions(reader, SPECS, 16, 2, 2, torch.device("cpu")))
+    backend = build(BackendContext(reader, 16, 2, torch.device("cpu")))
     sound = plan_of(shards, [5, 0, 91, 17, 5])
     batch, spoilt = backend.submit(sound), backend.submit(plan_of(shards, range(6)))
     for view, view_plan in zip(batch.result(), sound.views, strict=True):
         for row, sample in enumerate(sound.ids):
             expected = apply(decode(reader.read(int(sample))), view_plan, row)
             assert np.array_equal(view[row].numpy(), np.asarray(expected))
-    with pytest.raises(UndecodableError) as raised:
+    with pytest.raises(DamagedSampleError) as raised:
         spoilt.result()
     assert list(raised.value.reasons) == [3]
-    assert min(backend.stats().values()) > 0
+    stats = backend.stats()
+    assert 0 < stats.read_seconds < stats.decode_seconds
+    assert min(stats.geometry_seconds, stats.photometric_seconds) > 0
     backend.close()
     assert census() <= before
 

@@ -10,6 +10,7 @@ from pipeline.kernels.resample import Pixels, as_pixels, find_taps, resample
 HEIGHT, WIDTH = 300, 420
 IMAGE = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(IMAGE)
+BILINEAR, BICUBIC = F.InterpolationMode.BILINEAR, F.InterpolationMode.BICUBIC
 
 
 def ours(
@@ -19,10 +20,12 @@ def ours(
     edge: tuple[int, ...] | None = None,
     top: int = 0,
     left: int = 0,
+    mode: F.InterpolationMode = BILINEAR,
 ) -> NDArray[np.uint8]:
     """The view (size, size, 3); the image is given from (``top``, ``left``) on."""
     out = np.empty((3, size, size), np.uint8)
-    resample(pixels(IMAGE[top:, left:]), top, left, np.array(box, float), np.array(edge or box, np.int64), flip, out)
+    image, place = pixels(IMAGE[top:, left:]), (np.array(box, float), np.array(edge or box, np.int64))
+    resample(image, top, left, *place, flip, mode == BICUBIC, out)
     return out.transpose(1, 2, 0)
 
 
@@ -30,10 +33,11 @@ def pixels(image: NDArray[np.uint8]) -> Pixels:
     return as_pixels(np.append(image, np.uint8(99)), *image.shape[:2])
 
 
-def torchvisions(box: tuple[int, ...], size: int) -> NDArray[np.uint8]:
-    return np.asarray(F.resized_crop(PICTURE, *box, [size, size], antialias=True))
+def torchvisions(box: tuple[int, ...], size: int, mode: F.InterpolationMode = BILINEAR) -> NDArray[np.uint8]:
+    return np.asarray(F.resized_crop(PICTURE, *box, [size, size], mode, antialias=True))
 
 
+@pytest.mark.parametrize("mode", [BILINEAR, BICUBIC])
 @pytest.mark.parametrize("size", [1, 7, 32, 96, 224])
 @pytest.mark.parametrize(
     "box",
@@ -50,17 +54,19 @@ def torchvisions(box: tuple[int, ...], size: int) -> NDArray[np.uint8]:
         (100, 100, 33, 35),
     ],
 )
-def test_every_pixel_is_torchvisions(box: tuple[int, ...], size: int) -> None:
-    assert_array_equal(ours(box, size), torchvisions(box, size))
+def test_every_pixel_is_torchvisions(box: tuple[int, ...], size: int, mode: F.InterpolationMode) -> None:
+    assert_array_equal(ours(box, size, mode=mode), torchvisions(box, size, mode))
 
 
-def test_random_crops_are_torchvisions() -> None:
+@pytest.mark.parametrize("mode", [BILINEAR, BICUBIC])
+def test_random_crops_are_torchvisions(mode: F.InterpolationMode) -> None:
     rng = np.random.default_rng(1)
     for _ in range(60):
         height, width = rng.integers(1, HEIGHT + 1), rng.integers(1, WIDTH + 1)
         box = (int(rng.integers(HEIGHT - height + 1)), int(rng.integers(WIDTH - width + 1)), int(height), int(width))
         size = int(rng.integers(1, 250))
-        assert_array_equal(ours(box, size), torchvisions(box, size), err_msg=f"{box} to {size}")
+        found, expected = ours(box, size, mode=mode), torchvisions(box, size, mode)
+        assert_array_equal(found, expected, err_msg=f"{box} to {size}")
 
 
 @pytest.mark.parametrize("box", [(10, 20, 150, 200), (5, 7, 290, 120)])
@@ -74,13 +80,14 @@ def test_an_image_that_begins_elsewhere(box: tuple[int, ...]) -> None:
     assert_array_equal(ours(box, 64, top=33, left=21), torchvisions(box, 64))
 
 
+@pytest.mark.parametrize("mode", [BILINEAR, BICUBIC])
 @pytest.mark.parametrize(("resize", "size"), [(256, 224), (100, 80), (400, 224), (64, 64)])
-def test_a_centre_crop_reads_beyond_its_box(resize: int, size: int) -> None:
-    expected = np.asarray(F.center_crop(F.resize(PICTURE, [resize], antialias=True), [size]))
+def test_a_centre_crop_reads_beyond_its_box(resize: int, size: int, mode: F.InterpolationMode) -> None:
+    expected = np.asarray(F.center_crop(F.resize(PICTURE, [resize], mode, antialias=True), [size]))
     resized = np.array([resize, WIDTH * resize // HEIGHT])
     scale = np.array([HEIGHT, WIDTH]) / resized
     box = *(np.rint((resized - size) / 2) * scale), *(size * scale)
-    assert_array_equal(ours(box, size, edge=(0, 0, HEIGHT, WIDTH)), expected)
+    assert_array_equal(ours(box, size, edge=(0, 0, HEIGHT, WIDTH), mode=mode), expected)
 
 
 def test_pixels_outside_a_crop_have_no_influence() -> None:
@@ -89,18 +96,19 @@ def test_pixels_outside_a_crop_have_no_influence() -> None:
     image = np.zeros_like(IMAGE)
     image[50:150, 60:170] = IMAGE[50:150, 60:170]
     out = np.empty((3, 32, 32), np.uint8)
-    resample(pixels(image), 0, 0, np.array(box, float), np.array(box), False, out)
+    resample(pixels(image), 0, 0, np.array(box, float), np.array(box), False, False, out)
     assert_array_equal(out.transpose(1, 2, 0), before)
 
 
 @pytest.mark.parametrize(("extent", "size"), [(500, 224), (100, 224), (224, 224), (3, 50), (2000, 96)])
-def test_weights_sum_to_one_within_the_image(extent: int, size: int) -> None:
-    taps = find_taps(0.0, float(extent), extent, size, False)
+@pytest.mark.parametrize("cubic", [False, True])
+def test_weights_sum_to_one_within_the_image(extent: int, size: int, cubic: bool) -> None:
+    taps = find_taps(0.0, float(extent), extent, size, False, cubic)
     sums = np.array([taps.weights[i, :n].sum() for i, n in enumerate(taps.length)])
     assert np.abs(sums - 2**22).max() <= taps.length.max()
     assert taps.first.min() >= 0
     assert (taps.first + taps.length).max() <= extent
-    mirrored = find_taps(0.0, float(extent), extent, size, True)
+    mirrored = find_taps(0.0, float(extent), extent, size, True, cubic)
     assert_array_equal(mirrored.first, taps.first[::-1])
 
 

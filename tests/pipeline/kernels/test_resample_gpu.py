@@ -12,6 +12,7 @@ IMAGES = [noise(h, w) for h, w in ((37, 50), (90, 41), (24, 24), (13, 20), (300,
 GEOMETRY_ONLY: dict[str, Any] = {"jitter": 0, "grey": 0, "blur": 0}
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(
     "spec",
     [
@@ -22,8 +23,8 @@ GEOMETRY_ONLY: dict[str, Any] = {"jitter": 0, "grey": 0, "blur": 0}
         {"size": 3, "scale": (1.0, 1.0)},
     ],
 )
-def test_equals_pillow(spec: dict[str, Any]) -> None:
-    plan = plan_for(IMAGES, **GEOMETRY_ONLY, **spec)
+def test_equals_pillow(spec: dict[str, Any], interpolation: str) -> None:
+    plan = plan_for(IMAGES, **GEOMETRY_ONLY, **spec, interpolation=interpolation)
     with on_device(IMAGES) as images:
         views = resample(images, plan).cpu().numpy()
     if SAME_RESIZE:

@@ -63,7 +63,7 @@ def test_a_cache_smaller_than_the_data_gives_the_same_batches(
         for _ in range(30):
             found.append(next(stream))
             assert size_of(tmp_path) <= 3 * total // 4
-        assert stream.stats()["fetched_bytes"] > 1.2 * total  # 2.6 passes: some were fetched again
+        assert stream.stats().fetched_bytes > 1.2 * total  # 2.6 passes: some were fetched again
     assert same(found, expected)
     assert census() <= before
 
@@ -74,12 +74,12 @@ def test_a_full_permutation_needs_room_for_all_and_fetches_once(
     total = sum(shard_bytes(remote))
     with loader(remote, cache=options(tmp_path, total)) as stream:
         found = [next(stream) for _ in range(30)]
-        assert stream.stats()["fetched_bytes"] == total
-        assert stream.stats()["fetch_seconds"] > 0
+        assert stream.stats().fetched_bytes == total
+        assert stream.stats().fetch_seconds > 0
     assert same(found, batches(shard_set, 30))
     with loader(remote, cache=options(tmp_path, total)) as again:
         next(again)
-        assert again.stats()["fetched_bytes"] == 0
+        assert again.stats().fetched_bytes == 0
     with pytest.raises(ValueError, match=rf"shuffles among {total} bytes .*keep {total - 1} .*none: the whole data"):
         loader(remote, cache=options(tmp_path, total - 1))
 
@@ -88,7 +88,7 @@ def test_the_next_shards_are_fetched_before_they_are_read(remote: ShardSet, tmp_
     with loader(remote, window=1, rank=0, world_size=4, cache=options(tmp_path, sum(shard_bytes(remote)))) as stream:
         next(stream)
         of_this_lane = sum(shard.num_bytes for shard in remote.manifest.shards if shard.lane == 0)
-        wait_until(lambda: stream.stats()["fetched_bytes"] == of_this_lane)
+        wait_until(lambda: stream.stats().fetched_bytes == of_this_lane)
 
 
 def test_least_recently_opened_shards_make_room(remote: ShardSet, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_shard_that_another_process_fetches_is_waited_for(
         file.write((shard_set.root / shard.path).read_bytes())
         part.replace(part.with_suffix(".tar"))
     thread.join()
-    assert reader.stats()["fetched_bytes"] == 0
+    assert reader.stats().fetched_bytes == 0
     reader.close()
     assert census() <= before
 
@@ -156,7 +156,7 @@ def test_processes_that_want_the_same_shard_fetch_it_once(remote: ShardSet, tmp_
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(reader.stats()["fetched_bytes"] for reader in readers) == shard_bytes(remote)[0]
+    assert sum(reader.stats().fetched_bytes for reader in readers) == shard_bytes(remote)[0]
     assert not list(tmp_path.glob("*.part"))
     for reader in readers:
         reader.close()

@@ -25,7 +25,7 @@ def test_reads_every_sample(shard_set: ShardSet) -> None:
     reader, seconds = Reader(shard_set), [0.0]
     for sample in range(len(shard_set.index)):
         data = reader.read(sample)
-        seconds.append(reader.stats()["read_seconds"])
+        seconds.append(reader.stats().read_seconds)
         assert data.tobytes() == content(shard_set, sample)
         assert data[:2].tobytes() == b"\xff\xd8"
     assert seconds == sorted(set(seconds)), "every read adds to the sum"

@@ -6,10 +6,11 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
+from pipeline.stats import Stats
 from train.curves import read_metrics
 from train.engine.monitor import Monitor, progress_bar
 
-_LOADER = {"wait_seconds": 0.0, "replaced_samples": 0}
+_LOADER = Stats()
 _METRICS = {"loss": 4.123, "learning_rate": 0.0312}
 
 

@@ -1,14 +1,13 @@
 import numpy as np
 import pytest
 
-from pipeline.loader import lane_shard_sizes
-from pipeline.order import Shuffled
-from pipeline.reading.horizon import Horizon
+from pipeline.order import Shuffled, lane_shard_sizes
+from pipeline.reading.look_ahead import LookAhead
 from sharding.manifest import ShardSet
 
 
 def needed(shards: ShardSet, order: Shuffled, rows: slice, steps: range) -> set[int]:
-    return set().union(*(shards.index.shard[order.ids(step)[0][rows]].tolist() for step in steps))
+    return set().union(*(shards.index.shard[order.batch(step)[0][rows]].tolist() for step in steps))
 
 
 @pytest.mark.parametrize("rows", [slice(0, 8), slice(2, 4)], ids=["all", "one lane"])
@@ -17,9 +16,9 @@ def test_looks_as_far_as_the_bytes_allow(shard_set: ShardSet, rows: slice) -> No
     sizes = np.array([shard.num_bytes for shard in shard_set.manifest.shards])
     lanes = 4 if rows.stop == 8 else 1
     limit = int(lanes * 2.2 * sizes.max())
-    horizon = Horizon(shard_set, order, rows, limit)
+    ahead = LookAhead(shard_set, order, rows, limit)
     for step in range(26):
-        found = horizon.shards(step)
+        found = ahead.advance(step)
         assert sizes[found].sum() <= limit
         assert len(found) == len(set(found))
         for end in range(step + 1, step + 12):
@@ -30,15 +29,15 @@ def test_looks_as_far_as_the_bytes_allow(shard_set: ShardSet, rows: slice) -> No
 
 
 def test_stops_after_a_pass(shard_set: ShardSet) -> None:
-    horizon = Horizon(shard_set, Shuffled(lane_shard_sizes(shard_set), 0, 8), slice(0, 8), 10**9)
+    ahead = LookAhead(shard_set, Shuffled(lane_shard_sizes(shard_set), 0, 8), slice(0, 8), 10**9)
     for _ in range(5):
-        assert sorted(horizon.shards(0)) == list(range(12))
-    assert len(horizon._ahead) == 12
+        assert sorted(ahead.advance(0)) == list(range(12))
+    assert len(ahead._ahead) == 12
 
 
 def test_by_default_two_windows_ahead(shard_set: ShardSet) -> None:
     order = Shuffled(lane_shard_sizes(shard_set), 0, 8, window=1)
-    assert 4 < len(Horizon(shard_set, order, slice(0, 8)).shards(0)) <= 8
+    assert 4 < len(LookAhead(shard_set, order, slice(0, 8)).advance(0)) <= 8
 
 
 @pytest.mark.parametrize("window", [1, 2])
@@ -47,6 +46,6 @@ def test_needs_room_for_the_largest_window(shard_set: ShardSet, window: int) -> 
     shards = shard_set.manifest.shards
     sizes = [sorted(shard.num_bytes for shard in shards if shard.lane == lane) for lane in range(4)]
     largest = sum(sum(lane[-window:]) for lane in sizes)
-    Horizon(shard_set, order, slice(0, 8), largest)
+    LookAhead(shard_set, order, slice(0, 8), largest)
     with pytest.raises(ValueError, match=f"shuffles among {largest} bytes .* keep {largest - 1} of them"):
-        Horizon(shard_set, order, slice(0, 8), largest - 1)
+        LookAhead(shard_set, order, slice(0, 8), largest - 1)

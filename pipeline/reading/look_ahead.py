@@ -12,7 +12,7 @@ from sharding.manifest import ShardSet
 _STEPS_PER_CALL = 16  # looked at in one call at most, so that no call is slow
 
 
-class Horizon:
+class LookAhead:
     """Looks ahead along an order as far as the distinct shards that one rank reads on the way fit ``max_bytes`` (by
     default two windows), and at most one pass over the data. ``rows`` is the rank's slice of a global batch.
 
@@ -34,8 +34,8 @@ class Horizon:
                 f"(now {order.window or 'none: the whole data set'})"
             )
 
-    def shards(self, step: int) -> list[int]:
-        """Rows of the manifest that ``step`` and the steps after it read, by first use. Steps may not go back."""
+    def advance(self, step: int) -> list[int]:
+        """Go on to ``step``, never back: rows of the manifest that it and the steps after it read, by first use."""
         while self._ahead and self._ahead[0][0] < step:
             self._uses.subtract(self._ahead.popleft()[1].tolist())
         self._uses = +self._uses
@@ -57,7 +57,7 @@ class Horizon:
         return True
 
     def _shards_of(self, step: int) -> NDArray[np.int32]:
-        return self._shard_of[self._order.ids(step)[0][self._rows]]
+        return self._shard_of[self._order.batch(step)[0][self._rows]]
 
     def _window_bytes(self, lanes: NDArray[np.int64]) -> int:
         """Of the largest shards that a window can hold, over this rank's lanes."""
