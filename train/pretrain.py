@@ -24,7 +24,7 @@ from sharding.command import UserError, command
 from sharding.manifest import Manifest, ShardSet, open_shards
 from train.config import Config, load_config
 from train.curves import draw_curves
-from train.engine import automatic, checkpoint
+from train.engine import automatic, checkpoint, health
 from train.engine.loop import Clock, Hook, StepDone, fit
 from train.engine.monitor import Monitor
 from train.engine.plan import RunPlan, check_batch, plan_run
@@ -32,10 +32,13 @@ from train.engine.step import TrainStep
 from train.methods import Loss, Method, build_method
 from train.model.batchnorm import synchronize_batchnorm
 from train.model.draws import Draws
+from train.online import Online, has_labels
 from train.optim.optimizers import build_optimizer, restore, set_weight_decay
 from train.processes import stop
 from train.processes.distributed import AnyRank, World, session
 from train.processes.run_directory import run_directory
+
+log = logging.getLogger(__name__)
 
 
 @command("train.pretrain")
@@ -73,15 +76,19 @@ def pretrain(config: Config, world: World) -> bool:
             method.load_state_dict(state["method"])
             restore(optimizer, state["optimizer"])
         task = Pretraining(config, world, plan, method, optimizer)
+        online = _online(config, shards, method, world, state)
         request = stack.enter_context(stop.StopRequest())
         any_rank = AnyRank(world)
         if world.is_main:
             _introduce(config, state, plan)
         loader = stack.enter_context(build_loader(config, shards, world, start_step))
         clock = Clock()
+        monitor = stack.enter_context(_monitor(config, plan, start_step, world))
+        writer = stack.enter_context(_writer(config, world))
         hooks: list[Hook] = [
-            Log(config, world, task, loader, clock, stack.enter_context(_monitor(config, plan, start_step, world))),
-            Save(config, world, task, clock, stack.enter_context(_writer(config, world)), asdict(identity)),
+            *([online] if online else []),
+            Log(config, world, task, loader, clock, monitor, online),
+            Save(config, world, task, clock, writer, asdict(identity), online),
         ]
         done = fit(task, loader, plan.total_steps, hooks, lambda: any_rank(request.requested), start_step)
     world.barrier()
@@ -129,25 +136,45 @@ class Pretraining:
 
 
 class Log:
-    """Shows and records the averages over ranks every ``run.log_every`` steps, and at the end."""
+    """Shows and records the averages over ranks every ``run.log_every`` steps, and at the end; says when embeddings
+    have collapsed."""
 
     def __init__(
-        self, config: Config, world: World, task: Pretraining, loader: Loader, clock: Clock, monitor: Monitor | None
+        self,
+        config: Config,
+        world: World,
+        task: Pretraining,
+        loader: Loader,
+        clock: Clock,
+        monitor: Monitor | None,
+        online: Online | None,
     ) -> None:
         self._config, self._world, self._task, self._loader = config, world, task, loader
-        self._clock, self._monitor = clock, monitor
+        self._clock, self._monitor, self._online = clock, monitor, online
+        self._watch = health.Watch()
+        self._sign: str | None = None
 
     def __call__(self, state: StepDone) -> None:
         if self._monitor:
             self._monitor.advance(state.done)
         if state.done % self._config.run.log_every and not state.last:
             return
+        self._task.step.check(self._config.run.dir)
         named = {"loss": state.loss.value, **state.loss.metrics}
+        named |= health.measure(self._task.method, state.loss, self._world)
+        named |= self._online.measure(state) if self._online else {}
         values = self._world.mean(torch.stack([value.float() for value in named.values()])).tolist()
         if self._monitor:
             record = dict(zip(named, values, strict=True)) | {"learning_rate": self._task.learning_rate(state.done - 1)}
+            record |= self._collapse(state.done, record)
             self._monitor.log(state.done, record, self._loader.stats(), self._clock.pause_seconds)
-        self._task.step.check(self._config.run.dir)
+
+    def _collapse(self, step: int, record: dict[str, Any]) -> dict[str, str]:
+        sign, before = self._watch(record), self._sign
+        self._sign = sign
+        if sign and not before:
+            log.warning("step %d: %s; docs/troubleshooting.md says what to try", step, sign)
+        return {"collapse": sign} if sign else {}
 
 
 class Save:
@@ -161,9 +188,10 @@ class Save:
         clock: Clock,
         writer: checkpoint.Writer | None,
         identity: dict[str, Any],
+        online: Online | None,
     ) -> None:
         self._config, self._world, self._task, self._clock = config, world, task, clock
-        self._writer, self._identity = writer, identity
+        self._writer, self._identity, self._online = writer, identity, online
 
     def __call__(self, state: StepDone) -> None:
         if state.done % self._config.run.checkpoint_every and not state.last:
@@ -173,7 +201,8 @@ class Save:
             tensors = self._world.full_state(self._task.method, self._task.optimizer)
             if self._writer and tensors:
                 plain = {"step": state.done, "identity": self._identity, "config": self._config.model_dump(mode="json")}
-                self._writer.save(state.done, {**tensors, **plain})
+                more = {"online": self._online.state_dict()} if self._online else {}
+                self._writer.save(state.done, {**tensors, **more, **plain})
 
 
 def build_loader(config: Config, shards: ShardSet, world: World, start_step: int) -> Loader:
@@ -195,6 +224,19 @@ def build_loader(config: Config, shards: ShardSet, world: World, start_step: int
         device=world.device,
         dtype=automatic.dtype(config, world),
     )
+
+
+def _online(
+    config: Config, shards: ShardSet, method: Method, world: World, state: checkpoint.State | None
+) -> Online | None:
+    """As it was saved; anew where the checkpoint has none."""
+    if not config.run.online or not has_labels(shards):
+        return None
+    classes = len(shards.manifest.class_names)
+    online = Online(method.encoder.num_features, classes, config.run.log_every, world)
+    if state and "online" in state:
+        online.load_state_dict(state["online"])
+    return online
 
 
 def cache_options(config: Config) -> CacheOptions | None:

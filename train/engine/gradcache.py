@@ -37,31 +37,34 @@ Forward = Callable[[list[torch.Tensor], Draws], Any]  # the method's, in mixed p
 NoSync = Callable[[], AbstractContextManager[None]]  # within it, gradients are not averaged over ranks
 
 
-def accumulate(method: Method, forward: Forward, no_sync: NoSync, pieces: list[Piece]) -> Loss:
-    """Backward of the mean of the pieces' losses."""
-    losses = []
+def accumulate(method: Method, forward: Forward, no_sync: NoSync, batch: Piece, size: int) -> tuple[Loss, Any]:
+    """Backward of the mean of the losses of pieces of ``size`` images. Returns it, and E of all without gradient."""
+    pieces, losses, parts = batch.split(size), [], []
     for piece in pieces:
         with nullcontext() if piece is pieces[-1] else no_sync():
-            loss = method.loss(forward(piece.views, piece.draws), piece.labels)
+            e = forward(piece.views, piece.draws)
+            loss = method.loss(e, piece.labels, piece.draws)
             (loss.value / len(pieces)).backward()
         losses.append(loss)
-    return _mean(losses)
+        parts.append(type(e)(*(tensor.detach() for tensor in e)))
+    return _mean(losses), _joined(parts)
 
 
-def grad_cache(method: Method, forward: Forward, no_sync: NoSync, pieces: list[Piece]) -> Loss:
-    """Backward of the loss of all pieces together, with the graph of one of them in memory at a time."""
+def grad_cache(method: Method, forward: Forward, no_sync: NoSync, batch: Piece, size: int) -> tuple[Loss, Any]:
+    """Backward of the loss of all pieces together, with the graph of one of them in memory at a time. Returns what
+    `accumulate` does."""
+    pieces = batch.split(size)
     with torch.no_grad(), _statistics_kept(method):
-        parts = [forward(piece.views, piece.draws) for piece in pieces]
-    whole = [torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)]
-    cached = type(parts[0])(*(tensor.requires_grad_(tensor.is_floating_point()) for tensor in whole))
-    loss = method.loss(cached, _labels(pieces))
+        whole = _joined([forward(piece.views, piece.draws) for piece in pieces])
+    cached = type(whole)(*(tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in whole))
+    loss = method.loss(cached, batch.labels, batch.draws)
     loss.value.backward()
     rows = slice(0, 0)
     for piece in pieces:
         rows = slice(rows.stop, rows.stop + len(piece.draws.ids))
         with nullcontext() if piece is pieces[-1] else no_sync():
             _backward(forward(piece.views, piece.draws), cached, rows)
-    return Loss(loss.value.detach(), loss.metrics)
+    return Loss(loss.value.detach(), loss.metrics), whole
 
 
 def _backward(made: Any, cached: Any, rows: slice) -> None:
@@ -70,9 +73,11 @@ def _backward(made: Any, cached: Any, rows: slice) -> None:
     torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
 
 
-def _labels(pieces: list[Piece]) -> torch.Tensor | None:
-    labels = [piece.labels for piece in pieces if piece.labels is not None]
-    return torch.cat(labels) if labels else None
+def _joined(parts: list[Any]) -> Any:
+    """E of a batch from those of its pieces."""
+    if len(parts) == 1:
+        return parts[0]
+    return type(parts[0])(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
 
 
 @contextmanager

@@ -16,11 +16,13 @@ class StepDone:
 
     done    updates of the run so far
     last    whether the run ends here, finished or stopped
-    loss    of this step and rank, device scalars
+    batch   that the step was made with, of this rank
+    loss    of this step and rank, on the device
     """
 
     done: int
     last: bool
+    batch: Batch
     loss: Loss
 
 
@@ -63,11 +65,12 @@ def fit(
     """Train from ``start_step`` to ``total_steps`` or until ``stop``; returns the number of updates of the run."""
     done = start_step
     while done < total_steps:
-        loss = task(next(batches), done)
+        batch = next(batches)
+        loss = task(batch, done)
         done += 1
         stopped = stop()
         for hook in hooks:
-            hook(StepDone(done, stopped or done == total_steps, loss))
+            hook(StepDone(done, stopped or done == total_steps, batch, loss))
         if stopped:
             break
     return done

@@ -3,14 +3,15 @@
 How to read the numbers: ``images_per_second`` counts source images over all processes since the previous line, in the
 time of training; ``pause_seconds`` is the time since that line that was not training (checkpoints, evaluation).
 ``data_wait_percent`` is the share of training time in which the main process stood waiting for the loader: near 0 the
-accelerator is the limit, far from 0 the input pipeline is. The first record after a resume says ``resumed_at``.
+accelerator is the limit, far from 0 the input pipeline is. The first record after a resume says ``resumed_at``; one of
+a collapsed run has ``collapse``, the name of the sign (`train.engine.health`).
 """
 
 import json
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -73,7 +74,7 @@ class Monitor:
         """Move the bar: ``step`` updates are done."""
         self._progress.update(self._task, completed=step)
 
-    def log(self, step: int, metrics: dict[str, float], loader: Stats, pause_seconds: float) -> None:
+    def log(self, step: int, metrics: dict[str, Any], loader: Stats, pause_seconds: float) -> None:
         """Record host values after ``step`` updates; ``loader`` is `Loader.stats`, ``pause_seconds`` `loop.Clock`'s."""
         now, paused = time.perf_counter(), pause_seconds - self._last_pause
         seconds = max(now - self._last_time - paused, 1e-9)
@@ -91,7 +92,7 @@ class Monitor:
         self._last_pause = pause_seconds
         self._file.write(json.dumps(record) + "\n")
         for name, value in record.items():
-            if name not in ("step", "resumed_at"):
+            if name not in ("step", "resumed_at", "collapse"):
                 self._board.add_scalar(name, value, step)
         text = _TEXT.format(**record)
         self._progress.update(self._task, text=text)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sharding.command import UserError
+from train.engine import health
 from train.engine.checkpoint import checkpoints
 from train.engine.gradcache import Piece, accumulate, grad_cache
 from train.methods import Loss, Method, Update
@@ -59,7 +60,7 @@ class TrainStep:
         """Update the parameters once; ``progress`` is the fraction of the run finished after this step."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-        loss = self._backward(Piece(views, draws, labels))
+        loss, e = self._backward(Piece(views, draws, labels))
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._clip_norm is not None:
@@ -70,8 +71,9 @@ class TrainStep:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            self._method.after_update(Update(progress, 1 - self._stopped))
-        return Loss(loss.value.detach(), {**loss.metrics, "gradient_norm": norm})
+            self._method.after_update(Update(progress, 1 - self._stopped, e))
+        metrics = {**loss.metrics, "gradient_norm": norm}
+        return Loss(loss.value.detach(), metrics, health.sample(e[0]), e.h[0].clone())
 
     def check(self, directory: Path) -> None:
         """Raises `NonFiniteGradientError` if updates have stopped. Waits for the device."""
@@ -84,10 +86,11 @@ class TrainStep:
                 "run.precision=fp32"
             )
 
-    def _backward(self, batch: Piece) -> Loss:
-        pieces = batch.split(self._micro_batch_size or len(batch.draws.ids))
-        by_pieces = grad_cache if len(pieces) > 1 and self._method.images_meet else accumulate
-        return by_pieces(self._method, self._forward, getattr(self._wrapped, "no_sync", nullcontext), pieces)
+    def _backward(self, batch: Piece) -> tuple[Loss, Any]:
+        images = len(batch.draws.ids)
+        size = self._micro_batch_size or images
+        by_pieces = grad_cache if size < images and self._method.images_meet else accumulate
+        return by_pieces(self._method, self._forward, getattr(self._wrapped, "no_sync", nullcontext), batch, size)
 
     def _forward(self, views: list[torch.Tensor], draws: Draws) -> Any:
         """The method's, in mixed precision; what it returns is at least float32, because losses sum over many images

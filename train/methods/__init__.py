@@ -54,10 +54,12 @@ class Recipe:
 
 class Loss(NamedTuple):
     """``value``: this rank's loss, the mean over its own images, a scalar. ``metrics``: detached scalars to log, which
-    are averaged over ranks."""
+    are averaged over ranks. The train step adds what `train.engine.health` and `train.engine.online` look at."""
 
     value: torch.Tensor
     metrics: dict[str, torch.Tensor]
+    z: torch.Tensor | None = None  # (at most 2, b, at most 512): E's first tensor, of some views and dimensions
+    h: torch.Tensor | None = None  # (b, F): representations of the first view
 
 
 class Update(NamedTuple):
@@ -65,18 +67,21 @@ class Update(NamedTuple):
 
     progress   the fraction of the run that is finished after it, in (0, 1]
     accepted   1.0, or 0.0 where it was refused: a scalar on the device, since the host does not wait to know
+    e          E of this rank's images, all pieces of the batch together, without gradient
     """
 
     progress: float
     accepted: torch.Tensor
+    e: Any
 
 
 class Method(nn.Module):
     """An encoder and what it is trained with, in two parts: `forward`, in which images stay apart (but for BatchNorm),
     and `loss`, in which they meet. So embeddings can be made piece by piece.
 
-    ``E``, what `forward` returns, is a NamedTuple of the method's own, of tensors (V, b, ...): a row an image. All
-    trainable parameters are used in `forward`; state that is not trained is in buffers, which every rank keeps equal.
+    ``E``, what `forward` returns, is a NamedTuple of the method's own, of tensors (V, b, ...): a row an image. The
+    first one is watched for collapse; ``h`` (V, b, F) are the encoder's representations. All trainable parameters are
+    used in `forward`; state that is not trained is in buffers, which every rank keeps equal.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -90,9 +95,14 @@ class Method(nn.Module):
         """V views (b, 3, H, W) of b images -> E. Draws from ``draws`` alone."""
         raise NotImplementedError
 
-    def loss(self, e: Any, labels: torch.Tensor | None = None) -> Loss:
-        """The loss of E; ``labels`` (b,) int64 for methods that take them. Gathers with gradient what it needs."""
+    def loss(self, e: Any, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
+        """The loss of E; ``labels`` (b,) int64 for methods that take them, ``draws`` of these images for those that
+        draw in it. Gathers with gradient what it needs."""
         raise NotImplementedError
+
+    def teachers(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Pairs of a teacher and the network that it follows."""
+        return []
 
     def after_update(self, update: Update) -> None:
         """Moves what is not trained: a teacher, a queue. Must change nothing where ``update.accepted`` is 0."""
@@ -125,5 +135,5 @@ def same_size(views: list[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 
 def encode(encoder: nn.Module, views: list[torch.Tensor]) -> torch.Tensor:
-    """Representations (V * b, D) of V views (b, 3, H, W), by view; views of one size pass the encoder together."""
-    return torch.cat([encoder(torch.cat(group)) for group in same_size(views)])
+    """Representations (V, b, F) of V views (b, 3, H, W); views of one size pass the encoder together."""
+    return torch.cat([encoder(torch.cat(group)).unflatten(0, (len(group), -1)) for group in same_size(views)])

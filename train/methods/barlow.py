@@ -12,34 +12,28 @@ process computes its share of the matrix's rows.
 """
 
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from train.losses.redundancy import barlow_twins
-from train.methods import Loss, Method, MethodConfig, Recipe, encode
+from train.methods import Loss, Recipe
+from train.methods.projected import Embeddings, Projected, ProjectorConfig
 from train.model.draws import Draws
-from train.model.encoder import Encoder
-from train.model.heads import mlp
-from train.processes.distributed import World
 
 
-class BarlowTwinsConfig(MethodConfig):
+class BarlowTwinsConfig(ProjectorConfig):
     name: Literal["barlow"] = "barlow"
     off_diagonal: float = Field(0.0051, ge=0, description="lambda of equation 1: weight of the redundancy term")
     scale: float = Field(1.0, gt=0, description="factor of the loss; solo-learn takes 0.1 on small data sets")
     hidden: int = Field(8192, ge=1, description="width of the projector's hidden layers")
     out: int = Field(8192, ge=1, description="dimensions of the embedding")
-    layers: int = Field(3, ge=1, description="linear layers of the projector")
 
 
-class Embeddings(NamedTuple):
-    z: torch.Tensor  # (V, b, D)
-
-
-class BarlowTwins(Method):
+class BarlowTwins(Projected):
     Config = BarlowTwinsConfig
+    head: ClassVar = {"last_norm": False}
     recipe = Recipe(
         "byol",
         {
@@ -49,17 +43,7 @@ class BarlowTwins(Method):
         },
     )
 
-    def __init__(self, config: BarlowTwinsConfig, encoder: Encoder, world: World) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.projector = mlp(encoder.num_features, config.hidden, config.out, config.layers, last_norm=False)
-        self._config, self._world = config, world
-
-    def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
-        z = self.projector(encode(self.encoder, views))
-        return Embeddings(z.view(len(views), len(views[0]), -1))
-
-    def loss(self, e: Embeddings, labels: torch.Tensor | None = None) -> Loss:
+    def loss(self, e: Embeddings, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
         z = self._world.gather(e.z, dim=1)
         rows = slice(self._world.rank, None, self._world.size)  # of the matrix: this process's share
         pairs = list(combinations(z, 2))

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from torch import nn
 
 from train.methods import Loss, Method, MethodConfig, Recipe, Update, encode
 from train.model.draws import Draws
@@ -36,6 +37,7 @@ class BYOLConfig(MethodConfig):
 class Embeddings(NamedTuple):
     predictions: torch.Tensor  # (V, b, D), of the student
     targets: torch.Tensor  # (V, b, D), of the teacher, without gradient
+    h: torch.Tensor  # (V, b, F)
 
 
 class BYOL(Method):
@@ -58,19 +60,19 @@ class BYOL(Method):
         self._tau = config.tau
 
     def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
-        shape = len(views), len(views[0]), -1
-        predictions = self.predictor(self.projector(encode(self.encoder, views)))
+        h = encode(self.encoder, views)
         with torch.no_grad():
             targets = self.teacher_projector(encode(self.teacher_encoder, views))
-        return Embeddings(predictions.view(shape), targets.view(shape))
+        return Embeddings(self.predictor(self.projector(h)), targets, h)
 
-    def loss(self, e: Embeddings, labels: torch.Tensor | None = None) -> Loss:
+    def loss(self, e: Embeddings, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
         p, t = F.normalize(e.predictions, dim=-1), F.normalize(e.targets, dim=-1)
         similarity = torch.einsum("ubd,vbd->uvb", p, t)
         mean = (similarity.sum((0, 1)) - similarity.diagonal().sum(1)).mean() / (len(p) * (len(p) - 1))
         return Loss(2 * (2 - 2 * mean), {"teacher_similarity": mean.detach()})
 
+    def teachers(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(self.teacher_encoder, self.encoder), (self.teacher_projector, self.projector)]
+
     def after_update(self, update: Update) -> None:
-        tau = cosine(update.progress, self._tau, 1.0)
-        follow(self.teacher_encoder, self.encoder, tau, update.accepted)
-        follow(self.teacher_projector, self.projector, tau, update.accepted)
+        follow(self.teachers(), cosine(update.progress, self._tau, 1.0), update.accepted)

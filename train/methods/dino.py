@@ -47,8 +47,8 @@ class DINOConfig(MethodConfig):
 
 
 class Head(nn.Module):
-    """h (n, D) -> logits (n, ``out``): `mlp` to a bottleneck, then a weight-normalised linear layer without bias whose
-    gains are 1. So they are cosines to the rows of ``weight``, whatever the lengths of these."""
+    """h (..., D) -> logits (..., ``out``): `mlp` to a bottleneck, then a weight-normalised linear layer without bias
+    whose gains are 1. So they are cosines to the rows of ``weight``, whatever the lengths of these."""
 
     def __init__(self, num_features: int, config: DINOConfig) -> None:
         super().__init__()
@@ -66,6 +66,7 @@ class Head(nn.Module):
 class Logits(NamedTuple):
     student: torch.Tensor  # (V, b, K)
     teacher: torch.Tensor  # (2, b, K), without gradient
+    h: torch.Tensor  # (V, b, F)
 
 
 class DINO(Method):
@@ -97,30 +98,26 @@ class DINO(Method):
         self.register_buffer("centre", torch.zeros(config.out))
         self.register_buffer("progress", torch.zeros(()))
         self._config, self._world = config, world
-        self._means: list[torch.Tensor] = []  # of the teacher's logits, (K,), of this update's pieces
 
     def forward(self, views: list[torch.Tensor], draws: Draws) -> Logits:
         frozen = self.progress < self._config.frozen
-        student = self.head(encode(self.encoder, views), frozen)
+        h = encode(self.encoder, views)
         with torch.no_grad():
             teacher = self.teacher_head(encode(self.teacher_encoder, views[:_GLOBAL]), frozen)
-        images = len(views[0])
-        return Logits(student.unflatten(0, (-1, images)), teacher.unflatten(0, (-1, images)))
+        return Logits(self.head(h, frozen), teacher, h)
 
-    def loss(self, e: Logits, labels: torch.Tensor | None = None) -> Loss:
-        if torch.is_grad_enabled():
-            self._means.append(e.teacher.mean((0, 1)))
+    def loss(self, e: Logits, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
         targets = ((e.teacher - self.centre) / self._teacher_temperature()).softmax(-1)
         value = swapped_prediction(e.student / self._config.temperature, targets)
         certainty = entropy(targets).mean()
         return Loss(value, {"teacher_entropy": certainty, "divergence": value.detach() - certainty})
 
+    def teachers(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(self.teacher_encoder, self.encoder), (self.teacher_head, self.head)]
+
     def after_update(self, update: Update) -> None:
-        momentum = cosine(update.progress, self._config.momentum, 1.0)
-        follow(self.teacher_encoder, self.encoder, momentum, update.accepted)
-        follow(self.teacher_head, self.head, momentum, update.accepted)
-        accepted, mean = update.accepted > 0, self._world.mean(torch.stack(self._means).mean(0))
-        self._means.clear()
+        follow(self.teachers(), cosine(update.progress, self._config.momentum, 1.0), update.accepted)
+        accepted, mean = update.accepted > 0, self._world.mean(update.e.teacher.mean((0, 1)))
         moved = torch.lerp(mean.to(self.centre.dtype), self.centre, self._config.centre_momentum)
         self.centre.copy_(torch.where(accepted, moved, self.centre))
         self.progress.copy_(torch.where(accepted, update.progress, self.progress))

@@ -15,35 +15,27 @@ paper's ImageNet runs took a ViT-L/14 with drop path 0.1; nobody has published a
 Substituted: hidden layers without bias, which BatchNorm makes void.
 """
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from train.losses.distribution import characteristic, sigreg, unit_slices
-from train.methods import Loss, Method, MethodConfig, Recipe, encode, same_size
+from train.methods import Loss, Recipe
+from train.methods.projected import Centred, Predicted, ProjectorConfig
 from train.model.draws import Draws
-from train.model.encoder import Encoder
-from train.model.heads import mlp
-from train.processes.distributed import World
 
 
-class LeJEPAConfig(MethodConfig):
+class LeJEPAConfig(ProjectorConfig):
     name: Literal["lejepa"] = "lejepa"
     regularizer: float = Field(0.05, ge=0, le=1, description="lambda: weight of SIGReg against the invariance")
     slices: int = Field(1024, ge=1, description="random directions of a step")
-    hidden: int = Field(2048, ge=1, description="width of the projector's hidden layers")
     out: int = Field(64, ge=1, description="dimensions of the embedding")
-    layers: int = Field(3, ge=1, description="linear layers of the projector")
 
 
-class Embeddings(NamedTuple):
-    z: torch.Tensor  # (V, b, D)
-    centre: torch.Tensor  # (1, b, D): the mean over global views
-
-
-class LeJEPA(Method):
+class LeJEPA(Predicted):
     Config = LeJEPAConfig
+    head: ClassVar = {"last_norm": False}
     recipe = Recipe(
         "lejepa",
         {
@@ -60,20 +52,10 @@ class LeJEPA(Method):
         },
     )
 
-    def __init__(self, config: LeJEPAConfig, encoder: Encoder, world: World) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.projector = mlp(encoder.num_features, config.hidden, config.out, config.layers, last_norm=False)
-        self._config, self._world = config, world
-
-    def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
-        self._draws = draws
-        z = self.projector(encode(self.encoder, views)).view(len(views), len(views[0]), -1)
-        return Embeddings(z, z[: len(same_size(views)[0])].mean(0, keepdim=True))
-
-    def loss(self, e: Embeddings, labels: torch.Tensor | None = None) -> Loss:
+    def loss(self, e: Centred, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
+        assert draws is not None
         invariance = (e.z - e.centre).square().mean()
-        normal = self._draws.shared_normal("slices", e.z.shape[-1], self._config.slices)
+        normal = draws.shared_normal("slices", e.z.shape[-1], self._config.slices)
         own = characteristic(e.z, unit_slices(normal.to(e.z)))
         empirical = self._world.gather(own[None]).mean(0)
         regularizer = sigreg(empirical, e.z.shape[1] * self._world.size)

@@ -42,6 +42,7 @@ class MAEConfig(MethodConfig):
 
 
 class Reconstruction(NamedTuple):
+    h: torch.Tensor  # (V, b, F): class tokens of what was seen
     predictions: torch.Tensor  # (V, b, M, P) of the M masked patches of P values
     targets: torch.Tensor
 
@@ -75,11 +76,11 @@ class MAE(Method):
         made = [self._reconstruct(view, draws, number) for number, view in enumerate(views)]
         return Reconstruction(*(torch.stack(tensors) for tensors in zip(*made, strict=True)))
 
-    def loss(self, e: Reconstruction, labels: torch.Tensor | None = None) -> Loss:
+    def loss(self, e: Reconstruction, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
         value = masked_error(e.predictions, e.targets)
         return Loss(value, {"prediction_std": e.predictions.detach().std(-1).mean()})
 
-    def _reconstruct(self, images: torch.Tensor, draws: Draws, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _reconstruct(self, images: torch.Tensor, draws: Draws, number: int) -> tuple[torch.Tensor, ...]:
         size = tuple(side * self._patch for side in self._grid)
         if images.shape[2:] != size:
             raise UserError(
@@ -89,8 +90,9 @@ class MAE(Method):
         order = draws.permutation(f"mask {number}", self._grid[0] * self._grid[1])
         kept, masked = order.split([self._num_kept, order.shape[1] - self._num_kept], dim=1)
         targets = _rows(patches(images, self._patch), masked)
-        predictions = self.decoder(seen(self.encoder.backbone, images, kept), order, self._num_kept)
-        return predictions, standardised(targets) if self._config.standardise else targets
+        tokens = seen(self.encoder.backbone, images, kept)
+        predictions = self.decoder(tokens, order, self._num_kept)
+        return tokens[:, 0], predictions, standardised(targets) if self._config.standardise else targets
 
 
 def seen(vit: Any, images: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import nn
 
 from train.losses.contrastive import queue_info_nce
-from train.methods import Loss, Method, MethodConfig, Recipe, Update
+from train.methods import Loss, Method, MethodConfig, Recipe, Update, encode
 from train.model.draws import Draws
 from train.model.encoder import Encoder
 from train.model.heads import mlp
@@ -40,6 +40,7 @@ class MoCoV2Config(MethodConfig):
 class Embeddings(NamedTuple):
     q: torch.Tensor  # (1, b, D) of the first view
     k: torch.Tensor  # (1, b, D) of the second, by the teacher
+    h: torch.Tensor  # (1, b, F) of the first
 
 
 class MoCoV2(Method):
@@ -60,23 +61,23 @@ class MoCoV2(Method):
         self.projector = mlp(encoder.num_features, config.hidden, config.out, norm="none")
         self.teacher = teacher_of(nn.Sequential(self.encoder, self.projector))
         self.queue = Queue(config.queue, config.out)
-        self._keys: list[torch.Tensor] = []  # of this step's pieces
         self._temperature, self._momentum, self._world = config.temperature, config.momentum, world
 
     def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
         """Of more than two views, the first two."""
-        q = self.projector(self.encoder(views[0]))
+        h = encode(self.encoder, views[:1])
         with torch.no_grad():
-            k = self.teacher(views[1])
-        return Embeddings(q[None], k[None])
+            k = encode(self.teacher, views[1:2])
+        return Embeddings(self.projector(h), k, h)
 
-    def loss(self, e: Embeddings, labels: torch.Tensor | None = None) -> Loss:
+    def loss(self, e: Embeddings, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
         q, k = e.q[0], e.k[0].detach()
-        self._keys.append(k)
         value = queue_info_nce(q, k, self.queue.rows, self._temperature)
-        return Loss(value, {"alignment": F.cosine_similarity(q.detach(), k, dim=-1).mean()})
+        return Loss(value, {"teacher_similarity": F.cosine_similarity(q.detach(), k, dim=-1).mean()})
+
+    def teachers(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(self.teacher, nn.Sequential(self.encoder, self.projector))]
 
     def after_update(self, update: Update) -> None:
-        follow(self.teacher, nn.Sequential(self.encoder, self.projector), self._momentum, update.accepted)
-        self.queue.push(self._world.gather(torch.cat(self._keys)), update.accepted)
-        self._keys.clear()
+        follow(self.teachers(), self._momentum, update.accepted)
+        self.queue.push(self._world.gather(update.e.k[0]), update.accepted)

@@ -40,6 +40,7 @@ class MoCoV3Config(MethodConfig):
 class Embeddings(NamedTuple):
     q: torch.Tensor  # (V, b, D)
     k: torch.Tensor  # (V, b, D) of the teacher
+    h: torch.Tensor  # (V, b, F)
 
 
 class MoCoV3(Method):
@@ -62,19 +63,20 @@ class MoCoV3(Method):
         self._temperature, self._momentum, self._world = config.temperature, config.momentum, world
 
     def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
-        q = self.predictor(self.projector(encode(self.encoder, views)))
+        h = encode(self.encoder, views)
         with torch.no_grad():
             k = encode(self.teacher, views)
-        shape = (len(views), len(views[0]), -1)
-        return Embeddings(q.view(shape), k.view(shape))
+        return Embeddings(self.predictor(self.projector(h)), k, h)
 
-    def loss(self, e: Embeddings, labels: torch.Tensor | None = None) -> Loss:
+    def loss(self, e: Embeddings, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
         keys, offset = self._world.gather(e.k.detach(), dim=1), self._world.rank * e.q.shape[1]
         pairs = [(q, key) for v, q in enumerate(e.q) for w, key in enumerate(keys) if v != w]
         mean = torch.stack([info_nce(q, key, offset, self._temperature) for q, key in pairs]).mean()
-        alignment = F.cosine_similarity(e.q[0].detach(), e.k[1].detach(), dim=-1).mean()
-        return Loss(4 * self._temperature * mean, {"alignment": alignment})  # two pairs, each times 2 tau
+        similarity = F.cosine_similarity(e.q[0].detach(), e.k[1].detach(), dim=-1).mean()
+        return Loss(4 * self._temperature * mean, {"teacher_similarity": similarity})  # two pairs, each times 2 tau
+
+    def teachers(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(self.teacher, nn.Sequential(self.encoder, self.projector))]
 
     def after_update(self, update: Update) -> None:
-        tau = cosine(update.progress, self._momentum, 1.0)
-        follow(self.teacher, nn.Sequential(self.encoder, self.projector), tau, update.accepted)
+        follow(self.teachers(), cosine(update.progress, self._momentum, 1.0), update.accepted)

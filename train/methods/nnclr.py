@@ -37,6 +37,7 @@ class NNCLRConfig(MethodConfig):
 class Embeddings(NamedTuple):
     z: torch.Tensor  # (V, b, D)
     p: torch.Tensor  # (V, b, D) predictions
+    h: torch.Tensor  # (V, b, F)
 
 
 class NNCLR(Method):
@@ -55,24 +56,21 @@ class NNCLR(Method):
         self.projector = mlp(encoder.num_features, config.hidden, config.out, config.layers)
         self.predictor = mlp(config.out, config.predictor_hidden, config.out, last_norm=False)
         self.queue = Queue(config.queue, config.out)
-        self._newest = torch.empty(0)  # z of the first view of this step, of all ranks
         self._temperature, self._world = config.temperature, world
 
     def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
-        z = self.projector(encode(self.encoder, views))
-        shape = (len(views), len(views[0]), -1)
-        return Embeddings(z.view(shape), self.predictor(z).view(shape))
+        h = encode(self.encoder, views)
+        z = self.projector(h)
+        return Embeddings(z, self.predictor(z), h)
 
-    def loss(self, e: Embeddings, labels: torch.Tensor | None = None) -> Loss:
+    def loss(self, e: Embeddings, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
         z = F.normalize(e.z.detach(), dim=-1)
-        self._newest = self._world.gather(z[0])
         similarity, nearest = (z @ self.queue.rows.T).max(-1)  # (V, b)
         neighbours, predictions = self.queue.rows[nearest], self._world.gather(e.p, dim=1)
         offset = self._world.rank * e.p.shape[1]
         pairs = [(n, p) for v, n in enumerate(neighbours) for w, p in enumerate(predictions) if v != w]
         value = torch.stack([info_nce(n, p, offset, self._temperature) for n, p in pairs]).mean()
-        metrics = {"alignment": (z[0] * z[1]).sum(-1).mean(), "neighbour_similarity": similarity.mean()}
-        return Loss(value, metrics)
+        return Loss(value, {"neighbour_similarity": similarity.mean()})
 
     def after_update(self, update: Update) -> None:
-        self.queue.push(self._newest, update.accepted)
+        self.queue.push(self._world.gather(update.e.z[0]), update.accepted)

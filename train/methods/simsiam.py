@@ -35,6 +35,7 @@ class SimSiamConfig(MethodConfig):
 class Embeddings(NamedTuple):
     z: torch.Tensor  # (V, b, D)
     p: torch.Tensor  # (V, b, D) predictions
+    h: torch.Tensor  # (V, b, F)
 
 
 class SimSiam(Method):
@@ -57,14 +58,12 @@ class SimSiam(Method):
         self.predictor = mlp(config.out, config.predictor_hidden, config.out, last_norm=False)
 
     def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
-        z = self.projector(encode(self.encoder, views))
-        shape = (len(views), len(views[0]), -1)
-        return Embeddings(z.view(shape), self.predictor(z).view(shape))
+        h = encode(self.encoder, views)
+        z = self.projector(h)
+        return Embeddings(z, self.predictor(z), h)
 
-    def loss(self, e: Embeddings, labels: torch.Tensor | None = None) -> Loss:
-        z = e.z.detach()
-        alignment = F.cosine_similarity(z[0], z[1], dim=-1).mean()
-        return Loss(negative_cosine(e.p, z), {"alignment": alignment})
+    def loss(self, e: Embeddings, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
+        return Loss(negative_cosine(e.p, e.z.detach()), {})
 
 
 def negative_cosine(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from torch import nn
 
 from train.losses.distribution import fourier_features, hsic_with_image, hsic_with_itself
 from train.methods import Loss, Method, MethodConfig, Recipe, Update, encode
@@ -44,6 +45,7 @@ class SSLHSICConfig(MethodConfig):
 class Embeddings(NamedTuple):
     online: torch.Tensor  # (V, b, D)
     target: torch.Tensor  # (V, b, D), without gradient
+    h: torch.Tensor  # (V, b, F)
 
 
 class SSLHSIC(Method):
@@ -65,29 +67,29 @@ class SSLHSIC(Method):
         self._config, self._world = config, world
 
     def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
-        self._draws = draws
-        shape = len(views), len(views[0]), -1
-        online = self.predictor(self.projector(encode(self.encoder, views))).view(shape)
+        h = encode(self.encoder, views)
         with torch.no_grad():
-            target = self.target_projector(encode(self.target_encoder, views)).view(shape)
-        return Embeddings(online, target)
+            target = self.target_projector(encode(self.target_encoder, views))
+        return Embeddings(self.predictor(self.projector(h)), target, h)
 
-    def loss(self, e: Embeddings, labels: torch.Tensor | None = None) -> Loss:
+    def loss(self, e: Embeddings, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
+        assert draws is not None
         z = F.normalize(torch.cat([e.online, e.target.detach()]), dim=-1)
         z = self._world.gather(z, dim=1)
-        first, second = self._features(z, "first"), self._features(z, "second")
+        first, second = (self._features(z, name, draws) for name in ("first", "second"))
         with_image, with_itself = hsic_with_image(first), hsic_with_itself(first, second)
         value = self._config.gamma * (with_itself + 1e-12).sqrt() - with_image  # the root has no gradient at 0
         return Loss(value, {"hsic_image": with_image.detach(), "hsic_self": with_itself.detach()})
 
-    def _features(self, z: torch.Tensor, name: str) -> torch.Tensor:
-        size, draws = self._config.features, self._draws
+    def _features(self, z: torch.Tensor, name: str, draws: Draws) -> torch.Tensor:
+        size = self._config.features
         directions = draws.shared_normal(f"{name}.directions", z.shape[-1], size).to(z)
         radii = draws.shared_normal(f"{name}.radii", size).to(z)
         phases = draws.shared_uniform(f"{name}.phases", size).to(z)
         return fourier_features(z, directions, radii, phases, self._config.kernel_scale)
 
+    def teachers(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(self.target_encoder, self.encoder), (self.target_projector, self.projector)]
+
     def after_update(self, update: Update) -> None:
-        tau = cosine(update.progress, self._config.tau, 1.0)
-        follow(self.target_encoder, self.encoder, tau, update.accepted)
-        follow(self.target_projector, self.projector, tau, update.accepted)
+        follow(self.teachers(), cosine(update.progress, self._config.tau, 1.0), update.accepted)

@@ -32,6 +32,7 @@ class SupervisedConfig(MethodConfig):
 
 class Logits(NamedTuple):
     logits: torch.Tensor  # (V, b, num_classes)
+    h: torch.Tensor  # (V, b, F)
 
 
 class Supervised(Method):
@@ -56,10 +57,10 @@ class Supervised(Method):
         self._label_smoothing = config.label_smoothing
 
     def forward(self, views: list[torch.Tensor], draws: Draws) -> Logits:
-        logits = self.classifier(encode(self.encoder, views))
-        return Logits(logits.view(len(views), len(views[0]), -1))
+        h = encode(self.encoder, views)
+        return Logits(self.classifier(h), h)
 
-    def loss(self, e: Logits, labels: torch.Tensor | None = None) -> Loss:
+    def loss(self, e: Logits, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
         assert labels is not None
         logits, targets = e.logits.flatten(0, 1), labels.repeat(len(e.logits))
         value = F.cross_entropy(logits, targets, label_smoothing=self._label_smoothing)

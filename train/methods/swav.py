@@ -6,12 +6,15 @@ by ``softmax(scores / temperature)`` (equations 1 and 2, section 3.2 for multi-c
 
 Kept: the projector of two layers, codes without gradient and without rounding, prototypes of unit length after each
 update, frozen at first (a fraction of the run here: one epoch of 800 by default), views, decay and adaptation of all
-parameters, cosine to 0.001 of the peak. Substituted: LARS with the learning rate inside the momentum, where the
-authors' LARC has it outside; warm-up starts near 0, not at a sixteenth of the peak. Left out: the queue, which the
-authors add to batches of 256; so batches should not be much smaller than the number of prototypes.
+parameters, cosine to 0.001 of the peak. A ``queue`` of embeddings of former batches makes codes of small batches
+(section 4.1: 3840 for batches of 256): filled from ``queue_starts`` on and used once it is full, as by the authors.
+Substituted: LARS with the learning rate inside the momentum, where the authors' LARC has it outside; warm-up starts
+near 0, not at a sixteenth of the peak.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,7 @@ from train.methods import Loss, Method, MethodConfig, Recipe, Update, encode
 from train.model.draws import Draws
 from train.model.encoder import Encoder
 from train.model.heads import mlp
+from train.model.queue import Queue
 from train.processes.distributed import World
 
 _ASSIGNED = 2  # views that get codes: the full crops
@@ -37,10 +41,14 @@ class SwAVConfig(MethodConfig):
     epsilon: float = Field(0.05, gt=0, description="smoothness of the codes")
     iterations: int = Field(3, ge=1, description="of Sinkhorn and Knopp's algorithm")
     frozen: float = Field(0.00125, ge=0, le=1, description="fraction of the run in which prototypes stay as they are")
+    queue: int = Field(0, ge=0, description="embeddings of former batches that share in the codes; 3840 at batch 256")
+    queue_starts: float = Field(0.075, ge=0, le=1, description="fraction of the run after which they are kept")
 
 
 class Scores(NamedTuple):
     scores: torch.Tensor  # (V, b, K), cosines
+    z: torch.Tensor  # (V, b, D), of length 1
+    h: torch.Tensor  # (V, b, F)
 
 
 class SwAV(Method):
@@ -54,6 +62,7 @@ class SwAV(Method):
         },
     )
     progress: torch.Tensor
+    queued: torch.Tensor
 
     def __init__(self, config: SwAVConfig, encoder: Encoder, world: World) -> None:
         super().__init__()
@@ -61,20 +70,22 @@ class SwAV(Method):
         self.projector = mlp(encoder.num_features, config.hidden, config.out, last_norm=False)
         self.prototypes = nn.Parameter(F.normalize(torch.randn(config.prototypes, config.out), dim=1))
         self.register_buffer("progress", torch.zeros(()))
+        queues = [Queue(config.queue, config.out) for _ in range(_ASSIGNED if config.queue else 0)]
+        self.queues: Sequence[Any] = nn.ModuleList(queues)  # type: ignore[assignment]
+        self.register_buffer("queued", torch.zeros((), dtype=torch.int64), persistent=config.queue > 0)
         self._config, self._world = config, world
 
     def forward(self, views: list[torch.Tensor], draws: Draws) -> Scores:
-        z = F.normalize(self.projector(encode(self.encoder, views)), dim=-1)
+        h = encode(self.encoder, views)
+        z = F.normalize(self.projector(h), dim=-1)
         frozen = self.progress < self._config.frozen
-        scores = z @ torch.where(frozen, self.prototypes.detach(), self.prototypes).T
-        return Scores(scores.view(len(views), len(views[0]), -1))
+        return Scores(z @ torch.where(frozen, self.prototypes.detach(), self.prototypes).T, z, h)
 
-    def loss(self, e: Scores, labels: torch.Tensor | None = None) -> Loss:
+    def loss(self, e: Scores, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
         images = e.scores.shape[1]
         own = slice(self._world.rank * images, (self._world.rank + 1) * images)
         everyones = self._world.gather(e.scores[:_ASSIGNED].detach(), dim=1)
-        codes = [sinkhorn(scores, self._config.epsilon, self._config.iterations)[own] for scores in everyones]
-        value = swapped_prediction(e.scores / self._config.temperature, torch.stack(codes))
+        value = swapped_prediction(e.scores / self._config.temperature, self._codes(everyones)[:, own])
         predictions = (everyones / self._config.temperature).softmax(-1)
         return Loss(
             value,
@@ -84,8 +95,23 @@ class SwAV(Method):
             },
         )
 
+    @torch.no_grad()
+    def _codes(self, scores: torch.Tensor) -> torch.Tensor:
+        """Of the scores (2, B, K) of the global batch; together with those of the queues once these are full."""
+        assign = partial(sinkhorn, epsilon=self._config.epsilon, iterations=self._config.iterations)
+        codes = torch.stack([assign(view) for view in scores])
+        if not self.queues:
+            return codes
+        queued = [torch.cat([queue.rows @ self.prototypes.T, s]) for queue, s in zip(self.queues, scores, strict=True)]
+        together = torch.stack([assign(both)[-len(codes[0]) :] for both in queued])
+        return torch.where(self.queued >= self._config.queue, together, codes)
+
     def after_update(self, update: Update) -> None:
         accepted = update.accepted > 0
+        kept = update.accepted * (update.progress > self._config.queue_starts)
+        for queue, z in zip(self.queues, self._world.gather(update.e.z[:_ASSIGNED], dim=1), strict=False):
+            queue.push(z, kept)
+        self.queued.add_((update.e.z.shape[1] * self._world.size * kept).long())
         unit = F.normalize(self.prototypes, dim=1)
         self.prototypes.copy_(torch.where(accepted, unit, self.prototypes))
         self.progress.copy_(torch.where(accepted, update.progress, self.progress))

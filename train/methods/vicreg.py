@@ -15,35 +15,29 @@ rows.
 """
 
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from train.losses.redundancy import covariance, variance_hinge
-from train.methods import Loss, Method, MethodConfig, Recipe, encode
+from train.methods import Loss, Recipe
+from train.methods.projected import Embeddings, Projected, ProjectorConfig
 from train.model.draws import Draws
-from train.model.encoder import Encoder
-from train.model.heads import mlp
-from train.processes.distributed import World
 
 
-class VICRegConfig(MethodConfig):
+class VICRegConfig(ProjectorConfig):
     name: Literal["vicreg"] = "vicreg"
     invariance: float = Field(25.0, ge=0, description="lambda: weight of the distance between views")
     variance: float = Field(25.0, ge=0, description="mu: weight of the standard deviations' hinge")
     covariance: float = Field(1.0, ge=0, description="nu: weight of the covariances")
     hidden: int = Field(8192, ge=1, description="width of the expander's hidden layers")
     out: int = Field(8192, ge=1, description="dimensions of the embedding")
-    layers: int = Field(3, ge=1, description="linear layers of the expander")
 
 
-class Embeddings(NamedTuple):
-    z: torch.Tensor  # (V, b, D)
-
-
-class VICReg(Method):
+class VICReg(Projected):
     Config = VICRegConfig
+    head: ClassVar = {"last_norm": False}
     recipe = Recipe(
         "vicreg",
         {
@@ -53,17 +47,7 @@ class VICReg(Method):
         },
     )
 
-    def __init__(self, config: VICRegConfig, encoder: Encoder, world: World) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.projector = mlp(encoder.num_features, config.hidden, config.out, config.layers, last_norm=False)
-        self._config, self._world = config, world
-
-    def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
-        z = self.projector(encode(self.encoder, views))
-        return Embeddings(z.view(len(views), len(views[0]), -1))
-
-    def loss(self, e: Embeddings, labels: torch.Tensor | None = None) -> Loss:
+    def loss(self, e: Embeddings, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
         invariance = torch.stack([(a - b).square().mean() for a, b in combinations(e.z, 2)]).mean()
         z = self._world.gather(e.z, dim=1)
         variance = torch.stack([variance_hinge(view) for view in z]).mean()

@@ -16,39 +16,31 @@ the rate of 9e-4 is taken to be for a batch of 512, since the configuration give
 BatchNorm makes void. Published with a ViT-B/16 with drop path 0.1.
 """
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from train.losses.distribution import centre, scale, shape, unit_slices
-from train.methods import Loss, Method, MethodConfig, Recipe, encode, same_size
+from train.methods import Loss, Recipe
+from train.methods.projected import Centred, Predicted, ProjectorConfig
 from train.model.draws import Draws
-from train.model.encoder import Encoder
-from train.model.heads import mlp
-from train.processes.distributed import World
 
 
-class VISRegConfig(MethodConfig):
+class VISRegConfig(ProjectorConfig):
     name: Literal["visreg"] = "visreg"
     regularizer: float = Field(0.9, ge=0, le=1, description="lambda: weight of the regularisers; 0.6 on small data")
     scale: float = Field(1.0, ge=0, description="weight of the standard deviations' term")
     shape: float = Field(1.0, ge=0, description="weight of the sliced Wasserstein distance")
     centre: float = Field(1.0, ge=0, description="weight of the means' term")
     slices: int = Field(4096, ge=1, description="random directions of a step, over all processes")
-    hidden: int = Field(2048, ge=1, description="width of the projector's hidden layers")
     out: int = Field(256, ge=1, description="dimensions of the embedding")
-    layers: int = Field(3, ge=1, description="linear layers of the projector")
 
 
-class Embeddings(NamedTuple):
-    z: torch.Tensor  # (V, b, D)
-    target: torch.Tensor  # (1, b, D): the mean over global views
-
-
-class VISReg(Method):
+class VISReg(Predicted):
     Config = VISRegConfig
+    head: ClassVar = {"last_norm": False, "activation": nn.GELU}
     recipe = Recipe(
         "visreg",
         {
@@ -65,28 +57,17 @@ class VISReg(Method):
         },
     )
 
-    def __init__(self, config: VISRegConfig, encoder: Encoder, world: World) -> None:
-        super().__init__()
-        self.encoder = encoder
-        widths = encoder.num_features, config.hidden, config.out, config.layers
-        self.projector = mlp(*widths, last_norm=False, activation=nn.GELU)
-        self._config, self._world = config, world
-
-    def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
-        self._draws = draws
-        z = self.projector(encode(self.encoder, views)).view(len(views), len(views[0]), -1)
-        return Embeddings(z, z[: len(same_size(views)[0])].mean(0, keepdim=True))
-
-    def loss(self, e: Embeddings, labels: torch.Tensor | None = None) -> Loss:
-        prediction = (e.z - e.target).square().mean()
+    def loss(self, e: Centred, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
+        assert draws is not None
+        prediction = (e.z - e.centre).square().mean()
         z = self._world.gather(e.z, dim=1)
-        terms = {"scale": scale(z), "shape": self._shape(z), "centre": centre(z)}
+        terms = {"scale": scale(z), "shape": self._shape(z, draws), "centre": centre(z)}
         regularizer = sum(getattr(self._config, name) * term for name, term in terms.items())
         value = (1 - self._config.regularizer) * prediction + self._config.regularizer * regularizer
         return Loss(value, {name: term.detach() for name, term in {"prediction": prediction, **terms}.items()})
 
-    def _shape(self, z: torch.Tensor) -> torch.Tensor:
+    def _shape(self, z: torch.Tensor, draws: Draws) -> torch.Tensor:
         """This process's share, whose mean over processes is the mean over all slices."""
-        slices = unit_slices(self._draws.shared_normal("slices", z.shape[-1], self._config.slices).to(z))
+        slices = unit_slices(draws.shared_normal("slices", z.shape[-1], self._config.slices).to(z))
         own = slices[:, self._world.rank :: self._world.size]
         return shape(z, own).sum() * self._world.size / self._config.slices

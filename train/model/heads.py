@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import nn
 
 Norm = Literal["batch", "layer", "none"]
@@ -18,7 +19,7 @@ def mlp(
     norm: Norm = "batch",
     last_norm: bool = True,
     activation: type[nn.Module] = nn.ReLU,
-) -> nn.Sequential:
+) -> "MLP":
     """``layers`` linear layers, ``hidden`` wide, each followed by a ``norm`` and all but the last by an ``activation``.
 
     ``last_norm`` says whether the last layer has a norm too, as SimCLR's has (google-research/simclr; two details of
@@ -33,4 +34,12 @@ def mlp(
         modules.append(nn.Linear(widths[number], widths[number + 1], bias=not normed))
         modules += [_NORMS[norm](widths[number + 1])] if normed else []
         modules += [] if last else [activation()]
-    return nn.Sequential(*modules)
+    return MLP(*modules)
+
+
+class MLP(nn.Sequential):
+    """(..., D) -> (..., ``out``). BatchNorm takes all leading dimensions together, so all views."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = super().forward(x.flatten(0, -2))
+        return y.unflatten(0, x.shape[:-1])

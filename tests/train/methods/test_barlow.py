@@ -3,7 +3,8 @@ import torch
 
 from train.losses.redundancy import barlow_twins
 from train.methods import Loss, build_method
-from train.methods.barlow import BarlowTwinsConfig, Embeddings
+from train.methods.barlow import BarlowTwinsConfig
+from train.methods.projected import Embeddings
 from train.model.draws import Draws
 from train.model.encoder import EncoderConfig
 from train.processes.distributed import World
@@ -13,7 +14,7 @@ NO_DRAWS = Draws(0, 0, torch.arange(6))
 
 def loss_of(z: torch.Tensor, **settings: float) -> Loss:
     config = BarlowTwinsConfig.model_validate({"hidden": 16, "out": 8, **settings})
-    return build_method(config, EncoderConfig(name="resnet18", width=8), World()).loss(Embeddings(z))
+    return build_method(config, EncoderConfig(name="resnet18", width=8), World()).loss(Embeddings(z, z))
 
 
 def test_projector_ends_without_batchnorm() -> None:

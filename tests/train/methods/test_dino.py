@@ -61,7 +61,7 @@ def test_loss_and_gradient_are_the_papers() -> None:
     results = []
     for loss in (lambda e: transcribed(e, method.centre, 0.04), lambda e: method.loss(e).value):
         leaf = made.student.detach().clone().requires_grad_()
-        value = loss(Logits(leaf, made.teacher))
+        value = loss(Logits(leaf, made.teacher, leaf))
         results.append((value.detach(), *torch.autograd.grad(value, leaf)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
 
@@ -92,9 +92,8 @@ def test_the_teacher_follows_by_a_momentum_that_ends_at_one() -> None:
         nn.init.normal_(p)
     for progress in (0.25, 1.0):
         before = copy.deepcopy(method.teacher_encoder)
-        method.loss(method(views(), NO_DRAWS))
         with torch.no_grad():
-            method.after_update(Update(progress, ACCEPTED))
+            method.after_update(Update(progress, ACCEPTED, method(views(), NO_DRAWS)))
         tau = 1 - 0.004 * (1 + math.cos(math.pi * progress)) / 2
         networks = (method.teacher_encoder, before, method.encoder)
         for ours, old, student in zip(*(network.parameters() for network in networks), strict=True):
@@ -132,9 +131,8 @@ def test_the_last_layer_knows_only_directions() -> None:
 def test_a_refused_update_keeps_the_centre() -> None:
     method = build()
     made = method(views(), NO_DRAWS)
-    method.loss(Logits(made.student, made.teacher * float("nan")))
     with torch.no_grad():
-        method.after_update(Update(0.5, torch.tensor(0.0)))
+        method.after_update(Update(0.5, torch.tensor(0.0), made._replace(teacher=made.teacher * float("nan"))))
     assert not method.centre.any()
     assert method.progress == 0
 
@@ -143,8 +141,8 @@ def test_metrics_tell_the_two_ways_to_collapse() -> None:
     """A uniform teacher has the entropy log K, one that always names the same dimension has none."""
     method = build()
     student = torch.zeros(4, 6, 10).double()
-    uniform = method.loss(Logits(student, student[:2])).metrics
-    peaked = method.loss(Logits(student, F.one_hot(torch.zeros(2, 6, dtype=torch.int64), 10).double())).metrics
+    uniform = method.loss(Logits(student, student[:2], student)).metrics
+    peaked = method.loss(Logits(student, F.one_hot(torch.zeros(2, 6, dtype=torch.int64), 10).double(), student)).metrics
     assert uniform["teacher_entropy"].item() == pytest.approx(math.log(10))
     assert uniform["divergence"].item() == pytest.approx(0, abs=1e-12)
     assert peaked["teacher_entropy"] < 1e-6

@@ -161,10 +161,10 @@ def test_images_can_be_exchanged(name: str) -> None:
     method, order = build(name, World()), torch.arange(_BATCH).flip(0)
     ids = torch.arange(_BATCH)
     with torch.no_grad():
-        first = method.loss(method(views(name), Draws(0, _STEP, ids)), labels())
+        first = method.loss(method(views(name), Draws(0, _STEP, ids)), labels(), Draws(0, _STEP, ids))
         method = build(name, World())
         made = method([view[order] for view in views(name)], Draws(0, _STEP, ids[order]))
-        second = method.loss(made, labels()[order])
+        second = method.loss(made, labels()[order], Draws(0, _STEP, ids[order]))
     torch.testing.assert_close(first.value, second.value, rtol=1e-9, atol=1e-12)
 
 

@@ -3,7 +3,8 @@ import torch
 
 from train.losses.distribution import characteristic, sigreg, unit_slices
 from train.methods import Loss, build_method
-from train.methods.lejepa import Embeddings, LeJEPA, LeJEPAConfig
+from train.methods.lejepa import LeJEPA, LeJEPAConfig
+from train.methods.projected import Centred
 from train.model.draws import Draws
 from train.model.encoder import EncoderConfig
 from train.processes.distributed import World
@@ -21,11 +22,11 @@ def lejepa(**settings: float) -> LeJEPA:
     return method
 
 
-def made(sizes: list[int], **settings: float) -> tuple[Embeddings, Loss]:
+def made(sizes: list[int], **settings: float) -> tuple[Centred, Loss]:
     method = lejepa(**settings)
     generator = torch.Generator().manual_seed(0)
     e = method([torch.randn(6, 3, size, size, generator=generator) for size in sizes], draws())
-    return e, method.loss(e)
+    return e, method.loss(e, None, draws())
 
 
 def test_the_centre_is_the_mean_of_the_first_views_of_one_size() -> None:
@@ -48,7 +49,7 @@ def test_loss_weighs_its_two_terms(regularizer: float) -> None:
 def test_slices_are_new_each_step() -> None:
     method = lejepa(regularizer=1.0)
     views = [torch.randn(6, 3, 32, 32) for _ in range(2)]
-    first, second, again = (method.loss(method(views, draws(step))).value for step in (0, 1, 0))
+    first, second, again = (method.loss(method(views, draws(step)), None, draws(step)).value for step in (0, 1, 0))
     assert first != second
     assert first == again
 
@@ -60,9 +61,8 @@ def test_sigreg_alone_makes_a_batch_gaussian() -> None:
     z = (line + 0.01 * torch.randn(1, 64, 8)).requires_grad_()
     optimizer = torch.optim.Adam([z], lr=0.02)
     for step in range(400):
-        method._draws = draws(step)
         optimizer.zero_grad()
-        method.loss(Embeddings(z, z)).value.backward()
+        method.loss(Centred(z, z, z), None, draws(step)).value.backward()
         optimizer.step()
     values = torch.linalg.eigvalsh(torch.cov(z.detach()[0].T))
     assert values.min() > 0.5

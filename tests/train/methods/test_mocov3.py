@@ -77,7 +77,7 @@ def test_steps_are_the_papers() -> None:
 def test_more_views_are_all_ordered_pairs() -> None:
     q, k = embeddings(3, 6, 8), embeddings(3, 6, 8, seed=1)
     pairs = [contrast(q[v], k[w]) for v in range(3) for w in range(3) if v != w]
-    torch.testing.assert_close(build().loss(Embeddings(q, k)).value, 2 * torch.stack(pairs).mean())
+    torch.testing.assert_close(build().loss(Embeddings(q, k, q)).value, 2 * torch.stack(pairs).mean())
 
 
 def test_the_teacher_has_no_gradient() -> None:
@@ -90,4 +90,4 @@ def test_the_teacher_has_no_gradient() -> None:
 
 def test_a_collapsed_network_has_the_loss_of_chance() -> None:
     same = torch.ones(2, 6, 8).double()
-    assert build().loss(Embeddings(same, same)).value.item() == pytest.approx(4 * _TAU * math.log(6))
+    assert build().loss(Embeddings(same, same, same)).value.item() == pytest.approx(4 * _TAU * math.log(6))

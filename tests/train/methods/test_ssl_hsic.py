@@ -17,7 +17,6 @@ def ssl_hsic(**settings: float) -> SSLHSIC:
     config = SSLHSICConfig.model_validate({"hidden": 16, "out": 8, **settings})
     method = build_method(config, EncoderConfig(name="resnet18", width=8), World())
     assert isinstance(method, SSLHSIC)
-    method._draws = DRAWS
     return method
 
 
@@ -58,7 +57,7 @@ def test_dependence_on_itself_is_the_trace_of_centred_kernels() -> None:
 def test_loss_and_gradient_are_the_papers_with_exact_kernels() -> None:
     """The loss of many features against the exact kernel's."""
     online, target = normal(2, 6, 8).requires_grad_(), normal(2, 6, 8, seed=1)
-    loss = ssl_hsic(features=4_000).loss(Embeddings(online, target)).value
+    loss = ssl_hsic(features=4_000).loss(Embeddings(online, target, online), None, DRAWS).value
     z = F.normalize(torch.cat([online, target]), dim=-1)
     k = kernel(z.flatten(0, 1)[:, None], z.flatten(0, 1), 1.0)
     same = torch.stack([kernel(z[:, None, i], z[:, i], 1.0).sum() for i in range(6)]).sum()
@@ -72,12 +71,12 @@ def test_loss_and_gradient_are_the_papers_with_exact_kernels() -> None:
 
 def test_at_collapse_there_is_no_dependence_and_the_gradient_is_finite() -> None:
     online = torch.ones(2, 8, 8, dtype=torch.float64, requires_grad=True)  # 32 equal rows: their mean is exact
-    loss = ssl_hsic().loss(Embeddings(online, torch.ones(2, 8, 8, dtype=torch.float64)))
+    loss = ssl_hsic().loss(Embeddings(online, torch.ones(2, 8, 8, dtype=torch.float64), online), None, DRAWS)
     (gradient,) = torch.autograd.grad(loss.value, online)
     assert abs(loss.metrics["hsic_image"].item()) < 0.1  # but for the features' error in k(z, z) = 1
     assert gradient.isfinite().all()
     apart = F.one_hot(torch.arange(6), 8).double().expand(2, 6, 8)
-    assert ssl_hsic().loss(Embeddings(apart, apart)).metrics["hsic_image"].item() > 0.25
+    assert ssl_hsic().loss(Embeddings(apart, apart, apart), None, DRAWS).metrics["hsic_image"].item() > 0.25
 
 
 def test_target_follows_the_online_network() -> None:
@@ -86,15 +85,15 @@ def test_target_follows_the_online_network() -> None:
     before = target.clone()
     with torch.no_grad():
         online.add_(1)
-        method.after_update(Update(0.0, torch.tensor(0.0)))
+        method.after_update(Update(0.0, torch.tensor(0.0), None))
         torch.testing.assert_close(target, before)
-        method.after_update(Update(0.0, torch.tensor(1.0)))
+        method.after_update(Update(0.0, torch.tensor(1.0), None))
         torch.testing.assert_close(target, before + 0.5)
     assert not any(p.requires_grad for p in method.target_encoder.parameters())
 
 
 def test_target_takes_no_gradient() -> None:
     online, target = normal(2, 6, 8).requires_grad_(), normal(2, 6, 8, seed=1).requires_grad_()
-    ssl_hsic().loss(Embeddings(online, target)).value.backward()
+    ssl_hsic().loss(Embeddings(online, target, online), None, DRAWS).value.backward()
     assert online.grad is not None
     assert target.grad is None

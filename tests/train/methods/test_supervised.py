@@ -31,10 +31,12 @@ def test_loss_is_the_cross_entropy_averaged_over_views(smoothing: float) -> None
     logits, labels = torch.randn(2, 6, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4, 0])
     targets = (1 - smoothing) * F.one_hot(labels, 5) + smoothing / 5
     expected = -(targets * logits.log_softmax(-1)).sum(-1).mean()
-    torch.testing.assert_close(supervised(label_smoothing=smoothing).loss(Logits(logits), labels).value, expected)
+    torch.testing.assert_close(
+        supervised(label_smoothing=smoothing).loss(Logits(logits, logits), labels).value, expected
+    )
 
 
 def test_accuracy_counts_the_largest_logit() -> None:
     labels = torch.tensor([0, 1, 2, 3])
     logits = F.one_hot(torch.tensor([0, 1, 2, 0]), 5).double()[None]
-    assert supervised().loss(Logits(logits), labels).metrics["accuracy"].item() == 0.75
+    assert supervised().loss(Logits(logits, logits), labels).metrics["accuracy"].item() == 0.75

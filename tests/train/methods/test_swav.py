@@ -41,7 +41,7 @@ def test_loss_and_gradient_are_the_papers() -> None:
     method = build()
     scores = method(views(), NO_DRAWS).scores.detach()
     gradients = []
-    for loss in (transcribed, lambda s: method.loss(Scores(s)).value):
+    for loss in (transcribed, lambda s: method.loss(Scores(s, s, s)).value):
         leaf = scores.clone().requires_grad_()
         value = loss(leaf)
         gradients.append((value.detach(), *torch.autograd.grad(value, leaf)))
@@ -70,11 +70,12 @@ def test_prototypes_are_frozen_at_first_and_always_of_unit_length() -> None:
 
 
 def test_a_refused_update_moves_nothing() -> None:
-    method = build()
+    method = build(queue=8, queue_starts=0)
     torch.nn.init.normal_(method.prototypes)
+    made = method(views(), NO_DRAWS)
     before = {name: value.clone() for name, value in method.state_dict().items()}
     with torch.no_grad():
-        method.after_update(Update(0.5, torch.tensor(0.0)))
+        method.after_update(Update(0.5, torch.tensor(0.0), made))
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
 
 
@@ -83,7 +84,29 @@ def test_codes_forbid_collapse() -> None:
     method = build()
     alike = F.normalize(torch.randn(10).double(), dim=0).expand(4, 6, 10)
     apart = torch.eye(10).double()[:6].expand(4, 6, 10)
-    collapsed, spread = (method.loss(Scores(scores)) for scores in (alike, apart))
+    collapsed, spread = (method.loss(Scores(scores, scores, scores)) for scores in (alike, apart))
     assert collapsed.value > torch.tensor(10.0).log()
     assert spread.value < collapsed.value
     assert spread.metrics["prototypes_used"] > collapsed.metrics["prototypes_used"]
+
+
+def test_codes_are_made_with_the_queue_once_it_is_full() -> None:
+    """As in the authors' loop, with lists: it fills after ``queue_starts``, and is used from when it is full."""
+    method = build(queue=12, queue_starts=0.15, epsilon=0.5)
+    step = TrainStep(method, method, build_optimizer(OptimConfig(name="sgd"), method), torch.float64)
+    kept: list[list[torch.Tensor]] = [[], []]
+    for number in range(1, 6):
+        made = method(views(), NO_DRAWS)
+        scores, prototypes = made.scores[:2].detach(), method.prototypes.detach()
+        for found, one, embeddings in zip(method._codes(scores), scores, kept, strict=True):
+            full = len(embeddings) == 12
+            rows = torch.cat([torch.stack(embeddings) @ prototypes.T, one]) if full else one
+            torch.testing.assert_close(found, transcribed_sinkhorn(rows, 0.5, 3)[-6:])
+        step(views(), NO_DRAWS, 0.01, number / 10)
+        for embeddings, z in zip(kept, made.z[:2].detach(), strict=True):
+            embeddings[:] = (embeddings + list(z))[-12:] if number / 10 > 0.15 else []
+    assert method.queued == 24
+
+
+def test_without_a_queue_there_is_no_more_state_than_before() -> None:
+    assert not [name for name in build().state_dict() if "queue" in name]

@@ -3,14 +3,15 @@ import torch
 import torch.nn.functional as F
 
 from train.methods import Loss, build_method
-from train.methods.vicreg import Embeddings, VICRegConfig
+from train.methods.projected import Embeddings
+from train.methods.vicreg import VICRegConfig
 from train.model.encoder import EncoderConfig
 from train.processes.distributed import World
 
 
 def loss_of(z: torch.Tensor, **settings: float) -> Loss:
     config = VICRegConfig.model_validate({"hidden": 16, "out": 8, **settings})
-    return build_method(config, EncoderConfig(name="resnet18", width=8), World()).loss(Embeddings(z))
+    return build_method(config, EncoderConfig(name="resnet18", width=8), World()).loss(Embeddings(z, z))
 
 
 def transcribed(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,8 @@ import torch
 
 from train.losses.distribution import centre, scale, shape, unit_slices
 from train.methods import build_method
-from train.methods.visreg import Embeddings, VISReg, VISRegConfig
+from train.methods.projected import Centred
+from train.methods.visreg import VISReg, VISRegConfig
 from train.model.draws import Draws
 from train.model.encoder import EncoderConfig
 from train.processes.distributed import World
@@ -15,7 +16,6 @@ def visreg(world: World, **settings: float) -> VISReg:
     config = VISRegConfig.model_validate({"hidden": 16, "out": 8, "slices": 32, **settings})
     method = build_method(config, EncoderConfig(name="resnet18", width=8), world)
     assert isinstance(method, VISReg)
-    method._draws = DRAWS
     return method
 
 
@@ -27,14 +27,14 @@ def test_projector_has_gelu_and_ends_without_batchnorm() -> None:
 def test_target_is_the_mean_of_the_global_views() -> None:
     e = visreg(World())([torch.randn(6, 3, size, size) for size in (32, 32, 16)], DRAWS)
     assert e.z.shape == (3, 6, 8)
-    torch.testing.assert_close(e.target, e.z[:2].mean(0, keepdim=True))
+    torch.testing.assert_close(e.centre, e.z[:2].mean(0, keepdim=True))
 
 
 @pytest.mark.parametrize("regularizer", [0.0, 0.6, 1.0])
 def test_loss_weighs_its_terms(regularizer: float) -> None:
     z = torch.randn(3, 6, 8, dtype=torch.float64)
     method = visreg(World(), regularizer=regularizer, scale=2.0, shape=3.0, centre=5.0)
-    loss = method.loss(Embeddings(z, z[:2].mean(0, keepdim=True)))
+    loss = method.loss(Centred(z, z[:2].mean(0, keepdim=True), z), None, DRAWS)
     prediction = (z - z[:2].mean(0)).square().mean()
     slices = unit_slices(DRAWS.shared_normal("slices", 8, 32).double())
     expected = 2 * scale(z) + 3 * shape(z, slices).mean() + 5 * centre(z)
@@ -44,6 +44,6 @@ def test_loss_weighs_its_terms(regularizer: float) -> None:
 def test_processes_share_the_slices_out() -> None:
     """Also where their number does not divide that of the slices."""
     z = torch.randn(3, 6, 8, dtype=torch.float64)
-    shares = [visreg(World(rank, 3))._shape(z) for rank in range(3)]
-    torch.testing.assert_close(torch.stack(shares).mean(), visreg(World())._shape(z))
+    shares = [visreg(World(rank, 3))._shape(z, DRAWS) for rank in range(3)]
+    torch.testing.assert_close(torch.stack(shares).mean(), visreg(World())._shape(z, DRAWS))
     assert len({round(share.item(), 9) for share in shares}) == 3

@@ -25,12 +25,12 @@ def test_it_starts_as_a_copy_without_gradients() -> None:
 def test_it_moves_by_the_share_of_the_student() -> None:
     teacher, student = networks()
     before = teacher[0].weight.clone()
-    follow(teacher, student, 0.9, torch.tensor(1.0))
+    follow([(teacher, student)], 0.9, torch.tensor(1.0))
     torch.testing.assert_close(teacher[0].weight, 0.9 * before + 0.1 * student[0].weight)
 
 
 def test_a_refused_update_leaves_it_as_it_is() -> None:
     teacher, student = networks()
     before = [p.clone() for p in teacher.parameters()]
-    follow(teacher, student, 0.9, torch.tensor(0.0))
+    follow([(teacher, student)], 0.9, torch.tensor(0.0))
     assert all(torch.equal(p, b) for p, b in zip(teacher.parameters(), before, strict=True))

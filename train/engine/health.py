@@ -1,0 +1,116 @@
+"""The health of embeddings, without labels: how far views of an image agree and how much of the space is used.
+
+All of it is computed where losses are logged, from two views of at most 512 images of the global batch, in at most 512
+of their dimensions. So the numbers of embeddings with more dimensions are those of a part of them. How to read them:
+
+    embedding_std     1 where embeddings go into all directions alike, 0 where all are the same
+    alignment         0 where the views of an image agree, 2 where they are as far apart as those of different images
+    uniformity        -4 for embeddings spread evenly over the sphere, 0 where all are the same
+    rankme            the number of dimensions in use
+    alpha_req         how fast their variances fall: near 1 is best, much above 1 few dimensions hold everything
+    lidar             the number of dimensions that tell images apart rather than views of one
+    teacher_distance  of the teacher's weights from the student's, relative to the student's
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from train.methods import Loss, Method
+from train.model.teacher import distance
+from train.processes.distributed import World
+
+_MOST = 512  # images and dimensions: an eigendecomposition of this size takes milliseconds
+_SIGNS = {"embedding_std": (0.05, "complete collapse"), "rankme": (1.5, "dimensional collapse")}
+_TIMES = 2
+
+
+def sample(embeddings: torch.Tensor) -> torch.Tensor:
+    """A copy of two views of (V, b, D), in every so many of their dimensions."""
+    return embeddings[:2, :, :: math.ceil(embeddings.shape[2] / _MOST)].detach().clone()
+
+
+@torch.no_grad()
+def measure(method: Method, loss: Loss, world: World) -> dict[str, torch.Tensor]:
+    """The scalars above, the same on all ranks; those that compare views where there are two. Synchronises ranks."""
+    assert loss.z is not None
+    stride = math.ceil(loss.z.shape[1] * world.size / _MOST)
+    z = world.gather(loss.z[:, ::stride].float().contiguous(), dim=1).double()
+    found = {"embedding_std": embedding_std(z), "uniformity": uniformity(z)}
+    spectrum = torch.linalg.eigvalsh(_smaller_gram(z[0])).clamp_min(0).flip(0)
+    found |= {"rankme": rankme(spectrum.sqrt()), "alpha_req": alpha_req(spectrum)}
+    if len(z) > 1:
+        found |= {"alignment": alignment(z), "lidar": lidar(z)}
+    if pairs := method.teachers():
+        found["teacher_distance"] = distance(pairs)
+    return found
+
+
+def embedding_std(z: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of z (V, N, D) on the sphere, averaged over dimensions, times sqrt(D) (SimSiam, figure 2)."""
+    return F.normalize(z, dim=-1).std(dim=1, correction=0).mean() * math.sqrt(z.shape[-1])
+
+
+def alignment(z: torch.Tensor) -> torch.Tensor:
+    """``E |x - y|^2`` of two views on the sphere (Wang & Isola, 2020, section 4.1)."""
+    x, y = F.normalize(z[:2], dim=-1)
+    return (x - y).square().sum(-1).mean()
+
+
+def uniformity(z: torch.Tensor) -> torch.Tensor:
+    """``log E exp(-2 |x - x'|^2)`` over pairs of different images of one view (the same), averaged over views."""
+    unit = F.normalize(z, dim=-1)
+    exponents = 4 * (unit @ unit.mT - 1)
+    exponents.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
+    return (exponents.flatten(1).logsumexp(1) - math.log(z.shape[1] * (z.shape[1] - 1))).mean()
+
+
+def rankme(singular_values: torch.Tensor) -> torch.Tensor:
+    """exp of the entropy of singular values that sum to 1 (Garrido et al., "RankMe", 2023, equation 1)."""
+    shares = singular_values / singular_values.sum().clamp_min(1e-30)
+    return torch.special.entr(shares).sum().exp()
+
+
+def alpha_req(spectrum: torch.Tensor) -> torch.Tensor:
+    """Minus the slope of log eigenvalues, falling, over their log ranks (Agrawal et al., "alpha-ReQ", 2022), by least
+    squares over the ranks from the 2nd to half of those that there are."""
+    values = spectrum[1 : max(4, len(spectrum) // 2)].clamp_min(1e-30).log()
+    ranks = torch.arange(2, len(values) + 2, dtype=values.dtype, device=values.device).log()
+    centred = ranks - ranks.mean()
+    return -(centred * values).sum() / centred.square().sum()
+
+
+def lidar(z: torch.Tensor, delta: float = 1e-4) -> torch.Tensor:
+    """`rankme` of the eigenvalues of ``W^-1/2 B W^-1/2`` (Thilak et al., "LiDAR", 2024): B is the covariance of images'
+    means of z (V, N, D), W that of views about them plus ``delta``. Those of ``L^-1 B L^-T``, W = L L^T, are the same.
+    """
+    means = z.mean(0)
+    between, within = means - means.mean(0), (z - means).flatten(0, 1)
+    w = within.T @ within / (len(within) - len(means)) + delta * torch.eye(z.shape[2], dtype=z.dtype, device=z.device)
+    root = torch.linalg.solve_triangular(torch.linalg.cholesky(w), between.T, upper=False)
+    return rankme(torch.linalg.eigvalsh(_smaller_gram(root)).clamp_min(0))
+
+
+def _smaller_gram(a: torch.Tensor) -> torch.Tensor:
+    """``a a^T`` or ``a^T a``, whose eigenvalues are the same but for zeros."""
+    return a @ a.T if a.shape[0] < a.shape[1] else a.T @ a
+
+
+class Watch:
+    """Says when embeddings have collapsed: a figure is below its limit, twice in a row, and has fallen to less than a
+    third of its highest since the start (an untrained ViT's class tokens are nearly the same, and a run comes out)."""
+
+    def __init__(self) -> None:
+        self._highest = dict.fromkeys(_SIGNS, 0.0)
+        self._times = 0
+
+    def __call__(self, measured: dict[str, float]) -> str | None:
+        """The name of the sign with its figures; None where there is none."""
+        signs = []
+        for name, (limit, kind) in _SIGNS.items():
+            highest = self._highest[name] = max(measured[name], self._highest[name])
+            if measured[name] < min(limit, highest / 3):
+                signs.append(f"{kind}: {name} is {measured[name]:.2g} and was {highest:.2g}")
+        self._times = self._times + 1 if signs else 0
+        return signs[0] if self._times >= _TIMES else None
