@@ -23,12 +23,8 @@ class Stats:
 
     thread_seconds: float = 0.0  # `seconds`, times the threads that the loader was given
     read_seconds: float = 0.0  # encoded images; some 0.03 ms each from the page cache, more: the disk is waited for
-    decode_seconds: float = (
-        0.0  # reading included; of `dali` all its threads' time while the driving one waits for them
-    )
-    geometry_seconds: float = (
-        0.0  # cutting, resizing, mirroring; not measured on a GPU, where training overlaps with it
-    )
+    decode_seconds: float = 0.0  # reading included; of `dali`, all its threads while the driving one waits for them
+    geometry_seconds: float = 0.0  # cutting, resizing, mirroring; not measured on a GPU, which trains meanwhile
     photometric_seconds: float = 0.0  # jitter, grey, blur and solarize; likewise
 
     num_batches: int = 0  # delivered
