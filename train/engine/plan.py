@@ -23,9 +23,9 @@ class RunPlan:
     def learning_rate(self, step: int) -> float:
         """Of the update ``step``, from 0, in the shape of ``optim.schedule``."""
         optim = self.optim
-        final = self.peak * (1 if optim.schedule == "constant" else optim.final_learning_rate)
         if optim.schedule == "step" and step >= self.warmup_steps:
-            return schedule.stairs(step / self.total_steps, self.peak, final, optim.milestones)
+            return schedule.stairs(step / self.total_steps, self.peak, optim.milestones)
+        final = self.peak * (optim.final_learning_rate if optim.schedule == "cosine" else 1)
         return schedule.warmup_cosine(
             step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, peak=self.peak, final=final
         )

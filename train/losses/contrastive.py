@@ -1,6 +1,7 @@
 """Losses that tell the views of an image from those of other images."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,19 +12,16 @@ _WHOLE = 2**25  # logits, 128 MiB in float32: more of them are made tile by tile
 _TILE = 2**24
 
 
-def nt_xent(
-    z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float, tile: int | None = None
-) -> torch.Tensor:
+def nt_xent(z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float) -> torch.Tensor:
     """The normalised temperature-scaled cross entropy of SimCLR (Chen et al., 2020, equation 1).
 
     z       (V, b, D) embeddings of V views of the b anchor images
     keys    (V, B, D) embeddings of the whole batch, in which the anchors are rows ``offset`` to ``offset + b``
 
     For each anchor and each of its V - 1 positives, the cross entropy of the positive against all other embeddings
-    but the anchor itself; the mean over anchors and positives, a scalar. For V = 2 this is the paper's loss. ``tile``:
-    see `log_sum_exp`.
+    but the anchor itself; the mean over anchors and positives, a scalar. For V = 2 this is the paper's loss.
     """
-    return _contrast(z, keys, offset, temperature, 1, tile=tile)
+    return _contrast(z, keys, offset, temperature, 1)
 
 
 def dcl(z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float) -> torch.Tensor:
@@ -78,19 +76,13 @@ def align_uniform(
 
 
 def _contrast(
-    z: torch.Tensor,
-    keys: torch.Tensor,
-    offset: int,
-    temperature: float,
-    num_excluded: int,
-    weights: torch.Tensor | float = 1.0,
-    tile: int | None = None,
+    z: torch.Tensor, keys: torch.Tensor, offset: int, temperature: float, num_excluded: int, weights: Any = 1.0
 ) -> torch.Tensor:
     """The mean over anchors of the denominators, without the first ``num_excluded`` of `_columns`, less that of the
     positives times ``weights`` (V - 1, V, b)."""
     z, keys = F.normalize(z, dim=-1), F.normalize(keys, dim=-1)
     excluded = _columns(z, keys, offset)[:, :num_excluded]
-    denominators = log_sum_exp(z.flatten(0, 1), keys.flatten(0, 1), excluded, temperature, tile)
+    denominators = log_sum_exp(z.flatten(0, 1), keys.flatten(0, 1), excluded, temperature)
     return denominators.mean() - (weights * _positives(z, keys, offset)).mean() / temperature
 
 
@@ -108,18 +100,16 @@ def _columns(z: torch.Tensor, keys: torch.Tensor, offset: int) -> torch.Tensor:
 
 
 def log_sum_exp(
-    anchors: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor, temperature: float, tile: int | None = None
+    anchors: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """``log(sum(exp(a . o / temperature)))`` (A,) of anchors (A, D) over the others (K, D), but for those whose
-    numbers are in ``excluded`` (A, E). Where there are many logits, those of only so many anchors as ``tile`` says (by
-    default few) are held at a time, and made once more for the gradient."""
-    if tile is None:
-        tile = len(anchors) if len(anchors) * len(others) <= _WHOLE else max(1, _TILE // len(others))
-    if tile >= len(anchors):
+    numbers are in ``excluded`` (A, E). Where there are many logits, those of few anchors are held at a time, and made
+    once more for the gradient."""
+    if len(anchors) * len(others) <= _WHOLE:
         return _log_sum_exp(anchors, others, excluded, temperature)
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    tile, made_twice = max(1, _TILE // len(others)), partial(checkpoint, _log_sum_exp, use_reentrant=False)
     pairs = zip(anchors.split(tile), excluded.split(tile), strict=True)
-    return torch.cat([checkpoint(_log_sum_exp, a, others, e, temperature, **options) for a, e in pairs])
+    return torch.cat([made_twice(a, others, e, temperature, preserve_rng_state=False) for a, e in pairs])
 
 
 def _log_sum_exp(

@@ -41,7 +41,7 @@ class Supervised(Method):
         "supervised",
         {
             "optim": {"name": "sgd", "learning_rate": 0.1, "weight_decay": 1e-4, "epochs": 90, "warmup_epochs": 5}
-            | {"schedule": "step", "final_learning_rate": 0.001, "milestones": [1 / 3, 2 / 3, 8 / 9]},
+            | {"schedule": "step", "milestones": [1 / 3, 2 / 3, 8 / 9]},
             "run": {"dir": "runs/supervised", "global_batch_size": 8192, "batchnorm": "local"},
         },
     )

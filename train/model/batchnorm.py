@@ -13,7 +13,7 @@ from train.processes.distributed import World
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def synchronize_batchnorm(module: Network, world: World, over: str | int = "global") -> Network:
+def synchronize_batchnorm(module: Network, world: World, over: str = "global") -> Network:
     """The module with its BatchNorm layers normalising over the global batch, parameters and their names kept.
 
     ``over`` may also be "local" (the images of a process), "node" (those of a machine) or a number of processes of
@@ -21,7 +21,7 @@ def synchronize_batchnorm(module: Network, world: World, over: str | int = "glob
     `GlooBatchNorm`. To be called on all ranks. Raises UserError where the groups would not be of equal size.
     """
     node = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # of torchrun
-    size = {"local": 1, "node": node, "global": world.size}.get(str(over), over)
+    size = {"local": 1, "node": node, "global": world.size}.get(over, over)
     if world.size == 1 or size == 1:
         return module
     group = world.subgroup(int(size), f"run.batchnorm={over}")

@@ -24,22 +24,16 @@ _TOKENS = {"pos_embed", "cls_token", "reg_token", "dist_token", "mask_token", "m
 
 
 class OptimConfig(Settings):
-    name: Literal["lars", "larc", "lamb", "sgd", "adamw"] = Field(
-        "lars", description="larc: LARS that only lowers learning rates (solo-learn's clip_lr)"
-    )
+    name: Literal["lars", "larc", "lamb", "sgd", "adamw"] = Field("lars", description="larc: LARS with a clipped ratio")
     learning_rate: float = Field(0.3, gt=0, description="peak is this x B/256 (linear) or x sqrt(B) (sqrt)")
     scaling: Literal["linear", "sqrt"] = "linear"
     schedule: Literal["cosine", "constant", "step"] = Field("cosine", description="of the rate, after the warm-up")
-    final_learning_rate: float = Field(0.0, ge=0, le=1, description="at the end of cosine and step: share of the peak")
-    milestones: tuple[float, ...] = Field(
-        (0.6, 0.8), min_length=1, description="step: fractions of the run at which the rate falls, in equal ratios"
-    )
+    final_learning_rate: float = Field(0.0, ge=0, le=1, description="that the cosine ends at: share of the peak")
+    milestones: tuple[float, ...] = Field((0.6, 0.8), description="step: fractions of the run; each divides by 10")
     weight_decay: float = Field(1e-6, ge=0, description="not on what is excluded")
     weight_decay_end: float | None = Field(None, ge=0, description="by a cosine over the run; default: does not move")
     exclude: tuple[Literal["vectors", "tokens"], ...] = Field(
-        ("vectors",),
-        description="neither decayed nor adapted: vectors (biases, BatchNorm, LayerNorm), "
-        "tokens (of class and mask, position embeddings)",
+        ("vectors",), description="without decay and adaptation: vectors (biases, norms), tokens (and their positions)"
     )
     excluded_rate: float = Field(1.0, gt=0, description="learning rate of what is excluded: share of the others'")
     momentum: float = Field(0.9, ge=0, lt=1, description="of LARS, LARC and SGD; beta_1 of AdamW and LAMB")
@@ -57,22 +51,16 @@ class OptimConfig(Settings):
                 f"warmup_epochs: expected less than the {self.epochs:g} optim.epochs, found {self.warmup_epochs:g}; "
                 f"set optim.warmup_epochs={self.epochs / 10:g}, for example"
             )
-        if self.schedule == "step" and not self.final_learning_rate:
-            raise ValueError(
-                "final_learning_rate: expected more than 0 with optim.schedule=step; "
-                f"{0.1 ** len(self.milestones):g} divides the rate by 10 at each of the optim.milestones"
-            )
         return self
 
 
 def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of all trainable parameters in two groups, of which the second (``config.exclude``) is neither
     decayed nor adapted. Learning rates are set by the train step: its own times the group's ``lr_scale``."""
-    chosen: list[nn.Parameter] = []
-    excluded: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            (excluded if _is_excluded(name, parameter, config.exclude) else chosen).append(parameter)
+    chosen, excluded = (
+        [p for n, p in module.named_parameters() if p.requires_grad and _is_excluded(n, p, config.exclude) == wanted]
+        for wanted in (False, True)
+    )
     groups = [
         {"params": chosen, "weight_decay": config.weight_decay, "adapt": True, "lr_scale": 1.0},
         {"params": excluded, "weight_decay": 0.0, "adapt": False, "lr_scale": config.excluded_rate},
@@ -92,13 +80,6 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optim
 def _is_excluded(name: str, parameter: nn.Parameter, rules: tuple[str, ...]) -> bool:
     is_vector, is_token = parameter.ndim <= 1, name.rpartition(".")[2] in _TOKENS
     return (is_vector and "vectors" in rules) or (is_token and "tokens" in rules)
-
-
-def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
-    """Of the group that is decayed."""
-    for group in optimizer.param_groups:
-        if group["adapt"]:
-            group["weight_decay"] = weight_decay
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -25,7 +25,6 @@ def cosine(progress: float, start: float, end: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def stairs(progress: float, start: float, end: float, milestones: Sequence[float]) -> float:
-    """From ``start`` to ``end`` (both positive) in equal ratios, one at each of the ``milestones`` of progress."""
-    passed = sum(progress >= milestone for milestone in milestones)
-    return start * (end / start) ** (passed / len(milestones))
+def stairs(progress: float, start: float, milestones: Sequence[float]) -> float:
+    """``start`` divided by 10 at each of the ``milestones`` of progress."""
+    return start * 0.1 ** sum(progress >= milestone for milestone in milestones)

@@ -7,7 +7,6 @@ from tests.train.runs import settings
 from train.config import load_config
 from train.engine.checkpoint import checkpoints, load
 from train.engine.plan import RunPlan, plan_run
-from train.overrides import ConfigError
 from train.pretrain import main
 
 
@@ -44,11 +43,6 @@ def test_dinos_weight_decay_rises_by_a_cosine(shards: Any) -> None:
     chosen = plan(shards, "method.name=dino", "optim.epochs=25")
     assert [chosen.weight_decay(step) for step in (0, 50, 100)] == pytest.approx([0.04, 0.22, 0.4])
     assert plan(shards).weight_decay(7) == 1e-6, "by default it does not move"
-
-
-def test_stairs_need_a_rate_to_end_at() -> None:
-    with pytest.raises(ConfigError, match=r"final_learning_rate: expected more than 0 with .* 0\.01 divides the rate"):
-        load_config(None, ["optim.schedule=step"])
 
 
 def test_a_run_moves_its_weight_decay_and_shows_what_is_derived(

@@ -223,26 +223,36 @@ def test_info_nce_is_a_cross_entropy_among_the_keys() -> None:
     torch.testing.assert_close(info_nce(queries, keys, 2, 0.2), F.cross_entropy(logits, torch.arange(2, 5)))
 
 
+def set_tile(patch: pytest.MonkeyPatch, num_anchors: int | None, num_others: int) -> None:
+    """So many anchors at a time, or all."""
+    patch.setattr(contrastive, "_WHOLE", 0 if num_anchors else 2**40)
+    patch.setattr(contrastive, "_TILE", (num_anchors or 1) * num_others)
+
+
 @pytest.mark.parametrize("tile", [1, 5, 7, 64])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_tiles_have_the_value_and_the_gradients_of_the_whole(tile: int, dtype: torch.dtype, tolerance: float) -> None:
-    """Also of keys that are not the anchors, and with the second process's place among them."""
+def test_tiles_have_the_value_and_the_gradients_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, tile: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Of anchors that are the second process's, among keys that are not the same tensor."""
     results = []
     for size in (None, tile):
+        set_tile(monkeypatch, size, 36)
         z, keys = (t.to(dtype).requires_grad_() for t in (doubles(3, 4, 8), doubles(3, 12, 8)))
-        value = nt_xent(z, keys, 4, 0.2, tile=size)
+        value = nt_xent(z, keys, 4, 0.2)
         results.append([value, *torch.autograd.grad(value, [z, keys])])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_what_is_excluded_is_so_in_whichever_tile_it_is() -> None:
+@pytest.mark.parametrize("tile", [None, 1, 2])
+def test_what_is_excluded_is_not_summed(monkeypatch: pytest.MonkeyPatch, tile: int | None) -> None:
     anchors, others = doubles(3, 5), doubles(9, 5)
     excluded = torch.tensor([[0, 8], [3, 4], [5, 2]])
     kept = [[o for o in range(9) if o not in row] for row in excluded.tolist()]
     expected = torch.stack([(others[o] @ a / 0.1).logsumexp(0) for a, o in zip(anchors, kept, strict=True)])
-    for tile in (None, 1, 2, 4):
-        torch.testing.assert_close(log_sum_exp(anchors, others, excluded, 0.1, tile), expected)
+    set_tile(monkeypatch, tile, 9)
+    torch.testing.assert_close(log_sum_exp(anchors, others, excluded, 0.1), expected)
 
 
 class Largest(TorchDispatchMode):
@@ -267,10 +277,13 @@ def test_the_matrix_of_a_large_batch_is_never_held() -> None:
 
 def tiled_by_rank(world: World, tile: int | None) -> list[torch.Tensor]:
     """The mean loss, and the gradient of this rank's embeddings as DDP would average it."""
+    patch = pytest.MonkeyPatch()
+    set_tile(patch, tile, 24)
     per_rank = 12 // world.size
     z = doubles(2, 12, 5)[:, world.rank * per_rank :][:, :per_rank].clone().requires_grad_()
-    loss = nt_xent(z, world.gather(z, dim=1), world.rank * per_rank, 0.2, tile=tile)
+    loss = nt_xent(z, world.gather(z, dim=1), world.rank * per_rank, 0.2)
     loss.backward()
+    patch.undo()
     return [world.mean(loss), torch.as_tensor(z.grad) / world.size]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sharding.command import UserError
-from train.optim.optimizers import OptimConfig, build_optimizer, restore, set_weight_decay
+from train.optim.optimizers import OptimConfig, build_optimizer, restore
 
 RATES = [0.0, 0.3, 0.5, 0.1, 0.02]
 
@@ -109,9 +109,8 @@ def test_what_is_excluded_is_chosen_by_rule(name: str, exclude: list[str], exclu
     decayed, plain = optimizer.param_groups
     assert sorted(n for n, p in module.named_parameters() if any(p is q for q in plain["params"])) == excluded
     assert len(decayed["params"]) + len(plain["params"]) == 6
-    set_weight_decay(optimizer, 0.75)
     assert [(g["weight_decay"], g["adapt"], g["lr_scale"]) for g in (decayed, plain)] == [
-        (0.75, True, 1.0),
+        (0.5, True, 1.0),
         (0.0, False, 0.25),
     ]
     update(module, optimizer, 0.1, [torch.ones_like(p) for p in module.parameters()])
