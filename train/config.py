@@ -43,12 +43,6 @@ HomeStr = Annotated[str, AfterValidator(_expand_home)]
 HomePath = Annotated[Path, AfterValidator(lambda path: Path(_expand_home(str(path))))]
 
 
-def _check_batchnorm(over: int | str) -> int | str:
-    if over in ("local", "node", "global") or (isinstance(over, int) and over > 0):
-        return over
-    raise ValueError(f"expected local, node, global or a number of processes, found {over!r}")
-
-
 class DataConfig(Settings):
     shards: HomeStr = Field("/data/shards", description="directory or URL made by `python -m sharding.build`")
     backend: Literal["auto", *BACKENDS] = Field(  # type: ignore[valid-type]  # the literal table is the type
@@ -75,9 +69,16 @@ class RunConfig(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
         "auto", description="auto: bf16 on a GPU, fp32 elsewhere; fp64: on a CPU, to verify"
     )
-    batchnorm: Annotated[int | str, AfterValidator(_check_batchnorm)] = Field(
-        "global", description="statistics over the images of: global, local (a process), node, or so many processes"
+    batchnorm: str = Field(
+        "global",
+        pattern=r"^(local|node|global|[1-9]\d*)$",
+        coerce_numbers_to_str=True,
+        description="statistics over the images of all processes, of one (local), of a node, or of so many",
     )
+    gradient_compression: Literal["none", "bf16", "fp16"] = Field("none", description="of what processes send")
+    bucket_mb: int = Field(25, ge=1, description="gradients that DDP sends together, in MiB")
+    static_graph: bool = Field(False, description="DDP: every step trains the same parameters in the same order")
+    noise_scale: bool = Field(False, description="log the gradient noise scale and the critical batch size")
     compile: bool = Field(False, description="torch.compile the method's forward")
     init_from: HomePath | None = Field(
         None, description="begin with an encoder's weights: a run, one of its checkpoints, or a torch file of them"

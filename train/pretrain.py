@@ -27,13 +27,14 @@ from train.curves import draw_curves
 from train.engine import automatic, checkpoint, health
 from train.engine.loop import Clock, Hook, StepDone, fit
 from train.engine.monitor import Monitor
+from train.engine.noise import NoiseScale, critical_batch_size
 from train.engine.plan import RunPlan, check_batch, plan_run
 from train.engine.step import TrainStep
 from train.methods import Loss, Method, build_method
 from train.model.batchnorm import synchronize_batchnorm
 from train.model.draws import Draws
 from train.online import Online, has_labels
-from train.optim.optimizers import build_optimizer, restore, set_weight_decay
+from train.optim.optimizers import build_optimizer, restore
 from train.processes import stop
 from train.processes.distributed import AnyRank, World, session
 from train.processes.run_directory import run_directory
@@ -118,18 +119,25 @@ class Pretraining:
         compiled: Any = torch.compile(method) if config.run.compile else method
         self.step = TrainStep(
             method,
-            world.wrap(compiled),
+            world.wrap(compiled, config.run.gradient_compression, config.run.bucket_mb, config.run.static_graph),
             optimizer,
             automatic.dtype(config, world),
             micro_batch_size=config.run.micro_batch_size,
             clip_norm=config.optim.clip_norm,
         )
+        batch = config.run.global_batch_size
+        part = config.run.micro_batch_size or batch // world.size
+        self._noise = NoiseScale(method, batch, part, world.size) if config.run.noise_scale else None
 
     def __call__(self, batch: Batch, step: int) -> Loss:
         draws = Draws(self._seed, step, batch.ids)
         labels = batch.labels if self.method.takes_labels else None
-        set_weight_decay(self.optimizer, self._plan.weight_decay(step))
-        return self.step(batch.views, draws, self._plan.learning_rate(step), self._plan.progress(step + 1), labels)
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self._plan.weight_decay(step) if group["adapt"] else 0.0
+        rate, progress = self._plan.learning_rate(step), self._plan.progress(step + 1)
+        loss = self.step(batch.views, draws, rate, progress, labels)
+        noise = self._noise(loss.metrics["gradient_norm"]) if self._noise else {}
+        return loss._replace(metrics=loss.metrics | noise)
 
     def learning_rate(self, step: int) -> float:
         return self._plan.learning_rate(step)
@@ -165,7 +173,8 @@ class Log:
         named |= self._online.measure(state) if self._online else {}
         values = self._world.mean(torch.stack([value.float() for value in named.values()])).tolist()
         if self._monitor:
-            record = dict(zip(named, values, strict=True)) | {"learning_rate": self._task.learning_rate(state.done - 1)}
+            means = dict(zip(named, values, strict=True))
+            record = means | {"learning_rate": self._task.learning_rate(state.done - 1)} | critical_batch_size(means)
             record |= self._collapse(state.done, record)
             self._monitor.log(state.done, record, self._loader.stats(), self._clock.pause_seconds)
 

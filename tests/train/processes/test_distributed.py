@@ -114,7 +114,7 @@ def test_every_kind_of_batchnorm_is_synchronized() -> None:
             torch.testing.assert_close(layer[2:], buffers)
 
 
-_GROUPS: dict[str | int, int] = {"local": 1, 2: 2, "node": 2, "global": 4, 4: 4}  # of how many ranks
+_GROUPS = {"local": 1, "2": 2, "node": 2, "global": 4, "4": 4}  # of how many ranks
 
 
 def outputs_of_groups(world: World) -> list[list[torch.Tensor]]:
@@ -151,6 +151,30 @@ def test_batchnorm_of_a_group_of_ranks_is_that_of_one_process_with_their_images(
 
 
 def test_groups_that_would_not_be_equal_are_refused() -> None:
-    for over, found in ((3, 3), ("node", 0)):
+    for over, found in (("3", 3), ("node", 0)):
         with pytest.raises(UserError, match=rf"run\.batchnorm={over}: .*a divisor of the 4 processes, found {found}"):
             synchronize_batchnorm(network(), World(size=4), over)
+
+
+def gradients_by(world: World) -> list[torch.Tensor]:
+    """Of all parameters together: as they are, in small buckets and a static graph, and compressed."""
+    results = []
+    for options in (("none", 25, False), ("none", 1, True), ("bf16", 25, False), ("fp16", 25, False)):
+        module = synchronize_batchnorm(network(), world)
+        wrapped = world.wrap(module, *options)
+        for _ in range(2):  # DDP rearranges its buckets after the first
+            module.zero_grad()
+            x = images()[0][world.rank * _BATCH // world.size :][: _BATCH // world.size]
+            wrapped(x).square().mean().backward()
+        results.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
+    return results
+
+
+def test_compressed_gradients_are_close_and_equal_on_all_ranks() -> None:
+    ranks = run_ranks(gradients_by, 2)
+    plain, static, bf16, fp16 = ranks[0]
+    torch.testing.assert_close(static, plain)
+    for compressed, tolerance in ((bf16, 2**-8), (fp16, 2**-10)):
+        assert 0 < (compressed - plain).norm() < tolerance * plain.norm()
+    for a, b in zip(*ranks, strict=True):
+        assert torch.equal(a, b)
