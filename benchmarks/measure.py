@@ -1,45 +1,81 @@
-"""How Parallax measures: rates of several contestants in interleaved rounds, so that a machine whose speed drifts is
-as unkind to one as to another; medians with their spread, and ratios taken round by round."""
+"""How Parallax measures: several contestants in interleaved rounds, so that a machine whose speed drifts is as unkind
+to one as to another; means with 95 % intervals over rounds, ratios taken round by round."""
 
+import math
 import os
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import track
+
 _IDLE = 0.05  # of a core
 _IDLE_SECONDS = 0.2
+_NOISY = 0.1  # half of a 95 % interval, relative: beyond it a ratio decides nothing
+
+# Student's t, 97.5 %, by degrees of freedom, from 1; for more than these the last one is a little too wide
+_T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Units per second, one value a round."""
+    """A quantity, such as images per second, one value a round."""
 
     rounds: tuple[float, ...]
 
     @property
-    def median(self) -> float:
-        return statistics.median(self.rounds)
+    def mean(self) -> float:
+        return statistics.fmean(self.rounds)
+
+    @property
+    def margin(self) -> float:
+        """Half of the 95 % interval of the mean (Student's t over rounds); infinite for one round."""
+        n = len(self.rounds)
+        return _T[min(n - 1, len(_T)) - 1] * statistics.stdev(self.rounds) / math.sqrt(n) if n > 1 else math.inf
+
+    @property
+    def noisy(self) -> bool:
+        return self.margin > _NOISY * abs(self.mean)
+
+    def by_round(self, f: Callable[..., float], *others: "Rate") -> "Rate":
+        """``f`` of this and the others, round by round."""
+        return Rate(tuple(f(*values) for values in zip(self.rounds, *(o.rounds for o in others), strict=True)))
 
     def ratio(self, other: "Rate") -> "Rate":
-        """This over the other, round by round."""
-        return Rate(tuple(a / b for a, b in zip(self.rounds, other.rounds, strict=True)))
+        return self.by_round(lambda a, b: a / b, other)
+
+    def over(self, divisor: float) -> "Rate":
+        return self.by_round(lambda a: a / divisor)
+
+    def decided(self) -> str:
+        """The value, or that the machine was too noisy for one."""
+        return f"{self.mean:.2f} ± {self.margin:.2f}" if not self.noisy else f"too noisy (± {self.margin:.2g})"
 
     def __str__(self) -> str:
-        return f"{self.median:.4g} ({min(self.rounds):.4g} to {max(self.rounds):.4g})"
+        return f"{self.mean:.4g} ± {self.margin:.2g}"
 
 
-def interleave(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Rate]:
-    """Call every contestant once a round, in turn; each returns its rate in that round.
+Turn = Mapping[str, float]  # what a contestant reports of its turn, by quantity
+Results = dict[str, dict[str, Rate]]  # by contestant and quantity
+
+
+def interleave(contestants: Mapping[str, Callable[[], Turn]], rounds: int) -> Results:
+    """Call every contestant once a round, in turn.
 
     Loaders go on filling their queues after their turn, so each turn begins when the one before has come to rest.
     """
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
-    for name in interleaved_names(list(contestants), rounds):
+    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in contestants}
+    turns = list(interleaved_names(list(contestants), rounds))
+    console = Console(stderr=True)
+    for name in track(turns, "measuring", console=console, transient=True, disable=not console.is_terminal):
         come_to_rest()
-        rates[name].append(contestants[name]())
-    return {name: Rate(tuple(values)) for name, values in rates.items()}
+        for quantity, value in contestants[name]().items():
+            found[name][quantity].append(value)
+    return {name: {key: Rate(tuple(values)) for key, values in turns.items()} for name, turns in found.items()}
 
 
 def interleaved_names(names: Sequence[str], rounds: int) -> Iterator[str]:
@@ -48,8 +84,9 @@ def interleaved_names(names: Sequence[str], rounds: int) -> Iterator[str]:
         yield from names if i % 2 == 0 else reversed(names)
 
 
-def rate_of(work: Callable[[], int], seconds: float, warmup: int, finish: Callable[[], None] = lambda: None) -> float:
-    """Units per second of repeated ``work()``, which returns the units it did; ``warmup`` calls are not timed.
+def rate_of(work: Callable[[], int], seconds: float, warmup: int, finish: Callable[[], None] = lambda: None) -> Turn:
+    """Images per second of repeated ``work()``, which returns the images it did, and the cores that it kept busy, as a
+    percentage of one; ``warmup`` calls are not timed.
 
     ``finish`` waits for what a device still has to do. The clock starts after that, and stops after that: to wait for
     each unit would keep the host from working ahead, as it does in a real run.
@@ -57,26 +94,27 @@ def rate_of(work: Callable[[], int], seconds: float, warmup: int, finish: Callab
     for _ in range(warmup):
         work()
     finish()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), cpu_seconds()
     done = work()  # at least one, however busy the machine is
     while time.perf_counter() - start < seconds:
         done += work()
     finish()
-    return done / (time.perf_counter() - start)
+    elapsed = time.perf_counter() - start
+    return {"images_per_second": done / elapsed, "cpu_percent": 100 * (cpu_seconds() - cpu) / elapsed}
 
 
 def come_to_rest(limit_seconds: float = 60.0) -> None:
     """Wait until this process and its descendants no longer compute. Raises TimeoutError when they go on."""
     start = time.perf_counter()
     while time.perf_counter() - start < limit_seconds:
-        before = _cpu_seconds()
+        before = cpu_seconds()
         time.sleep(_IDLE_SECONDS)
-        if _cpu_seconds() - before <= _IDLE * _IDLE_SECONDS:
+        if cpu_seconds() - before <= _IDLE * _IDLE_SECONDS:
             return
     raise TimeoutError(f"still computing {limit_seconds:.0f} s after a measurement ended")
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
     """Spent so far by this process and its living descendants."""
     processes = {}
     for path in Path("/proc").glob("[0-9]*/stat"):

@@ -1,10 +1,11 @@
-"""Results with everything needed to judge them: machine, versions, commit."""
+"""Results with everything needed to judge them: machine, versions, commit; as a table, JSON lines and a chart."""
 
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,37 +18,66 @@ from benchmarks.measure import Rate
 
 _LIBRARIES = (
     *("torch", "torchvision", "nvidia-dali-cuda120", "numba", "simplejpeg", "webdataset", "datasets", "pillow"),
-    *("kornia", "spdl", "ffcv"),
+    *("albumentations", "opencv-python-headless"),
 )
 
 
 def environment() -> dict[str, Any]:
-    """Processor, cores this process may use, GPU, library versions, commit (with a mark if the tree is changed)."""
+    """Processor, cores this process may use, load, GPU, library versions, commit (marked where the tree is changed)."""
     import torch
 
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": _output(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpus": torch.cuda.device_count(),
+        "driver": _output(["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.limit", "--format=csv,noheader"]),
+        "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
     }
 
 
-def save(path: Path, command: str, results: Mapping[str, Any]) -> None:
+def save(path: Path, arguments: Sequence[str] | None, records: Iterable[Mapping[str, Any]]) -> None:
+    """JSON lines: the command and its environment, then the records, in which a `Rate` is the list of its rounds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"command": command, "environment": environment(), "results": results}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    command = " ".join([Path(sys.argv[0]).stem, *(sys.argv[1:] if arguments is None else arguments)])
+    lines = [{"command": f"python -m benchmarks.{command}", "environment": environment()}, *records]
+    path.write_text("".join(json.dumps(line, default=lambda rate: rate.rounds) + "\n" for line in lines))
 
 
-def show(title: str, unit: str, rates: Mapping[str, Rate], baseline: str) -> None:
-    """Print rates with their spread, and each one's ratio to the baseline's."""
-    table = Table("", f"{unit}: median (range)", f"x {baseline} (range)", title=title, title_justify="left")
-    for name, rate in rates.items():
-        table.add_row(name, str(rate), str(rate.ratio(rates[baseline])))
+def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table; all columns but the first are numbers."""
+    table = Table(columns[0], title=title, title_justify="left")
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
+
+
+def chart(path: Path, title: str, unit: str, bars: Mapping[str, Mapping[str, Rate]]) -> None:
+    """A PNG of horizontal bars with their 95 % intervals: a group for each name, a bar for each series in it."""
+    from matplotlib.figure import Figure
+
+    series = list(dict.fromkeys(name for group in bars.values() for name in group))
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(bars) * len(series)), layout="constrained")
+    axes = figure.subplots()
+    for number, name in enumerate(series):
+        places = [i + 0.8 * number / len(series) for i, group in enumerate(bars.values()) if name in group]
+        rates = [group[name] for group in bars.values() if name in group]
+        margins = [rate.margin if len(rate.rounds) > 1 else 0 for rate in rates]
+        axes.barh(places, [r.mean for r in rates], 0.8 / len(series), xerr=margins, label=name, align="edge")
+    axes.set_yticks([i + 0.4 for i in range(len(bars))], list(bars))
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel=f"{unit} (bars: 95 % intervals)")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    print(f"chart: {path}")
 
 
 def _version(name: str) -> str | None:
@@ -57,15 +87,12 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """The checkout's commit, or None outside a git checkout."""
-    root = Path(__file__).parent
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
+def _output(command: Sequence[str]) -> str | None:
+    """What a program prints, None where it is missing or fails: no git checkout, no GPU."""
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip() or None
 
 
 def _cpu_name() -> str:

@@ -1,214 +1,199 @@
-"""Images per second of the loader backends and of other loaders, and of the train step with and without them.
+"""Images per second: of our loader backends and of other loaders, and of a run with its loader and step apart.
 
-    python -m benchmarks.throughput                                        # generated images
-    python -m benchmarks.throughput --shards /data/shards --threads 1 2 --peers all --step resnet18
+    python -m benchmarks.throughput    # this machine, all that is installed
+    python -m benchmarks.throughput method.name=byol run.global_batch_size=64 --shards /data/shards --threads 1 2
 
-All contestants make the same kind of views of the same samples, in interleaved rounds; our own make the same views.
-A peer whose library lacks operations is said to make less.
-An image counts once, however many views it has. ``decode-only`` (of --peers) is what no loader that decodes whole
-images by libjpeg-turbo can exceed, ``decode-only-dali`` the same for DALI, on a GPU if there is one; ``synthetic`` is
-what the rest of the program could use at most: a train step that is as fast with a real loader as with it is bound by
-the network.
+All contestants make the same kind of views of the same samples, in interleaved rounds; our own make the same views. An
+image counts once, however many views it has. ``decode-only`` is what no loader that decodes whole images by
+libjpeg-turbo can exceed, ``decode-only-dali`` the same for DALI, on a GPU if there is one; ``synthetic`` makes no
+views, and costs what is left: copying and normalising.
+
+Then the three numbers of a run: the loader alone, the train step alone on batches that are on the device already (the
+ceiling), and both together. A run that trains end to end as fast as its step alone is bound by the network.
 """
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.measure import interleave, rate_of
-from benchmarks.peers import LEFT_OUT, PEERS, PeerOptions, build_peer
-from benchmarks.report import save, show
+from benchmarks.measure import Rate, Results, Turn, interleave, rate_of
+from benchmarks.peers import PEERS, PeerOptions, build_peer
+from benchmarks.report import chart, save, show
+from benchmarks.stages import Training, add_arguments, finish, load, parse, read_config
 from pipeline.backends import BACKENDS
 from pipeline.loader import Loader
 from pipeline.stats import bound
-from pipeline.views import PRESETS, ViewSpec, flatten, preset
-from sharding.command import UserError, command
+from pipeline.views import flatten
+from sharding.command import command
 from sharding.manifest import ShardSet, open_shards
+from train.config import Config
+from train.engine import automatic
+from train.engine.plan import check_batch
+from train.pretrain import build_loader
+from train.processes.distributed import World
+
+_NO_LOADER = ("decode-only", "synthetic")  # how the names of contestants begin that make no views
 
 
 @command("benchmarks.throughput")
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    if "all" in options.peers:
-        options.peers = list(PEERS)
-    if options.rounds < 1 or options.seconds <= 0:
-        raise UserError(f"expected --rounds >= 1 and --seconds > 0, found {options.rounds} and {options.seconds}")
+    options = parse(_parser(), arguments)
     with ExitStack() as stack:
-        shards = open_shards(options.shards or _generated_shards(stack))
-        results = {"loader": _measure_loaders(options, shards)}
-        if options.step:
-            results["train_step"] = _measure_steps(options, shards)
+        config = read_config(options, stack)
+        shards = open_shards(config.data.shards)
+        check_batch(config, shards.manifest, 1)
+        threads = options.threads or [automatic.num_threads(config.data.num_threads)]
+        loaders = _measure_loaders(options, config, shards, threads)
+        run = {} if options.loaders_only else _measure_run(options, config, shards)
     if options.out:
-        save(options.out, "python -m benchmarks.throughput " + " ".join(arguments or sys.argv[1:]), results)
+        kinds = {"loader": loaders, "run": run}
+        lines = [{"kind": kind, "contestant": name, **turn} for kind in kinds for name, turn in kinds[kind].items()]
+        save(options.out, arguments, lines)
+    if options.picture:
+        bars = {name: {"loader": turn["images_per_second"]} for name, turn in loaders.items()}
+        chart(options.picture, f"loaders, {len(flatten(config.views))} views an image", "images/s", bars)
     return 0
 
 
-def _measure_loaders(options: argparse.Namespace, shards: ShardSet) -> dict[str, Any]:
+def _measure_loaders(options: argparse.Namespace, config: Config, shards: ShardSet, threads: Sequence[int]) -> Results:
     with ExitStack() as stack:
-        contestants: dict[str, Callable[[], float]] = {}
+        contestants: dict[str, Callable[[], Turn]] = {}
         # Peers first: their worker processes are forked, which is best done before there are threads.
-        for peer, threads in product(options.peers, options.threads):
-            contestants |= _enter_peer(options, shards, peer, threads, stack)
-        for backend, threads in product(options.backends, options.threads):
-            loader = stack.enter_context(_loader(options, shards, backend, threads))
-            contestants[_label(backend, threads)] = partial(_loader_rate, loader, options)
-        rates = interleave(contestants, options.rounds)
-    title = f"loader: {options.views}, {options.batch_size} images a batch, {shards.manifest.num_samples} samples"
-    show(title, "images/s", rates, _baseline(rates))
-    return {name: rate.rounds for name, rate in rates.items()}
+        for peer, count in product(PEERS if "all" in options.peers else options.peers, threads):
+            contestants |= _enter_peer(options, config, shards, peer, count, stack)
+        for backend, count in product(options.backends, threads):
+            loader = stack.enter_context(_loader(config, shards, backend=backend, num_threads=count))
+            # What was prefetched while other contestants ran is not this round's work.
+            work, warmup = partial(load, loader), config.data.prefetch + 1
+            contestants[_label(backend, count)] = _turn(work, options.seconds, warmup)
+        results = interleave(contestants, options.rounds)
+    batch = config.run.global_batch_size
+    _show_loaders(f"loaders: {batch} images a batch, {shards.manifest.num_samples} samples; ± 95 %", results)
+    return results
 
 
 def _enter_peer(
-    options: argparse.Namespace, shards: ShardSet, name: str, threads: int, stack: ExitStack
-) -> dict[str, Callable[[], float]]:
-    """A contestant, or none where the peer is not installed; says what it does not do."""
+    options: argparse.Namespace, config: Config, shards: ShardSet, name: str, threads: int, stack: ExitStack
+) -> dict[str, Callable[[], Turn]]:
+    """A contestant, or none where the peer is not installed."""
+    batch = config.run.global_batch_size
     try:
-        peer = build_peer(name, PeerOptions(shards, flatten(_specs(options)), options.batch_size, threads, 2))
+        peer = build_peer(name, PeerOptions(shards, flatten(config.views), batch, threads, 2))
     except ImportError as error:
         print(f"left out {name}: {error}")
         return {}
     stack.callback(peer.close)
-    if name in LEFT_OUT:
-        print(f"{name} makes its views without {LEFT_OUT[name]}: its rate is an upper bound")
-    # What was made ahead while other contestants ran is not this round's work.
-    warmup = peer.num_ahead + 1
-    return {_label(name, threads): partial(rate_of, peer.next_batch, options.seconds, warmup, finish=_finish)}
+    return {_label(name, threads): _turn(peer.next_batch, options.seconds, peer.num_ahead + 1)}
 
 
-def _loader_rate(loader: Loader, options: argparse.Namespace) -> float:
-    # What was prefetched while other contestants ran is not this round's work.
-    warmup = options.prefetch + 1
-    return rate_of(lambda: len(next(loader).labels), options.seconds, warmup, finish=_finish)
+def _turn(work: Callable[[], int], seconds: float, warmup: int) -> Callable[[], Turn]:
+    """With the GPU memory, in GB, by which the turn's beginning exceeds its end: of the first, what it has taken."""
+
+    def turn() -> Turn:
+        free = _free_bytes()
+        return {**rate_of(work, seconds, warmup, finish=finish), "gpu_gigabytes": (free - _free_bytes()) / 1e9}
+
+    return turn
+
+
+def _free_bytes() -> int:
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
 
 def _label(name: str, threads: int) -> str:
     return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
-def _measure_steps(options: argparse.Namespace, shards: ShardSet) -> dict[str, Any]:
-    """Rates of the whole train step, fed by each backend and by the synthetic one, and what bounds each."""
-    threads = max(options.threads)
-    step = _build_step(options)
-    bounds: dict[str, str] = {}
-    with ExitStack() as stack:
-        contestants: dict[str, Callable[[], float]] = {}
-        for backend in dict.fromkeys([*options.backends, "synthetic"]):
-            loader = stack.enter_context(_loader(options, shards, backend, threads))
-            contestants[backend] = partial(_step_rate, step, loader, options, bounds, backend)
-        rates = interleave(contestants, options.rounds)
-    show(f"train step: SimCLR, {options.step}, fed by", "images/s", rates, "synthetic")
-    for backend, sentence in bounds.items():
-        print(f"{backend}: {sentence}")
-    return {name: rate.rounds for name, rate in rates.items()} | {"bounds": bounds}
-
-
-def _step_rate(
-    step: Callable[[Loader], int], loader: Loader, options: argparse.Namespace, bounds: dict[str, str], name: str
-) -> float:
-    """Also notes what bounded the round, the last one's remains."""
-    step(loader)
-    before = loader.stats()
-    rate = rate_of(partial(step, loader), options.seconds, warmup=0, finish=_finish)
-    bounds[name] = bound(loader.stats() - before)
-    return rate
-
-
-def _build_step(options: argparse.Namespace) -> Callable[[Loader], int]:
-    from train.engine.step import TrainStep
-    from train.methods import build_method
-    from train.methods.simclr import SimCLRConfig
-    from train.model.draws import Draws
-    from train.model.encoder import EncoderConfig
-    from train.optim.optimizers import OptimConfig, build_optimizer
-    from train.processes.distributed import World
-
-    world = World(device=_device())
-    method = build_method(SimCLRConfig(), EncoderConfig(name=options.step), world)
-    method.to(world.device).to(memory_format=torch.channels_last)
-    train_step = TrainStep(method, method, build_optimizer(OptimConfig(), method), _dtype())
-
-    def step(loader: Loader) -> int:
-        batch = next(loader)
-        train_step(batch.views, Draws(0, batch.step, batch.ids), 0.01, 0.5)
-        return len(batch.labels)
-
-    return step
-
-
-def _finish() -> None:
-    """Wait for the device: also for batches that are prefetched on it, of which there are as many before and after."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _loader(options: argparse.Namespace, shards: ShardSet, backend: str, threads: int) -> Loader:
-    return Loader(
-        shards,
-        _specs(options),
-        seed=0,
-        global_batch_size=options.batch_size,
-        backend=backend,
-        num_threads=threads,
-        prefetch=options.prefetch,
-        device=_device(),
-        dtype=_dtype(),
-    )
-
-
-def _specs(options: argparse.Namespace) -> tuple[ViewSpec, ...]:
-    return preset(options.views, **({} if options.size is None else {"size": options.size}))
+def _loader(config: Config, shards: ShardSet, **data: object) -> Loader:
+    changed = config.model_copy(update={"data": config.data.model_copy(update=data)})
+    return build_loader(changed, shards, World(device=_device()), 0)
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _dtype() -> torch.dtype:
-    """What training computes in on that device."""
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+def _show_loaders(title: str, results: Results) -> None:
+    rates = {name: turn["images_per_second"] for name, turn in results.items()}
+    loaders = [name for name in rates if not name.startswith(_NO_LOADER)]
+    ours = [name for name in loaders if name.split(",")[0] in BACKENDS]
+    peers = [name for name in loaders if name not in ours]
+    peer = _fastest(peers, rates)
+    ceiling = _fastest([name for name in rates if name.startswith("decode-only")], rates)
+    against = {column: rates[other] for column, other in (("x peer", peer), ("x decoding", ceiling)) if other}
+    rows = []
+    for name, turn in results.items():
+        cpu, rate = turn["cpu_percent"], rates[name]
+        cells = [str(rate), str(rate.ratio(cpu.over(100))), f"{cpu.mean:.0f}"]
+        cells += [f"{max(turn['gpu_gigabytes'].rounds):.1f}"] if torch.cuda.is_available() else []
+        rows.append([name, *cells, *(rate.ratio(other).decided() for other in against.values())])
+    gpu = ["GPU GB"] if torch.cuda.is_available() else []
+    columns = ["", "images/s", "per busy core", "CPU %", *gpu, *against]
+    show(title, columns, sorted(rows, key=lambda row: -rates[row[0]].mean))
+    print(f"peer: {peer or 'none'}; decoding: {ceiling or 'not measured'}; CPU: 100 % is one core")
+    if (best := _fastest(ours, rates)) and (other := _fastest([name for name in loaders if name != best], rates)):
+        print(_verdict(best, other, rates[best].ratio(rates[other])))
 
 
-def _generated_shards(stack: ExitStack) -> Path:
-    """Shards of generated images in a temporary directory, for a first look without data."""
-    from sharding.build import main as build
-
-    directory = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "shards"
-    print("no --shards: measuring on generated 96 px images; for figures that mean something pass real shards")
-    if code := build(["--dataset", "demo", "--out", str(directory)]):
-        raise UserError(f"the demo data set could not be built (exit code {code})")
-    return directory
+def _fastest(names: Sequence[str], rates: dict[str, Rate]) -> str | None:
+    return max(names, key=lambda name: rates[name].mean, default=None)
 
 
-def _baseline(rates: dict[str, Any]) -> str:
-    """What users know: an image folder; or our backend of the same operations."""
-    known = [name for wanted in ("imagefolder", "torchvision") for name in rates if name.startswith(wanted)]
-    return [*known, *rates][0]
+def _verdict(first: str, second: str, ratio: Rate) -> str:
+    if abs(ratio.mean - 1) <= ratio.margin:
+        return f"{first} and {second} cannot be told apart: ratio {ratio}"
+    return f"{first} is {ratio} times as fast as {second}"
+
+
+def _measure_run(options: argparse.Namespace, config: Config, shards: ShardSet) -> Results:
+    """Loader, train step and both, of the configuration as it is."""
+    training, bounds = Training(config, shards, World(device=_device())), [""]
+    with _loader(config, shards) as loader:
+        both, ahead = partial(training.fed, loader), config.data.prefetch + 1
+
+        def fed() -> Turn:
+            """Also notes what bounded the round; the last one's remains."""
+            rate_of(both, 0, ahead)
+            training.waited_seconds()
+            before = loader.stats()
+            turn = rate_of(both, options.seconds, 0, finish=finish)
+            spent = replace(loader.stats() - before, wait_seconds=training.waited_seconds())
+            bounds[0] = bound(spent)
+            return {**turn, "wait_percent": 100 * spent.wait_seconds / spent.seconds}
+
+        turns = {
+            "loader alone": _turn(partial(load, loader), options.seconds, ahead),
+            "step alone": _turn(training.alone(loader), options.seconds, 2),
+            "end to end": fed,
+        }
+        results = interleave(turns, options.rounds)
+    rates = {name: turn["images_per_second"] for name, turn in results.items()}
+    rows = [[name, str(rate), rate.ratio(rates["step alone"]).decided()] for name, rate in rates.items()]
+    title = f"a run of {config.method.name}, {config.encoder.name}, {config.run.global_batch_size} images; ± 95 %"
+    show(title, ["", "images/s", "x step alone"], rows)
+    print(f"end to end: {bounds[0]}")
+    if not torch.cuda.is_available():
+        shared = rates["loader alone"].by_round(lambda a, b: 1 / (1 / a + 1 / b), rates["step alone"])
+        print(f"loader and step share the cores, so end to end can reach {shared} images/s")
+    return results
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput", description="Compare the loader backends, interleaved, on equal work."
+        prog="python -m benchmarks.throughput", description="Compare loaders, interleaved, on equal work; time a run."
     )
-    parser.add_argument("--shards", help="directory made by sharding.build (default: generated images)")
-    parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=["cpu", "dali", "torchvision"])
-    parser.add_argument("--peers", nargs="*", choices=[*PEERS, "all"], default=[], help="other loaders, or all of them")
-    parser.add_argument("--threads", nargs="+", type=int, default=[2], help="loader threads to try (default: 2)")
-    parser.add_argument("--views", choices=list(PRESETS), default="simclr", help="views to make (default: simclr)")
-    parser.add_argument("--size", type=int, help="side of all views, pixels (default: the preset's)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images a batch (default: 64)")
-    parser.add_argument("--prefetch", type=int, default=2, help="batches in the making (default: 2)")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="timed seconds a round (default: 4)")
-    parser.add_argument("--step", metavar="ENCODER", help="also time the SimCLR train step of resnet18, resnet50, ...")
-    parser.add_argument("--out", type=Path, help="JSON file for the results, machine and versions")
+    add = parser.add_argument
+    add("--backends", nargs="*", choices=list(BACKENDS), default=["cpu", "dali", "torchvision"], help="of ours")
+    add("--peers", nargs="*", choices=[*PEERS, "all"], default=["all"], help="other loaders (default: all installed)")
+    add("--threads", nargs="+", type=int, help="loader threads to try (default: as many as a run would use)")
+    add("--loaders-only", action="store_true", help="do not time the train step")
+    add_arguments(parser, rounds=5, seconds=2)
     return parser
 
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Protocol
 
-import torch
-
 from pipeline.views import ViewSpec
 from sharding.command import UserError
 from sharding.manifest import ShardSet
@@ -50,26 +48,17 @@ PEERS = {
     "decode-only-dali": "benchmarks.peers.decode:DaliDecodeOnly",
     "imagefolder": "benchmarks.peers.imagefolder:build",
     "webdataset": "benchmarks.peers.webdataset:build",
-    "huggingface": "benchmarks.peers.huggingface:build",
     "dali-native": "benchmarks.peers.dali:build",
-    "kornia": "benchmarks.peers.kornia:build",
-    "spdl": "benchmarks.peers.spdl:build",
-    "ffcv": "benchmarks.peers.ffcv:build",
+    "albumentations": "benchmarks.peers.albumentations:build",
 }
-
-# What of the augmentation a peer leaves out, so that its rate is an upper bound
-LEFT_OUT = {"ffcv": "hue, greyscale, blur and solarize"}
 
 
 def build_peer(name: str, options: PeerOptions) -> Peer:
     """Raises ValueError for an unknown name, and ImportError for one that is not installed; the extra has its name."""
     if name not in PEERS:
         raise UserError(f"peer: expected one of {', '.join(PEERS)}, found {name!r}")
-    num_threads = torch.get_num_threads()
     try:
         build: Callable[[PeerOptions], Peer] = resolve_name(PEERS[name])
         return build(options)
     except ImportError as error:
         raise ImportError(f"{error}; it comes with the extra {name!r}, see pyproject.toml") from error
-    finally:
-        torch.set_num_threads(num_threads)  # FFCV changes it where it is imported

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from pipeline.views import ViewSpec
 
@@ -23,11 +23,12 @@ class MakeViews:
 
 def augmentations(spec: ViewSpec) -> list[Callable[..., Any]]:
     """What is random; on Pillow images, which torchvision changes faster than tensors on a CPU."""
+    interpolation = InterpolationMode(spec.interpolation)
     if spec.crop == "center":
-        return [v2.Resize(spec.resize, antialias=True), v2.CenterCrop(spec.size)]
+        return [v2.Resize(spec.resize, interpolation, antialias=True), v2.CenterCrop(spec.size)]
     jitter = v2.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
     return [
-        v2.RandomResizedCrop(spec.size, spec.scale, spec.ratio, antialias=True),
+        v2.RandomResizedCrop(spec.size, spec.scale, spec.ratio, interpolation, antialias=True),
         v2.RandomHorizontalFlip(spec.flip),
         v2.RandomApply([jitter], spec.jitter),
         v2.RandomGrayscale(spec.grey),

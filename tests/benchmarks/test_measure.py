@@ -1,7 +1,10 @@
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from benchmarks.measure import Rate, come_to_rest, interleave, interleaved_names, rate_of
 
@@ -12,11 +15,24 @@ def test_every_contestant_runs_once_a_round_and_rounds_turn_round() -> None:
 
 def test_rates_are_kept_by_round() -> None:
     values = {"a": iter([1.0, 2.0, 9.0]), "b": iter([2.0, 4.0, 3.0])}
-    rates = interleave({name: lambda it=it: next(it) for name, it in values.items()}, 3)  # type: ignore[misc]
-    assert rates["a"].rounds == (1.0, 2.0, 9.0)
-    assert rates["b"].ratio(rates["a"]).rounds == (2.0, 2.0, 3 / 9)
-    assert rates["a"].median == 2.0
-    assert str(rates["a"]) == "2 (1 to 9)"
+    turns = {name: lambda it=it: {"rate": next(it)} for name, it in values.items()}
+    found = {name: results["rate"] for name, results in interleave(turns, 3).items()}
+    assert found["a"].rounds == (1.0, 2.0, 9.0)
+    assert found["b"].ratio(found["a"]).rounds == (2.0, 2.0, 3 / 9)
+    assert found["a"].mean == 4.0
+    assert found["a"].over(2).rounds == (0.5, 1.0, 4.5)
+
+
+@pytest.mark.parametrize("rounds", [(1.0, 2.0), (3.0, 3.5, 4.0, 2.0, 3.0), tuple(range(1, 12))])
+def test_the_margin_is_that_of_students_t(rounds: tuple[float, ...]) -> None:
+    low, high = stats.t.interval(0.95, len(rounds) - 1, np.mean(rounds), stats.sem(rounds))
+    assert Rate(rounds).margin == pytest.approx((high - low) / 2, rel=1e-3)
+
+
+def test_a_machine_too_noisy_to_decide_says_so_instead_of_a_number() -> None:
+    assert Rate((1.0, 1.01, 0.99)).decided() == "1.00 ± 0.02"
+    assert Rate((0.5, 1.0, 1.5)).decided() == "too noisy (± 1.2)"
+    assert Rate((1.0,)).decided() == "too noisy (± inf)"
 
 
 def test_rounds_of_different_number_have_no_ratio() -> None:
@@ -35,7 +51,7 @@ def test_the_rate_counts_units_after_the_warmup(monkeypatch: pytest.MonkeyPatch)
         return 10
 
     monkeypatch.setattr("time.perf_counter", lambda: now)
-    assert rate_of(work, seconds=3.0, warmup=2) == 20.0
+    assert rate_of(work, seconds=3.0, warmup=2)["images_per_second"] == 20.0
     assert len(calls) == 2 + 6
 
 
@@ -52,7 +68,20 @@ def test_the_rate_waits_for_the_device_before_and_after(monkeypatch: pytest.Monk
         now, queued = now + queued, 0  # a second each
 
     monkeypatch.setattr("time.perf_counter", lambda: now)
-    assert rate_of(work, seconds=1.0, warmup=3, finish=finish) == 40 / 5
+    assert rate_of(work, seconds=1.0, warmup=3, finish=finish)["images_per_second"] == 40 / 5
+
+
+def test_the_cores_that_work_keeps_busy_are_told_from_waiting() -> None:
+    def compute() -> int:
+        end = time.process_time() + 0.3  # 30 ticks of the clock that is read
+        while time.process_time() < end:
+            pass
+        return 1
+
+    before = time.process_time()
+    turn = rate_of(compute, seconds=0.0, warmup=0)
+    busy = turn["cpu_percent"] / 100 / turn["images_per_second"]  # seconds of a core
+    assert busy == pytest.approx(time.process_time() - before, abs=0.05)
 
 
 _BURN = """if True:

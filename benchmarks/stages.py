@@ -1,0 +1,153 @@
+"""What is measured: a run of any configuration, its loader and its train step apart and together."""
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.loader import Batch, Loader
+from sharding.command import UserError
+from sharding.manifest import MANIFEST_FILE, ShardSet
+from train.config import Config, load_config
+from train.engine.plan import plan_run
+from train.optim.optimizers import build_optimizer
+from train.pretrain import Pretraining, build
+from train.processes.distributed import World
+
+_NUM_CACHED = 3  # batches on the device for the step alone
+_NUM_GENERATED = 256  # images
+
+
+def add_arguments(parser: argparse.ArgumentParser, rounds: int, seconds: float) -> None:
+    """What the benchmarks have in common: the configuration as `train.pretrain` has it, length, and where to save."""
+    add = parser.add_argument
+    add("--config", type=Path, help="YAML file of a run; see configs/")
+    add("--shards", help="directory made by sharding.build (default: data.shards, or else generated images)")
+    add("--rounds", type=int, default=rounds, help="interleaved rounds (default: %(default)s)")
+    add("--seconds", type=float, default=seconds, help="timed seconds of each turn (default: %(default)s)")
+    add("--out", type=Path, help="JSON lines file for every round, with machine and versions")
+    add("--picture", type=Path, help="PNG file for a chart")
+    add("overrides", nargs="*", metavar="section.field=value", help="e.g. method.name=byol run.global_batch_size=64")
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand anywhere, also behind an option that takes several values."""
+    given = sys.argv[1:] if arguments is None else arguments
+    overrides = [argument for argument in given if re.match(r"[a-z_]+(\.\w+)+=", argument)]
+    return parser.parse_args([*overrides, *(argument for argument in given if argument not in overrides)])
+
+
+def read_config(options: argparse.Namespace, stack: ExitStack) -> Config:
+    """The configuration, without a file a small one, with shards that exist. Raises UserError for what cannot be."""
+    if options.rounds < 1 or options.seconds <= 0:
+        raise UserError(f"expected --rounds >= 1 and --seconds > 0, found {options.rounds} and {options.seconds}")
+    small = (
+        ["run.global_batch_size=64"] if torch.cuda.is_available() else ["run.global_batch_size=16", "encoder=resnet18"]
+    )
+    overrides = [*([] if options.config else small), *options.overrides]
+    overrides += [f"data.shards={options.shards}"] if options.shards else []
+    config = load_config(options.config, overrides)
+    asked = any(override.startswith("data.shards=") for override in overrides)
+    if asked or (Path(config.data.shards) / MANIFEST_FILE).exists():
+        return config
+    print(f"no shards in {config.data.shards}: measuring on {_NUM_GENERATED} generated images of ImageNet's sizes")
+    return load_config(options.config, [*overrides, f"data.shards={generated_shards(stack)}"])
+
+
+class Training:
+    """The train step of a configuration as a callable that takes a batch and returns how many images it had."""
+
+    def __init__(self, config: Config, shards: ShardSet, world: World) -> None:
+        plan = plan_run(config, shards.manifest)
+        self.method = build(config, world)
+        self._task = Pretraining(config, world, plan, self.method, build_optimizer(config.optim, self.method))
+        self._steps = cycle(range(plan.total_steps))
+        self._waits: list[tuple[Any, Any]] = []
+
+    def __call__(self, batch: Batch) -> int:
+        self._task(batch, next(self._steps))
+        return len(batch.ids)
+
+    def alone(self, loader: Loader) -> Callable[[], int]:
+        """Steps on batches that are there already: the ceiling of what any loader can reach."""
+        cached = cycle([next(loader) for _ in range(_NUM_CACHED)])
+        return lambda: self(next(cached))
+
+    def fed(self, loader: Loader) -> int:
+        """A step on what the loader brings."""
+        before, batch = _now(), next(loader)
+        self._waits.append((before, _now()))
+        return self(batch)
+
+    def waited_seconds(self) -> float:
+        """Time since the last call in which the train step stood still for data: on a GPU the device's, between the
+        end of a step and the beginning of the next (normalising is in it). Waits for the device."""
+        finish()
+        on_gpu = torch.cuda.is_available()
+        waited = sum(a.elapsed_time(b) / 1000 if on_gpu else b - a for a, b in self._waits)
+        self._waits = []
+        return waited
+
+
+def load(loader: Loader) -> int:
+    return len(next(loader).ids)
+
+
+def finish() -> None:
+    """Wait for the device: also for batches that are prefetched on it, of which there are as many before and after."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _now() -> Any:
+    """A moment of the device: an event on a GPU, else seconds."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def generated_shards(stack: ExitStack) -> Path:
+    """Shards of JPEGs of ImageNet's sizes in a temporary directory, most of them 500 x 375, about 110 kB."""
+    import datasets
+
+    from sharding.build import main as build_shards
+
+    datasets.disable_progress_bars()
+    directory = Path(stack.enter_context(TemporaryDirectory()))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    columns = {
+        "image": [{"bytes": _jpeg(number), "path": None} for number in range(_NUM_GENERATED)],
+        "label": [number % 10 for number in range(_NUM_GENERATED)],
+    }
+    (directory / "source").mkdir()
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    rows.to_parquet(directory / "source" / "train-00000-of-00001.parquet")
+    if build_shards(["--dataset", str(directory / "source"), "--out", str(directory / "shards"), "--workers", "1"]):
+        raise UserError("the generated images could not be built into shards")
+    return directory / "shards"
+
+
+def _jpeg(number: int) -> bytes:
+    """Noise whose spectrum falls with frequency, as a photograph's; a quarter upright, a quarter of halved chroma."""
+    import simplejpeg
+
+    rng = np.random.default_rng(number)
+    width, height = (500, 375) if number % 3 else rng.integers(200, 640, 2)
+    height, width = (width, height) if number % 4 == 0 else (height, width)
+    distance = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) + 1e-3
+    waves = rng.normal(size=(2, 3, *distance.shape)) / distance
+    pixels = np.fft.irfft2(waves[0] + 1j * waves[1], s=(height, width)).transpose(1, 2, 0)
+    pixels = np.clip(128 + 50 * pixels / pixels.std(), 0, 255).astype(np.uint8)
+    chroma = "420" if number % 4 == 1 else "444"
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 78, colorsubsampling=chroma)
