@@ -103,6 +103,11 @@ def build(config: Config, world: World) -> Method:
     method = build_method(config.method, config.encoder, world)
     if config.run.init_from:
         checkpoint.initialize(method.encoder, config.run.init_from)
+    for encoder, weights in method.pretrained():
+        if weights is None:
+            log.warning("method.weights is not set: the teacher is an untrained network")
+        else:
+            checkpoint.initialize(encoder, weights, "method.weights")
     dtype = torch.float64 if config.run.precision == "fp64" else torch.float32
     method.to(world.device, dtype).to(memory_format=torch.channels_last)
     return synchronize_batchnorm(method, world, config.run.batchnorm)
