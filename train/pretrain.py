@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,11 @@ def build(config: Config, world: World) -> Method:
     method = build_method(config.method, config.encoder, world)
     if config.run.init_from:
         checkpoint.initialize(method.encoder, config.run.init_from)
+    for encoder, weights in method.pretrained():
+        if weights is None:
+            log.warning("method.weights is not set: the teacher is an untrained network")
+        else:
+            checkpoint.initialize(encoder, weights, "method.weights")
     dtype = torch.float64 if config.run.precision == "fp64" else torch.float32
     method.to(world.device, dtype).to(memory_format=torch.channels_last)
     return synchronize_batchnorm(method, world, config.run.batchnorm)
@@ -143,75 +148,66 @@ class Pretraining:
         return self._plan.learning_rate(step)
 
 
+@dataclass
 class Log:
     """Shows and records the averages over ranks every ``run.log_every`` steps, and at the end; says when embeddings
     have collapsed."""
 
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        task: Pretraining,
-        loader: Loader,
-        clock: Clock,
-        monitor: Monitor | None,
-        online: Online | None,
-    ) -> None:
-        self._config, self._world, self._task, self._loader = config, world, task, loader
-        self._clock, self._monitor, self._online = clock, monitor, online
-        self._watch = health.Watch()
-        self._sign: str | None = None
+    config: Config
+    world: World
+    task: Pretraining
+    loader: Loader
+    clock: Clock
+    monitor: Monitor | None
+    online: Online | None
+    watch: health.Watch = field(default_factory=health.Watch)
+    sign: str | None = None  # of collapse, in the record before
 
     def __call__(self, state: StepDone) -> None:
-        if self._monitor:
-            self._monitor.advance(state.done)
-        if state.done % self._config.run.log_every and not state.last:
+        if self.monitor:
+            self.monitor.advance(state.done)
+        if state.done % self.config.run.log_every and not state.last:
             return
-        self._task.step.check(self._config.run.dir)
+        self.task.step.check(self.config.run.dir)
         named = {"loss": state.loss.value, **state.loss.metrics}
-        named |= health.measure(self._task.method, state.loss, self._world)
-        named |= self._online.measure(state) if self._online else {}
-        values = self._world.mean(torch.stack([value.float() for value in named.values()])).tolist()
-        if self._monitor:
+        named |= health.measure(self.task.method, state.loss, self.world)
+        named |= self.online.measure(state) if self.online else {}
+        values = self.world.mean(torch.stack([value.float() for value in named.values()])).tolist()
+        if self.monitor:
             means = dict(zip(named, values, strict=True))
-            record = means | {"learning_rate": self._task.learning_rate(state.done - 1)} | critical_batch_size(means)
+            record = means | {"learning_rate": self.task.learning_rate(state.done - 1)} | critical_batch_size(means)
             record |= self._collapse(state.done, record)
-            self._monitor.log(state.done, record, self._loader.stats(), self._clock.pause_seconds)
+            self.monitor.log(state.done, record, self.loader.stats(), self.clock.pause_seconds)
 
     def _collapse(self, step: int, record: dict[str, Any]) -> dict[str, str]:
-        sign, before = self._watch(record), self._sign
-        self._sign = sign
-        if sign and not before:
-            log.warning("step %d: %s; docs/troubleshooting.md says what to try", step, sign)
-        return {"collapse": sign} if sign else {}
+        before, self.sign = self.sign, self.watch(record)
+        if self.sign and not before:
+            log.warning("step %d: %s; docs/troubleshooting.md says what to try", step, self.sign)
+        return {"collapse": self.sign} if self.sign else {}
 
 
+@dataclass
 class Save:
     """Has a checkpoint written every ``run.checkpoint_every`` steps, and at the end. The loop waits for the copy."""
 
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        task: Pretraining,
-        clock: Clock,
-        writer: checkpoint.Writer | None,
-        identity: dict[str, Any],
-        online: Online | None,
-    ) -> None:
-        self._config, self._world, self._task, self._clock = config, world, task, clock
-        self._writer, self._identity, self._online = writer, identity, online
+    config: Config
+    world: World
+    task: Pretraining
+    clock: Clock
+    writer: checkpoint.Writer | None
+    identity: dict[str, Any]
+    online: Online | None
 
     def __call__(self, state: StepDone) -> None:
-        if state.done % self._config.run.checkpoint_every and not state.last:
+        if state.done % self.config.run.checkpoint_every and not state.last:
             return
-        self._task.step.check(self._config.run.dir)
-        with self._clock.pausing():
-            tensors = self._world.full_state(self._task.method, self._task.optimizer)
-            if self._writer and tensors:
-                plain = {"step": state.done, "identity": self._identity, "config": self._config.model_dump(mode="json")}
-                more = {"online": self._online.state_dict()} if self._online else {}
-                self._writer.save(state.done, {**tensors, **more, **plain})
+        self.task.step.check(self.config.run.dir)
+        with self.clock.pausing():
+            tensors = self.world.full_state(self.task.method, self.task.optimizer)
+            if self.writer and tensors:
+                plain = {"step": state.done, "identity": self.identity, "config": self.config.model_dump(mode="json")}
+                more = {"online": self.online.state_dict()} if self.online else {}
+                self.writer.save(state.done, {**tensors, **more, **plain})
 
 
 def build_loader(config: Config, shards: ShardSet, world: World, start_step: int) -> Loader:

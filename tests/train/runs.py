@@ -30,10 +30,17 @@ def settings_of(method: str, shards: Path, run: Path, *more: str) -> list[str]:
     """A short run of any method by its own recipe, but for the sizes of everything."""
     chosen = method_class(method)
     widths = sorted({"hidden", "out", "slices", "num_classes"} & chosen.Config.model_fields.keys())
+    teacher = ["method.teacher={name: resnet18, width: 8, stem: cifar}"] if method == "distill" else []
     is_vit = chosen.recipe.sections.get("encoder", {}).get("name", "").startswith("timm:vit")
     vit = ["encoder.name=timm:vit_tiny_patch16_224", "encoder.image_size=32"]
     return [
-        *(f"method.name={method}", "views.size=32", "views.kernel=5", *(f"method.{width}=48" for width in widths)),
+        *(
+            f"method.name={method}",
+            "views.size=32",
+            "views.kernel=5",
+            *(f"method.{width}=48" for width in widths),
+            *teacher,
+        ),
         *(vit if is_vit else ["encoder.name=resnet18", "encoder.width=8", "encoder.stem=cifar"]),
         *("optim.steps=20", "run.global_batch_size=24", "run.log_every=1", "data.num_threads=1"),
         *(f"data.shards={shards}", f"run.dir={run}", *more),

@@ -226,30 +226,33 @@ def exported_encoder(state: State, where: str) -> Encoder:
     return method.exported().float().eval()
 
 
-def initialize(encoder: Encoder, path: Path) -> None:
+def initialize(encoder: Encoder, path: Path, field: str = "run.init_from") -> None:
     """Give the encoder the weights of ``path``: a run, one of its checkpoints, or a torch file with a state dict of an
-    encoder, ours or torchvision's (whose classifier is left out). Raises `CheckpointError`, naming what does not fit.
-    """
-    weights = _encoder_weights(path)
+    encoder, ours, torchvision's or timm's (whose classifier is left out). Raises `CheckpointError`, naming the
+    ``field`` of the configuration and what does not fit."""
     own = encoder.state_dict()
+    weights = {n: w for n, w in _encoder_weights(path, field).items() if n in own or not n.startswith(_CLASSIFIERS)}
     for name in sorted(own.keys() | weights.keys()):
         expected, found = (tuple(d[name].shape) if name in d else "nothing" for d in (own, weights))
         if expected != found:
             raise CheckpointError(
-                f"run.init_from: {path}: {name}: expected {expected}, found {found}; set `encoder` to theirs"
+                f"{field}: {path}: {name}: expected {expected}, found {found}; set `encoder` to theirs"
             )
     encoder.load_state_dict(weights)
 
 
-def _encoder_weights(path: Path) -> dict[str, torch.Tensor]:
+_CLASSIFIERS = tuple(f"backbone.{name}." for name in ("fc", "head", "classifier"))
+
+
+def _encoder_weights(path: Path, field: str) -> dict[str, torch.Tensor]:
     try:
         weights = load_any(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"run.init_from: {path}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise CheckpointError(f"{field}: {path}: cannot be read ({str(error).splitlines()[0]})") from None
     if "config" in weights:
         return exported_encoder(weights, str(path)).state_dict()
     named = {name.removeprefix("backbone."): value for name, value in weights.items()}
-    return {f"backbone.{name}": value for name, value in named.items() if not name.startswith("fc.")}
+    return {f"backbone.{name}": value for name, value in named.items()}
 
 
 def _copy(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Methods of self-supervised learning, one file each, and what they have in common."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,6 +29,7 @@ METHODS = {
     "swav": "train.methods.swav:SwAV",
     "dino": "train.methods.dino:DINO",
     "mae": "train.methods.mae:MAE",
+    "distill": "train.methods.distill:Distill",
     "supervised": "train.methods.supervised:Supervised",
     "supcon": "train.methods.supcon:SupCon",
 }
@@ -106,6 +108,10 @@ class Method(nn.Module):
 
     def after_update(self, update: Update) -> None:
         """Moves what is not trained: a teacher, a queue. Must change nothing where ``update.accepted`` is 0."""
+
+    def pretrained(self) -> list[tuple[Encoder, Path | None]]:
+        """Encoders that a run is to give weights to, and the run or file that these are in."""
+        return []
 
     def exported(self) -> Encoder:
         """The encoder that evaluation and export take."""

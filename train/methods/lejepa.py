@@ -22,7 +22,7 @@ from pydantic import Field
 
 from train.losses.distribution import characteristic, sigreg, unit_slices
 from train.methods import Loss, Recipe
-from train.methods.projected import Centred, Predicted, ProjectorConfig
+from train.methods.networks import Centred, Predicted, ProjectorConfig
 from train.model.draws import Draws
 
 

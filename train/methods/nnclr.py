@@ -9,38 +9,30 @@ queue of 98304 z of the first view, LARS, 10 epochs of warm-up, 1000 epochs at b
 torch's initialisation. Beyond the paper: more than two views, as the mean over ordered pairs.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 
 from train.losses.contrastive import info_nce
-from train.methods import Loss, Method, MethodConfig, Recipe, Update, encode
+from train.methods import Loss, Recipe, Update
+from train.methods.networks import Predictions, PredictorConfig, WithPredictor
 from train.model.draws import Draws
 from train.model.encoder import Encoder
-from train.model.heads import mlp
 from train.model.queue import Queue
 from train.processes.distributed import World
 
 
-class NNCLRConfig(MethodConfig):
+class NNCLRConfig(PredictorConfig):
     name: Literal["nnclr"] = "nnclr"
     temperature: float = Field(0.1, gt=0, description="tau of equation 3")
-    hidden: int = Field(2048, ge=1, description="width of the projector's hidden layers")
     out: int = Field(256, ge=1, description="dimensions of the embedding")
-    layers: int = Field(3, ge=1, description="linear layers of the projector")
     predictor_hidden: int = Field(4096, ge=1, description="width of the predictor's hidden layer")
     queue: int = Field(98304, ge=1, description="embeddings among which the nearest is looked for")
 
 
-class Embeddings(NamedTuple):
-    z: torch.Tensor  # (V, b, D)
-    p: torch.Tensor  # (V, b, D) predictions
-    h: torch.Tensor  # (V, b, F)
-
-
-class NNCLR(Method):
+class NNCLR(WithPredictor):
     Config = NNCLRConfig
     recipe = Recipe(
         "simclr",
@@ -51,25 +43,16 @@ class NNCLR(Method):
     )
 
     def __init__(self, config: NNCLRConfig, encoder: Encoder, world: World) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.projector = mlp(encoder.num_features, config.hidden, config.out, config.layers)
-        self.predictor = mlp(config.out, config.predictor_hidden, config.out, last_norm=False)
+        super().__init__(config, encoder, world)
         self.queue = Queue(config.queue, config.out)
-        self._temperature, self._world = config.temperature, world
 
-    def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
-        h = encode(self.encoder, views)
-        z = self.projector(h)
-        return Embeddings(z, self.predictor(z), h)
-
-    def loss(self, e: Embeddings, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
+    def loss(self, e: Predictions, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
         z = F.normalize(e.z.detach(), dim=-1)
         similarity, nearest = (z @ self.queue.rows.T).max(-1)  # (V, b)
         neighbours, predictions = self.queue.rows[nearest], self._world.gather(e.p, dim=1)
         offset = self._world.rank * e.p.shape[1]
         pairs = [(n, p) for v, n in enumerate(neighbours) for w, p in enumerate(predictions) if v != w]
-        value = torch.stack([info_nce(n, p, offset, self._temperature) for n, p in pairs]).mean()
+        value = torch.stack([info_nce(n, p, offset, self._config.temperature) for n, p in pairs]).mean()
         return Loss(value, {"neighbour_similarity": similarity.mean()})
 
     def after_update(self, update: Update) -> None:

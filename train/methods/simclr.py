@@ -17,7 +17,7 @@ from pydantic import Field
 
 from train.losses.contrastive import align_uniform, dcl, dclw, nt_xent, spectral
 from train.methods import Loss, Recipe
-from train.methods.projected import Embeddings, Projected, ProjectorConfig
+from train.methods.networks import Embeddings, Projected, ProjectorConfig
 from train.model.draws import Draws
 from train.model.encoder import Encoder
 from train.processes.distributed import World

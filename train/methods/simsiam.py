@@ -10,35 +10,26 @@ before the last BatchNorm has no bias (the paper's is not trained). Beyond the p
 all ordered pairs.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from train.methods import Loss, Method, MethodConfig, Recipe, encode
+from train.methods import Loss, Recipe
+from train.methods.networks import Predictions, PredictorConfig, WithPredictor
 from train.model.draws import Draws
 from train.model.encoder import Encoder
-from train.model.heads import mlp
 from train.processes.distributed import World
 
 
-class SimSiamConfig(MethodConfig):
+class SimSiamConfig(PredictorConfig):
     name: Literal["simsiam"] = "simsiam"
-    hidden: int = Field(2048, ge=1, description="width of the projector's hidden layers")
     out: int = Field(2048, ge=1, description="dimensions of the embedding")
-    layers: int = Field(3, ge=1, description="linear layers of the projector")
-    predictor_hidden: int = Field(512, ge=1, description="width of the predictor's bottleneck")
 
 
-class Embeddings(NamedTuple):
-    z: torch.Tensor  # (V, b, D)
-    p: torch.Tensor  # (V, b, D) predictions
-    h: torch.Tensor  # (V, b, F)
-
-
-class SimSiam(Method):
+class SimSiam(WithPredictor):
     Config = SimSiamConfig
     recipe = Recipe(
         "mocov2",
@@ -51,18 +42,10 @@ class SimSiam(Method):
     images_meet = False
 
     def __init__(self, config: SimSiamConfig, encoder: Encoder, world: World) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.projector = mlp(encoder.num_features, config.hidden, config.out, config.layers)
+        super().__init__(config, encoder, world)
         self.projector[-1] = nn.BatchNorm1d(config.out, affine=False)
-        self.predictor = mlp(config.out, config.predictor_hidden, config.out, last_norm=False)
 
-    def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
-        h = encode(self.encoder, views)
-        z = self.projector(h)
-        return Embeddings(z, self.predictor(z), h)
-
-    def loss(self, e: Embeddings, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
+    def loss(self, e: Predictions, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
         return Loss(negative_cosine(e.p, e.z.detach()), {})
 
 

@@ -15,40 +15,27 @@ fixed point at ``c^2 = |x - y|^2 / 2``, so at 1 for embeddings that are spread o
 by itself); evaluation takes the online encoder (there: its moving average with decay 0.999).
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import nn
 
 from train.losses.distribution import fourier_features, hsic_with_image, hsic_with_itself
-from train.methods import Loss, Method, MethodConfig, Recipe, Update, encode
+from train.methods import Loss, Recipe
+from train.methods.networks import Matches, TeacherConfig, WithTeacher
 from train.model.draws import Draws
-from train.model.encoder import Encoder
-from train.model.heads import mlp
-from train.model.teacher import follow, teacher_of
-from train.optim.schedule import cosine
-from train.processes.distributed import World
 
 
-class SSLHSICConfig(MethodConfig):
+class SSLHSICConfig(TeacherConfig):
     name: Literal["ssl-hsic"] = "ssl-hsic"
     gamma: float = Field(3.0, ge=0, description="weight of the embeddings' kernel variance")
     kernel_scale: float = Field(1.0, gt=0, description="c of the inverse multiquadric kernel")
     features: int = Field(512, ge=1, description="random Fourier features of the kernel")
     tau: float = Field(0.99, ge=0, le=1, description="the target's rate at the start; 1 at the end")
-    hidden: int = Field(4096, ge=1, description="hidden width of projector and predictor")
-    out: int = Field(256, ge=1, description="dimensions of the embedding")
 
 
-class Embeddings(NamedTuple):
-    online: torch.Tensor  # (V, b, D)
-    target: torch.Tensor  # (V, b, D), without gradient
-    h: torch.Tensor  # (V, b, F)
-
-
-class SSLHSIC(Method):
+class SSLHSIC(WithTeacher):
     Config = SSLHSICConfig
     recipe = Recipe(
         "byol",
@@ -58,23 +45,9 @@ class SSLHSIC(Method):
         },
     )
 
-    def __init__(self, config: SSLHSICConfig, encoder: Encoder, world: World) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.projector = mlp(encoder.num_features, config.hidden, config.out, last_norm=False)
-        self.predictor = mlp(config.out, config.hidden, config.out, last_norm=False)
-        self.target_encoder, self.target_projector = teacher_of(self.encoder), teacher_of(self.projector)
-        self._config, self._world = config, world
-
-    def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
-        h = encode(self.encoder, views)
-        with torch.no_grad():
-            target = self.target_projector(encode(self.target_encoder, views))
-        return Embeddings(self.predictor(self.projector(h)), target, h)
-
-    def loss(self, e: Embeddings, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
+    def loss(self, e: Matches, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
         assert draws is not None
-        z = F.normalize(torch.cat([e.online, e.target.detach()]), dim=-1)
+        z = F.normalize(torch.cat([e.predictions, e.targets.detach()]), dim=-1)
         z = self._world.gather(z, dim=1)
         first, second = (self._features(z, name, draws) for name in ("first", "second"))
         with_image, with_itself = hsic_with_image(first), hsic_with_itself(first, second)
@@ -87,9 +60,3 @@ class SSLHSIC(Method):
         radii = draws.shared_normal(f"{name}.radii", size).to(z)
         phases = draws.shared_uniform(f"{name}.phases", size).to(z)
         return fourier_features(z, directions, radii, phases, self._config.kernel_scale)
-
-    def teachers(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [(self.target_encoder, self.encoder), (self.target_projector, self.projector)]
-
-    def after_update(self, update: Update) -> None:
-        follow(self.teachers(), cosine(update.progress, self._config.tau, 1.0), update.accepted)

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from train.losses.contrastive import sup_con
 from train.methods import Loss, Recipe
-from train.methods.projected import Embeddings, Projected, ProjectorConfig
+from train.methods.networks import Embeddings, Projected, ProjectorConfig
 from train.model.draws import Draws
 
 

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from train.losses.redundancy import covariance, variance_hinge
 from train.methods import Loss, Recipe
-from train.methods.projected import Embeddings, Projected, ProjectorConfig
+from train.methods.networks import Embeddings, Projected, ProjectorConfig
 from train.model.draws import Draws
 
 

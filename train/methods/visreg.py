@@ -24,7 +24,7 @@ from torch import nn
 
 from train.losses.distribution import centre, scale, shape, unit_slices
 from train.methods import Loss, Recipe
-from train.methods.projected import Centred, Predicted, ProjectorConfig
+from train.methods.networks import Centred, Predicted, ProjectorConfig
 from train.model.draws import Draws
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from tests.processes import run_ranks
 from train.engine.gradcache import Piece, accumulate, grad_cache
 from train.methods import Loss, Method
-from train.methods.projected import Embeddings
+from train.methods.networks import Embeddings
 from train.methods.simclr import SimCLR, SimCLRConfig
 from train.model.draws import Draws
 from train.model.heads import MLP

@@ -4,7 +4,7 @@ import torch
 from train.losses.redundancy import barlow_twins
 from train.methods import Loss, build_method
 from train.methods.barlow import BarlowTwinsConfig
-from train.methods.projected import Embeddings
+from train.methods.networks import Embeddings
 from train.model.draws import Draws
 from train.model.encoder import EncoderConfig
 from train.processes.distributed import World

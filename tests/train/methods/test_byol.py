@@ -5,7 +5,8 @@ import torch
 
 from train.config import load_config
 from train.methods import Update, build_method
-from train.methods.byol import BYOL, BYOLConfig, Embeddings
+from train.methods.byol import BYOL, BYOLConfig
+from train.methods.networks import Matches
 from train.model.draws import Draws
 from train.model.encoder import EncoderConfig
 from train.processes.distributed import World
@@ -19,10 +20,10 @@ def byol(**settings: float) -> BYOL:
     return method.double()
 
 
-def embeddings(num_views: int = 2) -> Embeddings:
+def embeddings(num_views: int = 2) -> Matches:
     generator = torch.Generator().manual_seed(1)
     p, t = (torch.randn(num_views, 5, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    return Embeddings(p.requires_grad_(), t, p)
+    return Matches(p.requires_grad_(), t, p)
 
 
 def transcribed(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -47,14 +48,14 @@ def test_the_loss_and_its_gradient_are_the_papers() -> None:
 
 def test_known_values() -> None:
     same = torch.ones(2, 3, 8, dtype=torch.float64)
-    assert byol().loss(Embeddings(same, 5 * same, same)).value.item() == pytest.approx(0)
-    assert byol().loss(Embeddings(same, -same, same)).value.item() == pytest.approx(8)
+    assert byol().loss(Matches(same, 5 * same, same)).value.item() == pytest.approx(0)
+    assert byol().loss(Matches(same, -same, same)).value.item() == pytest.approx(8)
 
 
 def test_a_view_is_never_its_own_target() -> None:
     e = embeddings(3)
     p = e.predictions.detach()
-    only_own = Embeddings(p, p, p)
+    only_own = Matches(p, p, p)
     everything = torch.einsum("ubd,vbd->uvb", *(torch.nn.functional.normalize(p, dim=-1),) * 2)
     mean = (everything.sum() - everything.diagonal().sum()) / (6 * 5)
     assert byol().loss(only_own).metrics["teacher_similarity"].item() == pytest.approx(float(mean))

@@ -37,7 +37,8 @@ def labels() -> torch.Tensor:
 def narrow(config: type[MethodConfig]) -> MethodConfig:
     """The method's own defaults, but for widths, which some papers have in the thousands."""
     widths = {"hidden", "out", "slices", "num_classes"} & config.model_fields.keys()
-    return config.model_validate(dict.fromkeys(widths, 48))
+    teacher = {"teacher": {"name": "resnet18", "width": 8, "stem": "cifar"}} if "teacher" in config.model_fields else {}
+    return config.model_validate(dict.fromkeys(widths, 48) | teacher)
 
 
 def small_encoder(name: str) -> EncoderConfig:

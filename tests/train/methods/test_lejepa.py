@@ -4,7 +4,7 @@ import torch
 from train.losses.distribution import characteristic, sigreg, unit_slices
 from train.methods import Loss, build_method
 from train.methods.lejepa import LeJEPA, LeJEPAConfig
-from train.methods.projected import Centred
+from train.methods.networks import Centred
 from train.model.draws import Draws
 from train.model.encoder import EncoderConfig
 from train.processes.distributed import World

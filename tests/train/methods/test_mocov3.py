@@ -8,7 +8,8 @@ from torch import nn
 
 from train.engine.step import TrainStep
 from train.methods import build_method
-from train.methods.mocov3 import Embeddings, MoCoV3, MoCoV3Config
+from train.methods.mocov3 import MoCoV3, MoCoV3Config
+from train.methods.networks import Matches
 from train.model.draws import Draws
 from train.model.encoder import EncoderConfig
 from train.optim.optimizers import OptimConfig, build_optimizer
@@ -19,7 +20,7 @@ _MOMENTUM, _STEPS, _TAU = 0.7, 4, 0.3
 
 def build() -> MoCoV3:
     torch.manual_seed(0)
-    config = MoCoV3Config(hidden=16, out=8, momentum=_MOMENTUM, temperature=_TAU)
+    config = MoCoV3Config(hidden=16, out=8, tau=_MOMENTUM, temperature=_TAU)
     method = build_method(config, EncoderConfig(name="resnet18", width=8, stem="cifar"), World())
     assert isinstance(method, MoCoV3)
     return method.double()
@@ -77,17 +78,17 @@ def test_steps_are_the_papers() -> None:
 def test_more_views_are_all_ordered_pairs() -> None:
     q, k = embeddings(3, 6, 8), embeddings(3, 6, 8, seed=1)
     pairs = [contrast(q[v], k[w]) for v in range(3) for w in range(3) if v != w]
-    torch.testing.assert_close(build().loss(Embeddings(q, k, q)).value, 2 * torch.stack(pairs).mean())
+    torch.testing.assert_close(build().loss(Matches(q, k, q)).value, 2 * torch.stack(pairs).mean())
 
 
 def test_the_teacher_has_no_gradient() -> None:
     method = build()
     made = method(batch(0), Draws(0, 0, torch.arange(6)))
-    assert made.q.requires_grad
-    assert not made.k.requires_grad
-    assert not any(p.requires_grad for p in method.teacher.parameters())
+    assert made.predictions.requires_grad
+    assert not made.targets.requires_grad
+    assert not any(p.requires_grad for t, _ in method.teachers() for p in t.parameters())
 
 
 def test_a_collapsed_network_has_the_loss_of_chance() -> None:
     same = torch.ones(2, 6, 8).double()
-    assert build().loss(Embeddings(same, same, same)).value.item() == pytest.approx(4 * _TAU * math.log(6))
+    assert build().loss(Matches(same, same, same)).value.item() == pytest.approx(4 * _TAU * math.log(6))

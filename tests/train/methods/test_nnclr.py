@@ -8,7 +8,8 @@ from torch import nn
 
 from train.engine.step import TrainStep
 from train.methods import build_method
-from train.methods.nnclr import NNCLR, Embeddings, NNCLRConfig
+from train.methods.networks import Predictions
+from train.methods.nnclr import NNCLR, NNCLRConfig
 from train.model.draws import Draws
 from train.model.encoder import EncoderConfig
 from train.optim.optimizers import OptimConfig, build_optimizer
@@ -84,7 +85,7 @@ def test_steps_are_the_papers() -> None:
 
 def test_gradient_reaches_z_through_the_prediction_alone() -> None:
     z, p = embeddings(2, 6, 8).requires_grad_(), embeddings(2, 6, 8, seed=1).requires_grad_()
-    loss = build().loss(Embeddings(z, p, z)).value
+    loss = build().loss(Predictions(z, p, z)).value
     assert torch.autograd.grad(loss, (z, p), allow_unused=True)[0] is None
 
 
@@ -92,7 +93,7 @@ def test_a_queue_that_has_the_view_itself_finds_it() -> None:
     """Then the loss is that of z itself: SimCLR's positives without the neighbours."""
     method, z, p = build(queue=12), embeddings(2, 6, 8), embeddings(2, 6, 8, seed=1)
     method.queue.push(z.flatten(0, 1), torch.ones(()))
-    found = method.loss(Embeddings(z, p, z))
+    found = method.loss(Predictions(z, p, z))
     expected = contrast(z[0], p[1]) / 2 + contrast(z[1], p[0]) / 2
     torch.testing.assert_close(found.value, expected)
     assert found.metrics["neighbour_similarity"].item() == pytest.approx(1)
@@ -102,9 +103,9 @@ def test_more_views_are_all_ordered_pairs() -> None:
     method, z, p = build(), embeddings(3, 6, 8), embeddings(3, 6, 8, seed=1)
     neighbours = [nearest(one, list(method.queue.rows)) for one in z]
     pairs = [contrast(neighbours[v], p[w]) for v in range(3) for w in range(3) if v != w]
-    torch.testing.assert_close(method.loss(Embeddings(z, p, z)).value, torch.stack(pairs).mean())
+    torch.testing.assert_close(method.loss(Predictions(z, p, z)).value, torch.stack(pairs).mean())
 
 
 def test_a_collapsed_network_has_the_loss_of_chance() -> None:
     same = torch.ones(2, 6, 8).double()
-    assert build().loss(Embeddings(same, same, same)).value.item() == pytest.approx(math.log(6))
+    assert build().loss(Predictions(same, same, same)).value.item() == pytest.approx(math.log(6))

@@ -3,7 +3,7 @@ import torch
 from tests.processes import run_ranks
 from train.losses.contrastive import nt_xent
 from train.methods import build_method, same_size
-from train.methods.projected import Embeddings
+from train.methods.networks import Embeddings
 from train.methods.simclr import SimCLRConfig
 from train.model.batchnorm import synchronize_batchnorm
 from train.model.draws import Draws

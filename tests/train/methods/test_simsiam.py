@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from train.methods import build_method
-from train.methods.simsiam import Embeddings, SimSiam, SimSiamConfig, negative_cosine
+from train.methods.networks import Predictions
+from train.methods.simsiam import SimSiam, SimSiamConfig, negative_cosine
 from train.model.draws import Draws
 from train.model.encoder import EncoderConfig
 from train.processes.distributed import World
@@ -36,7 +37,7 @@ def transcribed(p1: torch.Tensor, p2: torch.Tensor, z1: torch.Tensor, z2: torch.
 def test_loss_and_gradients_are_the_papers() -> None:
     simsiam = build()
     z, p = embeddings(2, 6, 8).requires_grad_(), embeddings(2, 6, 8, seed=1).requires_grad_()
-    found = simsiam.loss(Embeddings(z, p, z)).value
+    found = simsiam.loss(Predictions(z, p, z)).value
     expected = transcribed(p[0], p[1], z[0], z[1])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     assert torch.autograd.grad(found, z, retain_graph=True, allow_unused=True)[0] is None

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 
 from train.losses.distribution import fourier_features, hsic_with_image, hsic_with_itself
 from train.methods import Update, build_method
-from train.methods.ssl_hsic import SSLHSIC, Embeddings, SSLHSICConfig
+from train.methods.networks import Matches
+from train.methods.ssl_hsic import SSLHSIC, SSLHSICConfig
 from train.model.draws import Draws
 from train.model.encoder import EncoderConfig
 from train.processes.distributed import World
@@ -57,7 +58,7 @@ def test_dependence_on_itself_is_the_trace_of_centred_kernels() -> None:
 def test_loss_and_gradient_are_the_papers_with_exact_kernels() -> None:
     """The loss of many features against the exact kernel's."""
     online, target = normal(2, 6, 8).requires_grad_(), normal(2, 6, 8, seed=1)
-    loss = ssl_hsic(features=4_000).loss(Embeddings(online, target, online), None, DRAWS).value
+    loss = ssl_hsic(features=4_000).loss(Matches(online, target, online), None, DRAWS).value
     z = F.normalize(torch.cat([online, target]), dim=-1)
     k = kernel(z.flatten(0, 1)[:, None], z.flatten(0, 1), 1.0)
     same = torch.stack([kernel(z[:, None, i], z[:, i], 1.0).sum() for i in range(6)]).sum()
@@ -71,17 +72,17 @@ def test_loss_and_gradient_are_the_papers_with_exact_kernels() -> None:
 
 def test_at_collapse_there_is_no_dependence_and_the_gradient_is_finite() -> None:
     online = torch.ones(2, 8, 8, dtype=torch.float64, requires_grad=True)  # 32 equal rows: their mean is exact
-    loss = ssl_hsic().loss(Embeddings(online, torch.ones(2, 8, 8, dtype=torch.float64), online), None, DRAWS)
+    loss = ssl_hsic().loss(Matches(online, torch.ones(2, 8, 8, dtype=torch.float64), online), None, DRAWS)
     (gradient,) = torch.autograd.grad(loss.value, online)
     assert abs(loss.metrics["hsic_image"].item()) < 0.1  # but for the features' error in k(z, z) = 1
     assert gradient.isfinite().all()
     apart = F.one_hot(torch.arange(6), 8).double().expand(2, 6, 8)
-    assert ssl_hsic().loss(Embeddings(apart, apart, apart), None, DRAWS).metrics["hsic_image"].item() > 0.25
+    assert ssl_hsic().loss(Matches(apart, apart, apart), None, DRAWS).metrics["hsic_image"].item() > 0.25
 
 
 def test_target_follows_the_online_network() -> None:
     method = ssl_hsic(tau=0.5)
-    online, target = next(method.projector.parameters()), next(method.target_projector.parameters())
+    online, target = next(method.projector.parameters()), next(method.teacher_projector.parameters())
     before = target.clone()
     with torch.no_grad():
         online.add_(1)
@@ -89,11 +90,11 @@ def test_target_follows_the_online_network() -> None:
         torch.testing.assert_close(target, before)
         method.after_update(Update(0.0, torch.tensor(1.0), None))
         torch.testing.assert_close(target, before + 0.5)
-    assert not any(p.requires_grad for p in method.target_encoder.parameters())
+    assert not any(p.requires_grad for p in method.teacher_encoder.parameters())
 
 
 def test_target_takes_no_gradient() -> None:
     online, target = normal(2, 6, 8).requires_grad_(), normal(2, 6, 8, seed=1).requires_grad_()
-    ssl_hsic().loss(Embeddings(online, target, online), None, DRAWS).value.backward()
+    ssl_hsic().loss(Matches(online, target, online), None, DRAWS).value.backward()
     assert online.grad is not None
     assert target.grad is None

@@ -5,7 +5,7 @@ import torch
 
 from train.losses.contrastive import nt_xent, sup_con
 from train.methods import build_method
-from train.methods.projected import Embeddings
+from train.methods.networks import Embeddings
 from train.methods.supcon import SupConConfig
 from train.model.draws import Draws
 from train.model.encoder import EncoderConfig

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from train.methods import Loss, build_method
-from train.methods.projected import Embeddings
+from train.methods.networks import Embeddings
 from train.methods.vicreg import VICRegConfig
 from train.model.encoder import EncoderConfig
 from train.processes.distributed import World

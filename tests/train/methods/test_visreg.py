@@ -3,7 +3,7 @@ import torch
 
 from train.losses.distribution import centre, scale, shape, unit_slices
 from train.methods import build_method
-from train.methods.projected import Centred
+from train.methods.networks import Centred
 from train.methods.visreg import VISReg, VISRegConfig
 from train.model.draws import Draws
 from train.model.encoder import EncoderConfig
