@@ -88,7 +88,7 @@ class Counting(World):
 class Unaveraged(World):
     """Leaves each rank its own gradients."""
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: nn.Module, *_: object, **__: object) -> nn.Module:
         return module
 
 

@@ -83,6 +83,7 @@ class Manifest:
 
     @property
     def num_lanes(self) -> int:
+        """Slices of the data set; a rank reads whole ones."""
         return int(self.layout["lanes"])
 
     @property
