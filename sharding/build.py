@@ -11,6 +11,7 @@ import json
 import re
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -21,19 +22,21 @@ from rich.progress import Progress
 
 from sharding.arguments import Layout, parse
 from sharding.command import UserError, command, say
-from sharding.encode import BadImageError, Policy, encode
+from sharding.encode import Policy
 from sharding.engine import Engine, in_process, processes
+from sharding.estimate import SAMPLE_OVERHEAD_BYTES, encoded_size, estimate
 from sharding.finish import TAIL_READY, finish, write_quarantine
-from sharding.manifest import MANIFEST_FILE, QUARANTINE_FILE, Manifest
+from sharding.manifest import MANIFEST_COPY, MANIFEST_FILE, QUARANTINE_FILE, Manifest
 from sharding.part import BuildContext, PartRecord, record_name, write_part
 from sharding.plan import Part, plan_parts
 from sharding.progress import bar, track
+from sharding.select import select
 from sharding.source import Source, SourceSpec, open_source
 from sharding.spool import discard_spool
 from sharding.storage import STATE, Directory
 
 OPTIONS_FILE = f"{STATE}/options.json"
-_OURS = re.compile(r"\.build/|lane-\d+/[^/]+\.(tar|idx)$|(manifest\.json|index\.arrow|quarantine\.jsonl)$")
+_OURS = re.compile(r"\.build/|lane-\d+/[^/]+\.(tar|idx)$|(manifest(\.copy)?\.json|index\.arrow|quarantine\.jsonl)$")
 
 
 class BuildError(UserError):
@@ -59,7 +62,7 @@ def build(
     """
     options = {"source": asdict(spec), "policy": asdict(policy), "layout": asdict(layout)}
     if (manifest := _check_out(out, options)) is None:
-        source = open_source(spec, cache, streaming, progress)
+        source = select(open_source(spec, cache, streaming, progress), spec, layout.seed)
         context = BuildContext(source, policy, out, prefix=re.sub(r"\W.*", "", spec.split) or "data")
         if source.no_labels:
             say("sharding.build", source.no_labels)
@@ -83,7 +86,7 @@ def _check_out(out: Directory, options: dict[str, dict[str, Any]]) -> Manifest |
     sizes = out.sizes()
     if foreign := sorted(name for name in sizes if not _OURS.match(name)):
         raise BuildError(f"{out}: holds files of others, such as {foreign[0]!r}; choose an empty --out")
-    if MANIFEST_FILE in sizes:
+    if MANIFEST_FILE in sizes or (MANIFEST_COPY in sizes and OPTIONS_FILE not in sizes):
         manifest = Manifest.load(out)
         before = {"source": manifest.source, "policy": manifest.policy, "layout": manifest.layout}
         _refuse_changes(out, before, options)
@@ -130,18 +133,8 @@ def _start_or_continue(context: BuildContext, layout: Layout, options: dict[str,
 
 def _samples_per_shard(source: Source, policy: Policy, layout: Layout, mean_bytes: float) -> int:
     """From the mean size of evenly spaced images: as they are, or as the policy re-encodes them."""
-    mean = mean_bytes if policy.short_side is None else _mean_encoded_bytes(source, policy) or mean_bytes
-    return max(1, round(layout.shard_mb * 1e6 / (mean + 2048)))  # two headers, a label, padding
-
-
-def _mean_encoded_bytes(source: Source, policy: Policy, num_probes: int = 64) -> float:
-    sizes = []
-    for row in range(0, len(source), max(1, len(source) // num_probes)):
-        try:
-            sizes.append(len(encode(source.read(row)[0], policy).data))
-        except BadImageError:
-            continue
-    return sum(sizes) / len(sizes) if sizes else 0
+    mean = mean_bytes if policy.short_side is None else encoded_size(source, policy)[0] or mean_bytes
+    return max(1, round(layout.shard_mb * 1e6 / (mean + SAMPLE_OVERHEAD_BYTES)))
 
 
 def _records(
@@ -226,12 +219,23 @@ def _explain(error: Exception, out: Directory) -> str:
 @command("sharding.build")
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(__doc__, argv)
-    out = Directory.at(args.out)
+    for spec in args.specs:
+        out = Directory.at(args.out if len(args.specs) == 1 else f"{args.out}/{spec.split}")
+        print(_dry_run(spec, out, args) if args.dry_run else _run(spec, out, args))
+    return 0
+
+
+def _dry_run(spec: SourceSpec, out: Directory, args: Namespace) -> str:
+    source = select(open_source(spec, args.cache, args.streaming), spec, args.layout.seed)
+    return estimate(source, args.policy, args.layout, out, args.workers)
+
+
+def _run(spec: SourceSpec, out: Directory, args: Namespace) -> str:
     start = time.perf_counter()
     try:
         with bar() as progress:
             manifest = build(
-                args.spec,
+                spec,
                 out,
                 args.layout,
                 args.policy,
@@ -244,10 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, BrokenProcessPool) as error:
         raise UserError(_explain(error, out)) from None
     except KeyboardInterrupt:
-        say("sharding.build", f"stopped; the same command continues {out}")
-        return 130
-    print(_report(manifest, out, time.perf_counter() - start))
-    return 0
+        say("sharding.build", f"the same command continues {out}")
+        raise
+    return _report(manifest, out, time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,17 @@ import functools
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 from rich.progress import Progress
 
+from sharding.archive import find_archive, list_archive
 from sharding.command import UserError
 from sharding.manifest import MANIFEST_FILE, Manifest
 from sharding.storage import Directory
@@ -24,6 +27,7 @@ DEMO = "demo"
 _LABEL_NAMES = ("label", "labels", "cls")  # of columns that hold labels, where no class label column exists
 _KEY = "__key__"  # column of an archive's member names
 _WNID = re.compile(r"(?:.*/)?(n\d{8})_\d+")  # ILSVRC's member names: the class and a number
+_ILSVRC_FILE = re.compile(r"n\d{8}_\d+|ILSVRC2012_(?:val|test)_\d+")
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}  # by suffix; others: imagefolder
 
 
@@ -41,6 +45,11 @@ class SourceSpec:
     revision: str | None = None
     image_column: str | None = None  # None: the only image column
     label_column: str | None = None  # None: the only class label column, if any
+    labels: str | None = None  # file of (image file, class)
+    classes: str | None = None  # file of class names
+    subset: str | None = None  # file of names of image files
+    per_class: int | None = None  # images
+    fraction: float | None = None  # of each class
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,8 @@ class Source:
     class_names: tuple[str, ...] = ()  # by label
     revision: str | None = None  # commit on the hub
     no_labels: str = ""  # why there are none
+    classes_by_file: dict[str, str] = field(default_factory=dict)  # by file key; before those of a label column
+    new_labels: dict[int, int] = field(default_factory=dict)  # by integer label, where some classes were left out
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -60,14 +71,43 @@ class Source:
 
         Raises OSError for an unreadable file, and SourceError for a label that cannot be one.
         """
-        columns = self.dataset[row].columns
-        label = columns[1][0].as_py() if len(columns) > 1 else None
-        return _encoded(columns[0][0].as_py()), self._label(label, row)
+        columns = [column[0].as_py() for column in self.dataset[row].columns]
+        label = columns[1] if len(columns) > 1 else None
+        if self.classes_by_file:
+            label = self._class_of(file_key(columns[0]["path"]), label)
+        return _encoded(columns[0]), self._label(label, row)
+
+    def labels(self) -> NDArray[np.int64]:
+        """Of all rows."""
+        column = self.dataset.column_names[1:]
+        values: list[Any] = [None] * len(self)
+        if column:
+            values = self.dataset.select_columns(column)[:].column(0).to_pylist()
+        if self.classes_by_file:
+            values = list(map(self._class_of, self.file_keys(), values))
+        return np.array([self._label(value, row) for row, value in enumerate(values)])
+
+    def file_keys(self) -> list[str]:
+        """What tells the files of all rows apart (see `file_key`); "" for images without a file name."""
+        flat, column = self.dataset.flatten(), f"{self.dataset.column_names[0]}.path"
+        if column not in flat.column_names:
+            return [""] * len(self)
+        return [file_key(path or "") for path in flat.select_columns(column)[:].column(0).to_pylist()]
+
+    def class_name(self, label: int) -> str:
+        return self.class_names[label] if 0 <= label < len(self.class_names) else str(label)
+
+    def _class_of(self, key: str, value: str | None) -> str:
+        if (found := self.classes_by_file.get(key, value)) is None:
+            raise SourceError(f"--labels: has no class for the image {key!r}")
+        return found
 
     def _label(self, value: int | str | None, row: int) -> int:
         if value is None:
             return -1
-        label = self._labels[_class_name(value)] if isinstance(value, str) else value
+        if isinstance(value, str):
+            return self._labels[_class_name(value)]
+        label = self.new_labels.get(value, value)
         if not -1 <= label < 2**31:
             column = self.dataset.column_names[1]
             raise SourceError(f"row {row}: column {column!r} holds {label}; labels go from 0 to 2**31 - 1, -1 is none")
@@ -76,10 +116,6 @@ class Source:
     @functools.cached_property
     def _labels(self) -> dict[str, int]:
         return {name: label for label, name in enumerate(self.class_names)}
-
-    def mean_bytes(self) -> float:
-        """Mean encoded size of evenly spaced rows."""
-        return self.probe()[0]
 
     def probe(self, num_probes: int = 1024) -> tuple[float, str]:
         """Mean encoded size of evenly spaced rows, and the xxh3_128 of the class names, these rows and their labels."""
@@ -116,6 +152,8 @@ def open_source(
         raise SourceError(_no_access(spec.dataset, str(error))) from None
     except SourceError:
         raise
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise SourceError(f"{spec.dataset}: {error.__cause__ or error}") from None
     except (OSError, RuntimeError, ValueError) as error:
         if _is_hub_id(spec.dataset) and isinstance(error, OSError):
             raise SourceError(_no_access(spec.dataset, str(error))) from None
@@ -127,6 +165,8 @@ def _load(spec: SourceSpec, options: dict[str, Any]) -> "tuple[tuple[str, ...], 
     """Class names, where they are known from elsewhere than the features, and the data set."""
     from datasets import load_dataset, load_from_disk
 
+    if archive := find_archive(spec.dataset, spec.split):
+        return (), list_archive(archive, options["cache_dir"])
     folder = Directory.at(spec.dataset)
     if "://" not in spec.dataset and Path(spec.dataset).is_file():
         raise SourceError(f"{spec.dataset}: is a file; give the folder that holds the data set")
@@ -178,19 +218,50 @@ def _source(
         from sharding.spool import spool
 
         dataset = spool(dataset, spec, cache, progress)
-    if label and getattr(features[label], "dtype", "").endswith("string"):
+    by_file = read_labels(Path(spec.labels)) if spec.labels else {}
+    is_text = bool(label) and getattr(features[label], "dtype", "").endswith("string")
+    if by_file and not is_text:
+        dataset, names = dataset.select_columns([image]), tuple(sorted(set(by_file.values())))
+    if is_text:
         found = [value for value in dataset.unique(label) if value is not None]
         if label == _KEY and not all(map(_WNID.fullmatch, found)):
             dataset, found = dataset.select_columns([image]), []
-            no_labels = "no labels: neither a label column nor names like n01440764_18.JPEG; see --label-column"
-        names = tuple(sorted(set(map(_class_name, found))))
-    return Source(dataset.with_format("arrow"), names, revision, no_labels)
+        if not found and not by_file:
+            no_labels = (
+                "no labels: neither a label column nor names like n01440764_18.JPEG; see --label-column and --labels"
+            )
+        if len(found) > max(100, len(dataset) // 2):
+            raise SourceError(
+                f"{spec.dataset}: column {label!r} has {len(found)} different strings for {len(dataset)} images: "
+                "captions or names, not classes; choose a different --label-column"
+            )
+        names = tuple(sorted({*map(_class_name, found), *by_file.values()}))
+    return Source(dataset.with_format("arrow"), names, revision, "" if by_file else no_labels, by_file)
 
 
 def _class_name(value: str) -> str:
     """The class that a string says: its WordNet id where it is the name of one of ILSVRC's files, else itself."""
     found = _WNID.fullmatch(value)
     return found[1] if found else value
+
+
+def file_key(path: str) -> str:
+    """What tells an image's file apart: the name that ILSVRC gave it, whatever was appended, else the stem."""
+    found = _ILSVRC_FILE.match(name := Path(path).name)
+    return found[0] if found else Path(name).stem
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """Classes by `file_key`, from lines of a file's name and its class (Kaggle's `LOC_val_solution.csv`, `valprep.sh`),
+    or of a class alone, in the order of ILSVRC's validation images.
+    """
+    lines = [line.removeprefix("mv ").rstrip("/ ") for line in path.read_text().splitlines() if line.strip()]
+    words = [re.split(r"[,\s]+", line) for line in lines]
+    if all(word.isdecimal() for word, *rest in words):
+        raise SourceError(f"{path}: holds numbers of ILSVRC's own; docs/sharding.md says how they become WordNet ids")
+    if all(len(row) == 1 for row in words):
+        return {f"ILSVRC2012_val_{number:08d}": row[0] for number, row in enumerate(words, 1)}
+    return {file_key(row[0]): row[1] for row in words if len(row) > 1}
 
 
 def _is_hub_id(dataset: str) -> bool:
@@ -229,8 +300,10 @@ def _no_access(dataset: str, error: str) -> str:
 
 def _columns(features: dict[str, Any], spec: SourceSpec) -> tuple[str, str | None, str]:
     """Names of the image column and of the label column, if any; else why there is none."""
-    from datasets import ClassLabel, Image
+    from datasets import ClassLabel, Image, Video
 
+    if videos := [name for name, f in features.items() if isinstance(f, Video)]:
+        raise SourceError(f"{spec.dataset}: column {videos[0]!r} holds videos, which are not supported; extract frames")
     images = [name for name, f in features.items() if isinstance(f, Image)]
     images = images or [name for name, f in features.items() if _holds_bytes(f)]
     labels = [name for name, f in features.items() if isinstance(f, ClassLabel)]
@@ -260,7 +333,8 @@ def _kind(feature: Any) -> str:
     if isinstance(feature, dict):
         return "nested columns"
     name = type(feature).__name__
-    return f"{feature.dtype}" if name == "Value" else {"List": "a list", "LargeList": "a list"}.get(name, name)
+    lists = dict.fromkeys(("List", "LargeList"), "several values, which labels cannot be")
+    return f"{feature.dtype}" if name == "Value" else lists.get(name, name)
 
 
 def _holds_labels(feature: Any) -> bool:
@@ -271,9 +345,11 @@ def _holds_labels(feature: Any) -> bool:
 
 
 def _holds_bytes(feature: Any) -> bool:
-    """Images in parquet files without the hub's metadata: a {bytes, path} struct, or plain binary."""
+    """Images in parquet files without the hub's metadata: a {bytes, path} struct, or plain binary; or in an archive."""
     from datasets import Value
 
+    if isinstance(feature, dict) and "archive" in feature:
+        return True
     if isinstance(feature, dict):
         feature = feature.get("bytes")
     return isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
@@ -292,6 +368,8 @@ def _choose(asked: str | None, found: list[str], features: dict[str, Any], kind:
 def _encoded(value: Any) -> bytes:
     """Bytes of an image cell: a {bytes, path} struct as the hub stores it, or plain binary."""
     if isinstance(value, dict):
+        if "archive" in value:
+            return Directory.at(value["archive"]).read("", value["offset"], value["offset"] + value["size"])
         data, path = value.get("bytes"), value.get("path")
         if data is None and path:
             with fsspec.open(path, "rb") as file:
