@@ -29,7 +29,8 @@ def estimate(source: Source, policy: Policy, layout: Layout, out: Directory, num
     size, seconds = encoded_size(source, policy)
     num_bytes = len(source) * (size + SAMPLE_OVERHEAD_BYTES)
     shards = layout.lanes * max(1, round(num_bytes / layout.lanes / layout.shard_mb / 1e6))
-    free = f"{shutil.disk_usage(out.existing_parent()).free / 1e9:,.1f} GB free" if out.is_local else "not on this disk"
+    there = next(p for p in (out.local_path(), *out.local_path().parents) if p.exists()) if out.is_local else None
+    free = f"{shutil.disk_usage(there).free / 1e9:,.1f} GB are free" if there else "not on this disk"
     return (
         f"{out}: {len(source):,} images of {len(source.class_names):,} classes, about {size / 1e3:,.0f} kB each\n"
         f"disk: {num_bytes / 1e9:,.1f} GB in about {shards:,} shards ({free})\n"

@@ -127,16 +127,15 @@ class Manifest:
         except ValueError as error:
             raise ShardError(f"{out}/{name}: is not JSON ({error}); rebuild the shards") from None
         manifest = cls._from_json(raw, f"{out}/{name}")
-        manifest._check_fingerprint(f"{out}/{name}")
-        return manifest
-
-    def _check_fingerprint(self, where: str) -> None:
-        found = fingerprint(self.shards, self.num_lanes, self.policy, self.class_names, version=self.version)
-        if found != self.fingerprint:
+        found = fingerprint(
+            manifest.shards, manifest.num_lanes, manifest.policy, manifest.class_names, manifest.version
+        )
+        if found != manifest.fingerprint:
             raise ShardError(
-                f"{where}: expected the fingerprint {self.fingerprint} of its build, its shards have {found}: it is "
-                "damaged or was changed; put the original back, or build the shards again"
+                f"{out}/{name}: expected the fingerprint {manifest.fingerprint} of its build, its shards have {found}: "
+                "it is damaged or was changed; put the original back, or build the shards again"
             )
+        return manifest
 
     @classmethod
     def _from_json(cls, raw: Any, where: str) -> Self:

@@ -1,8 +1,8 @@
 """Where images come from: any Hugging Face data set as rows of (encoded bytes, label), in any order."""
 
-import functools
 import json
 import re
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from sharding.archive import find_archive, list_archive
 from sharding.command import UserError
+from sharding.demo import load_demo
 from sharding.manifest import MANIFEST_FILE, Manifest
 from sharding.storage import Directory
 
@@ -57,7 +58,7 @@ class Source:
     """Rows by number. Pickles small: a data set on disk travels as its path."""
 
     dataset: "Dataset"  # only the image and label columns, in Arrow format
-    class_names: tuple[str, ...] = ()  # by label
+    class_names: tuple[str, ...] = ()  # by label; in alphabetical order where labels are strings
     revision: str | None = None  # commit on the hub
     no_labels: str = ""  # why there are none
     classes_by_file: dict[str, str] = field(default_factory=dict)  # by file key; before those of a label column
@@ -106,16 +107,12 @@ class Source:
         if value is None:
             return -1
         if isinstance(value, str):
-            return self._labels[_class_name(value)]
+            return bisect_left(self.class_names, _class_name(value))
         label = self.new_labels.get(value, value)
         if not -1 <= label < 2**31:
             column = self.dataset.column_names[1]
             raise SourceError(f"row {row}: column {column!r} holds {label}; labels go from 0 to 2**31 - 1, -1 is none")
         return label
-
-    @functools.cached_property
-    def _labels(self) -> dict[str, int]:
-        return {name: label for label, name in enumerate(self.class_names)}
 
     def probe(self, num_probes: int = 1024) -> tuple[float, str]:
         """Mean encoded size of evenly spaced rows, and the xxh3_128 of the class names, these rows and their labels."""
@@ -138,19 +135,13 @@ def open_source(
     """
     import datasets
 
-    if "://" not in spec.dataset and not Path(spec.dataset).exists() and spec.dataset.startswith(("/", ".")):
+    if not Path(spec.dataset).exists() and spec.dataset.startswith(("/", ".")):
         raise SourceError(f"{spec.dataset}: no such folder; --dataset says where the data set is")
-    if spec.dataset == DEMO:
-        from sharding.demo import load_demo
-
-        return _source(load_demo(spec.split), spec, (), None)
     revision = _hub_revision(spec) if _is_hub_id(spec.dataset) else None
     options = {"split": spec.split, "cache_dir": str(cache) if cache else None, "streaming": streaming}
     try:
         names, dataset = _load(spec, options)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise SourceError(_no_access(spec.dataset, str(error))) from None
-    except SourceError:
+    except UserError:
         raise
     except datasets.exceptions.DatasetGenerationError as error:
         raise SourceError(f"{spec.dataset}: {error.__cause__ or error}") from None
@@ -167,6 +158,8 @@ def _load(spec: SourceSpec, options: dict[str, Any]) -> "tuple[tuple[str, ...], 
 
     if archive := find_archive(spec.dataset, spec.split):
         return (), list_archive(archive, options["cache_dir"])
+    if spec.dataset == DEMO:
+        return (), load_demo(spec.split)
     folder = Directory.at(spec.dataset)
     if "://" not in spec.dataset and Path(spec.dataset).is_file():
         raise SourceError(f"{spec.dataset}: is a file; give the folder that holds the data set")
@@ -174,7 +167,7 @@ def _load(spec: SourceSpec, options: dict[str, Any]) -> "tuple[tuple[str, ...], 
         return (), load_dataset(spec.dataset, spec.config, revision=spec.revision, **options)
     if folder.exists(MANIFEST_FILE):
         manifest = Manifest.load(folder)
-        urls = [_url(spec.dataset, shard.path) for shard in manifest.shards]
+        urls = [f"{folder}/{shard.path}" for shard in manifest.shards]
         return manifest.class_names, load_dataset("webdataset", data_files={spec.split: urls}, **options)
     if folder.exists("state.json"):
         return (), load_from_disk(spec.dataset)
@@ -189,10 +182,10 @@ def _remote_files(spec: SourceSpec) -> tuple[str, dict[str, list[str]]]:
     from datasets.data_files import get_data_patterns
 
     patterns = get_data_patterns(spec.dataset)
-    fs, root = fsspec.core.url_to_fs(spec.dataset)
-    suffixes = Counter(Path(name).suffix for name in fs.find(root))
+    folder = Directory.at(spec.dataset)
+    suffixes = Counter(Path(name).suffix for name in folder.sizes())
     builder = next((b for suffix, b in _BUILDERS.items() if suffixes[suffix]), "imagefolder")
-    return builder, {str(split): [_url(spec.dataset, p) for p in found] for split, found in patterns.items()}
+    return builder, {str(split): [f"{folder}/{name}" for name in found] for split, found in patterns.items()}
 
 
 def _source(
@@ -200,8 +193,8 @@ def _source(
     spec: SourceSpec,
     names: tuple[str, ...],
     revision: str | None,
-    cache: Path | None = None,
-    progress: Progress | None = None,
+    cache: Path | None,
+    progress: Progress | None,
 ) -> Source:
     from datasets import ClassLabel, Image, IterableDataset
 
@@ -226,10 +219,8 @@ def _source(
         found = [value for value in dataset.unique(label) if value is not None]
         if label == _KEY and not all(map(_WNID.fullmatch, found)):
             dataset, found = dataset.select_columns([image]), []
-        if not found and not by_file:
-            no_labels = (
-                "no labels: neither a label column nor names like n01440764_18.JPEG; see --label-column and --labels"
-            )
+        if not found:
+            no_labels = "no labels: neither a label column nor names like n01440764_18.JPEG; --labels can give them"
         if len(found) > max(100, len(dataset) // 2):
             raise SourceError(
                 f"{spec.dataset}: column {label!r} has {len(found)} different strings for {len(dataset)} images: "
@@ -265,7 +256,7 @@ def read_labels(path: Path) -> dict[str, str]:
 
 
 def _is_hub_id(dataset: str) -> bool:
-    return "://" not in dataset and not Path(dataset).exists()
+    return dataset != DEMO and "://" not in dataset and not Path(dataset).exists()
 
 
 def _hub_revision(spec: SourceSpec) -> str | None:
@@ -286,16 +277,14 @@ def _hub_revision(spec: SourceSpec) -> str | None:
 
 
 def _no_access(dataset: str, error: str) -> str:
-    reason = error.strip().splitlines()[0] if error.strip() else "no reason given"
-    steps = [
-        f"cannot open the data set '{dataset}': {reason}",
-        "There is no such local folder, and the Hugging Face hub did not give it. To get it from there:",
-        "  1. be online, and log in with `hf auth login`;",
-        f"  2. accept the terms on https://huggingface.co/datasets/{dataset} if it is gated.",
+    return (
+        f"cannot open the data set '{dataset}': {[*error.strip().splitlines(), 'no reason given'][0]}\n"
+        "There is no such local folder, and the Hugging Face hub did not give it. To get it from there:\n"
+        "  1. be online, and log in with `hf auth login`;\n"
+        f"  2. accept the terms on https://huggingface.co/datasets/{dataset} if it is gated.\n"
         "Or choose other data: `--dataset FOLDER` (parquet as on the hub, or ImageFolder), "
-        "`--dataset HUB_ID`, or `--dataset demo`, which is generated here.",
-    ]
-    return "\n".join(steps)
+        "`--dataset HUB_ID`, or `--dataset demo`, which is generated here."
+    )
 
 
 def _columns(features: dict[str, Any], spec: SourceSpec) -> tuple[str, str | None, str]:
@@ -329,12 +318,9 @@ def _no_labels(features: dict[str, Any]) -> str:
 
 
 def _kind(feature: Any) -> str:
-    """What a column holds, in short: int64, string, Image, a list, nested columns."""
-    if isinstance(feature, dict):
-        return "nested columns"
+    """What a column holds, in short: int64, string, Image, List (of several labels), dict (of nested columns)."""
     name = type(feature).__name__
-    lists = dict.fromkeys(("List", "LargeList"), "several values, which labels cannot be")
-    return f"{feature.dtype}" if name == "Value" else lists.get(name, name)
+    return f"{feature.dtype}" if name == "Value" else name
 
 
 def _holds_labels(feature: Any) -> bool:
@@ -348,10 +334,8 @@ def _holds_bytes(feature: Any) -> bool:
     """Images in parquet files without the hub's metadata: a {bytes, path} struct, or plain binary; or in an archive."""
     from datasets import Value
 
-    if isinstance(feature, dict) and "archive" in feature:
-        return True
     if isinstance(feature, dict):
-        feature = feature.get("bytes")
+        return "archive" in feature or _holds_bytes(feature.get("bytes"))
     return isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
 
 
@@ -378,7 +362,3 @@ def _encoded(value: Any) -> bytes:
     if value is not None and not isinstance(value, bytes):
         raise SourceError(f"the image column holds {type(value).__name__}, not encoded images; see --image-column")
     return value or b""
-
-
-def _url(root: str, name: str) -> str:
-    return f"{root.rstrip('/')}/{name}"

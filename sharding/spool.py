@@ -6,7 +6,6 @@ where its last whole segment ended.
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,7 +44,7 @@ def spool(
     folder = Directory.at(spool_folder(spec, cache))
     with folder.lock():
         if not folder.exists(_COMPLETE):
-            _continue(stream.with_format("arrow"), folder, progress)
+            _download(stream.with_format("arrow"), folder, progress)
             folder.write(_COMPLETE, b"{}\n")
     if not (segments := _segments(folder)):
         raise ValueError("the stream is empty")
@@ -58,31 +57,20 @@ def discard_spool(spec: "SourceSpec", cache: Path | None) -> None:
 
 def _segments(folder: Directory) -> list[str]:
     """Names of whole segments, in order."""
-    states = [name for name in folder.sizes() if name.startswith("segment-") and name.endswith(".json")]
-    return sorted(name.removesuffix(".json") for name in states)
+    return sorted(n.removesuffix(".json") for n in folder.sizes() if n.startswith("segment-") and n.endswith(".json"))
 
 
-def _continue(stream: "IterableDataset", folder: Directory, progress: Progress | None) -> None:
-    segments = _segments(folder)
-    if segments:
+def _download(stream: "IterableDataset", folder: Directory, progress: Progress | None) -> None:
+    """Write the rest of the stream as segments."""
+    if segments := _segments(folder):
         stream.load_state_dict(json.loads(folder.read(f"{segments[-1]}.json")))
-    tables = track(
-        stream.iter(batch_size=_BATCH_ROWS), progress, "streaming", size=lambda table: (len(table), table.nbytes)
-    )
-    _fill(stream, tables, folder, len(segments))
-
-
-def _fill(stream: "IterableDataset", tables: Iterator[pa.Table], folder: Directory, number: int) -> None:
-    """Write the rest of the stream as segments from `number` on."""
-    schema = stream.features.arrow_schema
+    schema, number = stream.features.arrow_schema, len(segments)
+    batches = stream.iter(batch_size=_BATCH_ROWS)
+    tables = track(batches, progress, "streaming", size=lambda table: (len(table), table.nbytes))
     table = next(tables, None)
     while table is not None:
         name, num_bytes = f"segment-{number:06d}", 0
-        with (
-            folder.publish(f"{name}.arrow") as path,
-            pa.OSFile(str(path), "wb") as sink,
-            pa.ipc.new_stream(sink, schema) as writer,
-        ):
+        with folder.publish(f"{name}.arrow") as path, pa.ipc.new_stream(path, schema) as writer:
             while table is not None and num_bytes < SEGMENT_BYTES:
                 writer.write_table(table.cast(schema))
                 num_bytes += table.nbytes

@@ -52,11 +52,6 @@ class Directory:
             raise UserError(f"{self.url}: is not a local directory")
         return Path(self.path(name))
 
-    def existing_parent(self) -> Path:
-        """The nearest folder that is there, of a local directory that need not be."""
-        path = self.local_path()
-        return next(folder for folder in (path, *path.parents) if folder.exists())
-
     def exists(self, name: str) -> bool:
         """Raises OSError when the store cannot be asked. Each has errors of its own for a network that is down or
         credentials that are missing; they show here, since this is the first that any command wants to know.

@@ -88,7 +88,7 @@ def test_an_image_without_a_label_is_named(archives: Path, tmp_path: Path) -> No
 
 def test_validation_images_without_labels_say_so(archives: Path, tmp_path: Path) -> None:
     source = open_source(SourceSpec(str(archives), split="validation"), tmp_path)
-    assert "see --label-column and --labels" in source.no_labels
+    assert "--labels can give them" in source.no_labels
     assert source.labels().tolist() == [-1] * 6
 
 
