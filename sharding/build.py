@@ -143,17 +143,17 @@ def _records(
     """The records of all parts, in order; writes the parts that have none yet."""
     records = _finished(context.out, parts)
     todo = [part for part in parts if record_name(part) not in records]
-    written: Iterator[tuple[Part, PartRecord]] = track(
-        engine(_write_named, context, todo),
+    written: Iterator[tuple[str, PartRecord]] = track(
+        engine(write_part, context, todo),
         progress,
         "sharding",
         total=len(context.source),
         done=len(context.source) - sum(len(part.rows) for part in todo),
-        size=lambda result: (len(result[0].rows), result[1].source_bytes),
+        size=lambda result: (result[1].num_rows, result[1].source_bytes),
     )
     num_quarantined = sum(len(record.quarantined) for record in records.values())
-    for part, record in [] if num_quarantined > limit else written:
-        records[record_name(part)] = record
+    for name, record in [] if num_quarantined > limit else written:
+        records[name] = record
         num_quarantined += len(record.quarantined)
         if num_quarantined > limit:
             break
@@ -165,13 +165,8 @@ def _finished(out: Directory, parts: Sequence[Part]) -> dict[str, PartRecord]:
     """Records, by name, of the parts that are done. Once shards are being levelled, all are."""
     sizes = out.sizes()
     found = {name: PartRecord.from_bytes(out.read(name)) for part in parts if (name := record_name(part)) in sizes}
-    if TAIL_READY in sizes:
-        return found
-    return {name: r for name, r in found.items() if sizes.get(r.shard.path) == r.shard.num_bytes}
-
-
-def _write_named(context: BuildContext, part: Part) -> tuple[Part, PartRecord]:
-    return part, write_part(context, part)
+    done = TAIL_READY in sizes
+    return {name: r for name, r in found.items() if done or sizes.get(r.shard.path) == r.shard.num_bytes}
 
 
 def _check_yield(
