@@ -93,7 +93,6 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     add("--subset", metavar="FILE", help="take only these: the name of an image file a line")
     add("--per-class", type=int, help="take so many images of each class, drawn with --seed")
     add("--fraction", type=float, help="take this part of each class, drawn with --seed")
-    add("--streaming", action="store_true", help="fetch only the two columns, into --cache, deleted at the end")
     add("--cache", type=Path, help="where downloads are kept (default: the datasets library's cache)")
 
 

@@ -32,13 +32,10 @@ from sharding.plan import Part, plan_parts
 from sharding.progress import bar, track
 from sharding.select import select
 from sharding.source import Source, SourceSpec, open_source
-from sharding.spool import discard_spool
 from sharding.storage import STATE, Directory
 
 OPTIONS_FILE = f"{STATE}/options.json"
 _OURS = re.compile(r"\.build/|lane-\d+/[^/]+\.(tar|idx)$|(manifest(\.copy)?\.json|index\.arrow|quarantine\.jsonl)$")
-
-
 _OVERHEAD_BYTES = 2048  # of a sample in an archive: two headers, a label, padding
 _PROCESS_BYTES = 104e6  # anonymous memory, measured
 _ROW_BYTES = 93  # of the main process while it assembles the index, measured at 14 million rows
@@ -57,7 +54,6 @@ def build(
     engine: Engine = in_process,
     max_quarantine: float = 0.01,
     cache: Path | None = None,
-    streaming: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Build, or finish building, the shards of one data set in `out`.
@@ -67,7 +63,7 @@ def build(
     """
     options = {"source": asdict(spec), "policy": asdict(policy), "layout": asdict(layout)}
     if (manifest := _check_out(out, options)) is None:
-        source = select(open_source(spec, cache, streaming, progress), spec, layout.seed)
+        source = select(open_source(spec, cache), spec, layout.seed)
         context = BuildContext(source, policy, out, prefix=re.sub(r"\W.*", "", spec.split) or "data")
         if source.no_labels:
             say("sharding.build", source.no_labels)
@@ -80,7 +76,6 @@ def build(
     else:
         say("sharding.build", f"{out}: already complete, nothing to do")
     out.remove_state()
-    discard_spool(spec, cache)
     return manifest
 
 
@@ -237,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dry_run(spec: SourceSpec, out: Directory, args: Namespace) -> str:
     """What the build will need, from a few images."""
-    source = select(open_source(spec, args.cache, args.streaming), spec, args.layout.seed)
+    source = select(open_source(spec, args.cache), spec, args.layout.seed)
     size, seconds = _try_out(source, args.policy)
     num_bytes = len(source) * (size + _OVERHEAD_BYTES)
     num_shards = args.lanes * max(1, round(num_bytes / args.lanes / args.shard_mb / 1e6))
@@ -262,7 +257,6 @@ def _run(spec: SourceSpec, out: Directory, args: Namespace) -> str:
                 engine=processes(args.workers),
                 max_quarantine=args.max_quarantine,
                 cache=args.cache,
-                streaming=args.streaming,
                 progress=progress,
             )
     except (OSError, BrokenProcessPool) as error:

@@ -12,7 +12,6 @@ import fsspec
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from rich.progress import Progress
 
 from sharding.archive import find_archive, list_archive
 from sharding.command import UserError
@@ -21,7 +20,7 @@ from sharding.manifest import MANIFEST_FILE, Manifest
 from sharding.storage import Directory
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
 
 IMAGENET = "ILSVRC/imagenet-1k"
 DEMO = "demo"
@@ -125,20 +124,17 @@ class Source:
         return num_bytes / len(rows), hashed.hexdigest()
 
 
-def open_source(
-    spec: SourceSpec, cache: Path | None = None, streaming: bool = False, progress: Progress | None = None
-) -> Source:
+def open_source(spec: SourceSpec, cache: Path | None = None) -> Source:
     """Open a data set for random access, downloading or converting it first where that is needed.
 
-    ``cache`` is where the `datasets` library keeps what it downloads or converts (None: where it always does). With
-    ``streaming`` only the image and label columns are fetched, into ``cache``, instead of the library's full download.
+    ``cache`` is where the `datasets` library keeps what it downloads or converts (None: where it always does).
     """
     import datasets
 
     if not Path(spec.dataset).exists() and spec.dataset.startswith(("/", ".")):
         raise SourceError(f"{spec.dataset}: no such folder; --dataset says where the data set is")
     revision = _hub_revision(spec) if _is_hub_id(spec.dataset) else None
-    options = {"split": spec.split, "cache_dir": str(cache) if cache else None, "streaming": streaming}
+    options = {"split": spec.split, "cache_dir": str(cache) if cache else None}
     try:
         names, dataset = _load(spec, options)
     except UserError:
@@ -149,10 +145,10 @@ def open_source(
         if _is_hub_id(spec.dataset) and isinstance(error, OSError):
             raise SourceError(_no_access(spec.dataset, str(error))) from None
         raise SourceError(f"{spec.dataset}: {error}") from None
-    return _source(dataset, spec, names, revision, cache, progress)
+    return _source(dataset, spec, names, revision)
 
 
-def _load(spec: SourceSpec, options: dict[str, Any]) -> "tuple[tuple[str, ...], Dataset | IterableDataset]":
+def _load(spec: SourceSpec, options: dict[str, Any]) -> "tuple[tuple[str, ...], Dataset]":
     """Class names, where they are known from elsewhere than the features, and the data set."""
     from datasets import load_dataset, load_from_disk
 
@@ -188,29 +184,16 @@ def _remote_files(spec: SourceSpec) -> tuple[str, dict[str, list[str]]]:
     return builder, {str(split): [f"{folder}/{name}" for name in found] for split, found in patterns.items()}
 
 
-def _source(
-    dataset: "Dataset | IterableDataset",
-    spec: SourceSpec,
-    names: tuple[str, ...],
-    revision: str | None,
-    cache: Path | None,
-    progress: Progress | None,
-) -> Source:
-    from datasets import ClassLabel, Image, IterableDataset
+def _source(dataset: "Dataset", spec: SourceSpec, names: tuple[str, ...], revision: str | None) -> Source:
+    from datasets import ClassLabel, Image
 
     features = dataset.features
-    if features is None:
-        raise SourceError(f"{spec.dataset}: does not say its columns when streamed; leave --streaming out")
     image, label, no_labels = _columns(features, spec)
     dataset = dataset.select_columns([image, *([label] if label else [])])
     if isinstance(features[image], Image):
         dataset = dataset.cast_column(image, Image(decode=False))
     if label and isinstance(features[label], ClassLabel):
         names = tuple(features[label].names)
-    if isinstance(dataset, IterableDataset):
-        from sharding.spool import spool
-
-        dataset = spool(dataset, spec, cache, progress)
     by_file = read_labels(Path(spec.labels)) if spec.labels else {}
     is_text = bool(label) and getattr(features[label], "dtype", "").endswith("string")
     if by_file and not is_text:

@@ -114,13 +114,6 @@ def test_own_shards_can_be_laid_out_again(shards: Path, parquet: Path, tmp_path:
     assert (manifest.num_samples_per_lane, manifest.class_names) == (20, tuple(CLASS_NAMES))
 
 
-def test_streaming_gives_the_same_shards(parquet: Path, shards: Path, tmp_path: Path) -> None:
-    build_shards(parquet, tmp_path / "out", streaming=True, cache=tmp_path / "cache")
-    for path in sorted(shards.rglob("*.tar")):
-        assert (tmp_path / "out" / path.relative_to(shards)).read_bytes() == path.read_bytes()
-    assert list((tmp_path / "cache" / "parallax-spool").iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
