@@ -204,12 +204,12 @@ def _source(dataset: "Dataset", spec: SourceSpec, names: tuple[str, ...], revisi
             dataset, found = dataset.select_columns([image]), []
         if not found:
             no_labels = "no labels: neither a label column nor names like n01440764_18.JPEG; --labels can give them"
-        if len(found) > max(100, len(dataset) // 2):
+        names = tuple(sorted({*map(_class_name, found), *by_file.values()}))
+        if len(names) > max(100, len(dataset) // 2):
             raise SourceError(
-                f"{spec.dataset}: column {label!r} has {len(found)} different strings for {len(dataset)} images: "
+                f"{spec.dataset}: column {label!r} has {len(names)} different strings for {len(dataset)} images: "
                 "captions or names, not classes; choose a different --label-column"
             )
-        names = tuple(sorted({*map(_class_name, found), *by_file.values()}))
     return Source(dataset.with_format("arrow"), names, revision, "" if by_file else no_labels, by_file)
 
 
@@ -220,9 +220,10 @@ def _class_name(value: str) -> str:
 
 
 def file_key(path: str) -> str:
-    """What tells an image's file apart: the name that ILSVRC gave it, whatever was appended, else the stem."""
-    found = _ILSVRC_FILE.match(name := Path(path).name)
-    return found[0] if found else Path(name).stem
+    """What tells an image's file apart: the name that ILSVRC gave it, else its folder and stem."""
+    file = Path(path)
+    found = _ILSVRC_FILE.match(file.name)
+    return found[0] if found else f"{file.parent.name}/{file.stem}".lstrip("/")
 
 
 def read_labels(path: Path) -> dict[str, str]:

@@ -69,6 +69,17 @@ def test_a_published_list_of_files_is_taken_as_it_is(folder: Path, tmp_path: Pat
     assert source.class_names == tuple(NAMES)
 
 
+def test_files_of_the_same_name_in_different_folders_are_told_apart(tmp_path: Path) -> None:
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "1.jpg").write_bytes(jpeg(number))
+    (tmp_path / "list.txt").write_text("dog/1.jpg\n")
+    assert images(selected(tmp_path / "images", subset=str(tmp_path / "list.txt"))) == [(jpeg(1), 1)]
+    (tmp_path / "list.txt").write_text("1.jpg\n")
+    with pytest.raises(SourceError, match=r"such as 'cat/1'.* found 1 that are not, such as '1'"):
+        selected(tmp_path / "images", subset=str(tmp_path / "list.txt"))
+
+
 @pytest.mark.parametrize(
     ("option", "line", "found"),
     [("classes", "goldfish\ncat\n", "'cat'"), ("subset", "n01440764_50.JPEG", "'n01440764_50'")],

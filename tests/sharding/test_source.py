@@ -156,6 +156,11 @@ def test_archives_of_ilsvrc_give_the_wordnet_ids(tmp_path: Path, folder: str) ->
     assert all(label == [jpeg(i) for i in range(6)].index(data) // 3 for data, label in rows(source))
 
 
+def test_more_than_a_hundred_images_of_an_archive_are_no_captions(tmp_path: Path) -> None:
+    write_tar(tmp_path / "n00000001.tar", [(f"n00000001_{i}.JPEG", jpeg(i)) for i in range(120)])
+    assert open_folder(tmp_path).class_names == ("n00000001",)
+
+
 def test_missing_labels_are_said_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lists = datasets.List(datasets.ClassLabel(names=CLASS_NAMES))
     folder = write_labels(tmp_path / "source", [[0, 1], [2]], lists)
