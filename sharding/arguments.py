@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -20,6 +20,8 @@ _RANGES = [
     ("quality", 1, 100),
     ("max_pixels", 1, 2**40),
     ("max_quarantine", 0, 1),
+    ("per_class", 1, 2**31),
+    ("fraction", 1e-9, 1),
     ("workers", 1, 10_000),
 ]
 
@@ -45,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, and `spec`, `layout` and `policy` made of them."""
+    """The arguments, and `specs` (one a split), `layout` and `policy` made of them."""
     parser = Parser("sharding.build", description)
     _add_source(parser)
     _add_output(parser)
@@ -55,10 +57,13 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+    if args.per_class and args.fraction:
+        parser.error("--per-class and --fraction say the same thing; choose one")
     if args.quality and not args.short_side:
         parser.error("--quality is that of --short-side; without it only images that must be converted are encoded")
     args.quality = args.quality or Policy.quality
-    args.spec, args.layout, args.policy = _taken(SourceSpec, args), _taken(Layout, args), _taken(Policy, args)
+    args.specs = [replace(_taken(SourceSpec, args), split=split) for split in args.split]
+    args.layout, args.policy = _taken(Layout, args), _taken(Policy, args)
     return args
 
 
@@ -73,15 +78,21 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     add(
         "--dataset",
         default=spec.dataset,
-        help="hub id, local folder (parquet, ImageFolder, WebDataset or shards of this program), "
-        "fsspec URL of one, or 'demo' (default: %(default)s)",
+        help="hub id, local folder (parquet, ImageFolder, WebDataset, ILSVRC's archives or shards of this program), "
+        "fsspec URL of one, an archive of ILSVRC, or 'demo' (default: %(default)s)",
     )
     add("--config", help="configuration of the data set")
-    add("--split", default=spec.split, help="default: %(default)s")
+    add("--split", nargs="+", default=[spec.split], help="several: each into its own folder of --out (default: train)")
     add("--revision", help="of the data set on the hub")
     add("--image-column", help="default: the only image column")
     add("--label-column", help="default: the only class label column, if any")
-    add("--streaming", action="store_true", help="fetch only the two columns, into --cache, deleted at the end")
+    add(
+        "--labels", metavar="FILE", help="classes of ILSVRC's validation images, one a line, or lines of file and class"
+    )
+    add("--classes", metavar="FILE", help="take only these: a class name or WordNet id a line")
+    add("--subset", metavar="FILE", help="take only these: the name of an image file a line")
+    add("--per-class", type=int, help="take so many images of each class, drawn with --seed")
+    add("--fraction", type=float, help="take this part of each class, drawn with --seed")
     add("--cache", type=Path, help="where downloads are kept (default: the datasets library's cache)")
 
 
@@ -101,4 +112,5 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
+    add("--dry-run", action="store_true", help="only estimate time, disk and memory")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")

@@ -6,11 +6,13 @@
 Stopped or killed at any point, the same command continues and ends with the same bytes.
 """
 
+import contextlib
 import errno
 import json
 import re
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -24,16 +26,19 @@ from sharding.command import UserError, command, say
 from sharding.encode import BadImageError, Policy, encode
 from sharding.engine import Engine, in_process, processes
 from sharding.finish import TAIL_READY, finish, write_quarantine
-from sharding.manifest import MANIFEST_FILE, QUARANTINE_FILE, Manifest
+from sharding.manifest import MANIFEST_COPY, MANIFEST_FILE, QUARANTINE_FILE, Manifest
 from sharding.part import BuildContext, PartRecord, record_name, write_part
 from sharding.plan import Part, plan_parts
 from sharding.progress import bar, track
+from sharding.select import select
 from sharding.source import Source, SourceSpec, open_source
-from sharding.spool import discard_spool
 from sharding.storage import STATE, Directory
 
 OPTIONS_FILE = f"{STATE}/options.json"
-_OURS = re.compile(r"\.build/|lane-\d+/[^/]+\.(tar|idx)$|(manifest\.json|index\.arrow|quarantine\.jsonl)$")
+_OURS = re.compile(r"\.build/|lane-\d+/[^/]+\.(tar|idx)$|(manifest(\.copy)?\.json|index\.arrow|quarantine\.jsonl)$")
+_OVERHEAD_BYTES = 2048  # of a sample in an archive: two headers, a label, padding
+_PROCESS_BYTES = 104e6  # anonymous memory, measured
+_ROW_BYTES = 93  # of the main process while it assembles the index, measured at 14 million rows
 
 
 class BuildError(UserError):
@@ -49,7 +54,6 @@ def build(
     engine: Engine = in_process,
     max_quarantine: float = 0.01,
     cache: Path | None = None,
-    streaming: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Build, or finish building, the shards of one data set in `out`.
@@ -59,7 +63,7 @@ def build(
     """
     options = {"source": asdict(spec), "policy": asdict(policy), "layout": asdict(layout)}
     if (manifest := _check_out(out, options)) is None:
-        source = open_source(spec, cache, streaming, progress)
+        source = select(open_source(spec, cache), spec, layout.seed)
         context = BuildContext(source, policy, out, prefix=re.sub(r"\W.*", "", spec.split) or "data")
         if source.no_labels:
             say("sharding.build", source.no_labels)
@@ -72,7 +76,6 @@ def build(
     else:
         say("sharding.build", f"{out}: already complete, nothing to do")
     out.remove_state()
-    discard_spool(spec, cache)
     return manifest
 
 
@@ -83,7 +86,7 @@ def _check_out(out: Directory, options: dict[str, dict[str, Any]]) -> Manifest |
     sizes = out.sizes()
     if foreign := sorted(name for name in sizes if not _OURS.match(name)):
         raise BuildError(f"{out}: holds files of others, such as {foreign[0]!r}; choose an empty --out")
-    if MANIFEST_FILE in sizes:
+    if MANIFEST_FILE in sizes or (MANIFEST_COPY in sizes and OPTIONS_FILE not in sizes):
         manifest = Manifest.load(out)
         before = {"source": manifest.source, "policy": manifest.policy, "layout": manifest.layout}
         _refuse_changes(out, before, options)
@@ -130,18 +133,18 @@ def _start_or_continue(context: BuildContext, layout: Layout, options: dict[str,
 
 def _samples_per_shard(source: Source, policy: Policy, layout: Layout, mean_bytes: float) -> int:
     """From the mean size of evenly spaced images: as they are, or as the policy re-encodes them."""
-    mean = mean_bytes if policy.short_side is None else _mean_encoded_bytes(source, policy) or mean_bytes
-    return max(1, round(layout.shard_mb * 1e6 / (mean + 2048)))  # two headers, a label, padding
+    mean = mean_bytes if policy.short_side is None else _try_out(source, policy)[0] or mean_bytes
+    return max(1, round(layout.shard_mb * 1e6 / (mean + _OVERHEAD_BYTES)))
 
 
-def _mean_encoded_bytes(source: Source, policy: Policy, num_probes: int = 64) -> float:
-    sizes = []
-    for row in range(0, len(source), max(1, len(source) // num_probes)):
-        try:
+def _try_out(source: Source, policy: Policy, num_probes: int = 64) -> tuple[float, float]:
+    """Mean bytes in the shards (0: none of them is usable) and seconds of one core, of evenly spaced images."""
+    sizes, start = [], time.perf_counter()
+    rows = range(0, len(source), max(1, len(source) // num_probes))
+    for row in rows:
+        with contextlib.suppress(BadImageError):
             sizes.append(len(encode(source.read(row)[0], policy).data))
-        except BadImageError:
-            continue
-    return sum(sizes) / len(sizes) if sizes else 0
+    return sum(sizes) / max(1, len(sizes)), (time.perf_counter() - start) / max(1, len(rows))
 
 
 def _records(
@@ -150,17 +153,17 @@ def _records(
     """The records of all parts, in order; writes the parts that have none yet."""
     records = _finished(context.out, parts)
     todo = [part for part in parts if record_name(part) not in records]
-    written: Iterator[tuple[Part, PartRecord]] = track(
-        engine(_write_named, context, todo),
+    written: Iterator[tuple[str, PartRecord]] = track(
+        engine(write_part, context, todo),
         progress,
         "sharding",
         total=len(context.source),
         done=len(context.source) - sum(len(part.rows) for part in todo),
-        size=lambda result: (len(result[0].rows), result[1].source_bytes),
+        size=lambda result: (result[1].num_rows, result[1].source_bytes),
     )
     num_quarantined = sum(len(record.quarantined) for record in records.values())
-    for part, record in [] if num_quarantined > limit else written:
-        records[record_name(part)] = record
+    for name, record in [] if num_quarantined > limit else written:
+        records[name] = record
         num_quarantined += len(record.quarantined)
         if num_quarantined > limit:
             break
@@ -172,13 +175,8 @@ def _finished(out: Directory, parts: Sequence[Part]) -> dict[str, PartRecord]:
     """Records, by name, of the parts that are done. Once shards are being levelled, all are."""
     sizes = out.sizes()
     found = {name: PartRecord.from_bytes(out.read(name)) for part in parts if (name := record_name(part)) in sizes}
-    if TAIL_READY in sizes:
-        return found
-    return {name: r for name, r in found.items() if sizes.get(r.shard.path) == r.shard.num_bytes}
-
-
-def _write_named(context: BuildContext, part: Part) -> tuple[Part, PartRecord]:
-    return part, write_part(context, part)
+    done = TAIL_READY in sizes
+    return {name: r for name, r in found.items() if done or sizes.get(r.shard.path) == r.shard.num_bytes}
 
 
 def _check_yield(
@@ -226,28 +224,47 @@ def _explain(error: Exception, out: Directory) -> str:
 @command("sharding.build")
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(__doc__, argv)
-    out = Directory.at(args.out)
+    for spec in args.specs:
+        out = Directory.at(args.out if len(args.specs) == 1 else f"{args.out}/{spec.split}")
+        print(_dry_run(spec, out, args) if args.dry_run else _run(spec, out, args))
+    return 0
+
+
+def _dry_run(spec: SourceSpec, out: Directory, args: Namespace) -> str:
+    """What the build will need, from a few images."""
+    source = select(open_source(spec, args.cache), spec, args.layout.seed)
+    size, seconds = _try_out(source, args.policy)
+    num_bytes = len(source) * (size + _OVERHEAD_BYTES)
+    num_shards = args.lanes * max(1, round(num_bytes / args.lanes / args.shard_mb / 1e6))
+    memory = (args.workers + 1) * _PROCESS_BYTES + len(source) * _ROW_BYTES
+    return (
+        f"{out}: {len(source):,} images of {len(source.class_names):,} classes, about {size / 1e3:,.0f} kB each\n"
+        f"disk: {num_bytes / 1e9:,.1f} GB in about {num_shards:,} shards\n"
+        f"time: {len(source) * seconds / args.workers / 60:,.1f} minutes with {args.workers} workers, if the source is "
+        f"read as fast as now\nmemory: {memory / 1e9:,.1f} GB"
+    )
+
+
+def _run(spec: SourceSpec, out: Directory, args: Namespace) -> str:
     start = time.perf_counter()
     try:
         with bar() as progress:
             manifest = build(
-                args.spec,
+                spec,
                 out,
                 args.layout,
                 args.policy,
                 engine=processes(args.workers),
                 max_quarantine=args.max_quarantine,
                 cache=args.cache,
-                streaming=args.streaming,
                 progress=progress,
             )
     except (OSError, BrokenProcessPool) as error:
         raise UserError(_explain(error, out)) from None
     except KeyboardInterrupt:
-        say("sharding.build", f"stopped; the same command continues {out}")
-        return 130
-    print(_report(manifest, out, time.perf_counter() - start))
-    return 0
+        say("sharding.build", f"the same command continues {out}")
+        raise
+    return _report(manifest, out, time.perf_counter() - start)
 
 
 if __name__ == "__main__":

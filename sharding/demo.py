@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Array = NDArray[np.floating]
-Drawing = Callable[[Array, Array], tuple[Array, Array]]
+Drawing = Callable[[Array, Array, Array, Array], tuple[Array, Array]]
 
 SIZE = 96  # pixels
 NUM_IMAGES = {"train": 4000, "test": 1000}
@@ -39,34 +39,31 @@ def _dots(u: Array, v: Array, spacing: float) -> Array:
     return 0.3 - hypot(column % 1 - 0.5, v / spacing % 1 - 0.5)
 
 
-# Of coordinates (u to the right, v upwards, the object within +-1): about the distance to the outline, negative inside,
-# and what is positive where the marking is.
+# Of coordinates (u to the right, v upwards, the object within +-1; radius r and angle a): about the distance to the
+# outline, negative inside, and what is positive where the marking is.
 CLASSES: dict[str, Drawing] = {
-    "ball": lambda u, v: (hypot(u, v) - 0.85, sin(4 * arctan2(v - 0.25, u + 0.1))),
-    "donut": lambda u, v: (abs(hypot(u, v) - 0.6) - 0.3, _dots(u, 0.4 * v + 0.3 * u, 0.3)),
-    "star": lambda u, v: (0.6 * (hypot(u, v) - 0.6 - 0.33 * cos(5 * arctan2(u, v))), cos(11 * hypot(u, v))),
-    "heart": lambda u, v: (
+    "ball": lambda u, v, r, _: (r - 0.85, sin(4 * arctan2(v - 0.25, u + 0.1))),
+    "donut": lambda u, v, r, _: (abs(r - 0.6) - 0.3, _dots(u, 0.4 * v + 0.3 * u, 0.3)),
+    "star": lambda _u, _v, r, a: (0.6 * (r - 0.6 - 0.33 * cos(5 * a)), cos(11 * r)),
+    "heart": lambda u, v, *_: (
         minimum(0.7 * (abs(u) + abs(v + 0.12) - 0.75), hypot(abs(u) - 0.375, v - 0.255) - 0.53),
         sin(6.5 * (u + v)) * sin(6.5 * (u - v)),
     ),
-    "flower": lambda u, v: (0.7 * (hypot(u, v) - 0.45 - 0.5 * abs(cos(3 * arctan2(u, v)))), hypot(u, v) - 0.3),
-    "gear": lambda u, v: (
-        maximum(0.6 * (hypot(u, v) - 0.78 - 0.13 * cos(10 * arctan2(u, v))), 0.28 - hypot(u, v)),
-        sin(26 * hypot(u, v)),
-    ),
-    "fish": lambda u, v: (
+    "flower": lambda _u, _v, r, a: (0.7 * (r - 0.45 - 0.5 * abs(cos(3 * a))), r - 0.3),
+    "gear": lambda _u, _v, r, a: (maximum(0.6 * (r - 0.78 - 0.13 * cos(10 * a)), 0.28 - r), sin(26 * r)),
+    "fish": lambda u, v, *_: (
         minimum(0.45 * hypot((u - 0.22) / 0.75, v / 0.48) - 0.45, maximum((abs(v) + 0.9 * u + 0.27) / 1.35, -0.95 - u)),
         hypot(u / 0.3 % 1, (v / 0.3 + 0.5 * (floor(u / 0.3) % 2)) % 1 - 0.5) - 0.55,
     ),
-    "mushroom": lambda u, v: (
-        minimum(maximum(hypot(u, v) - 0.92, -v), maximum(abs(u) - 0.3, abs(v + 0.35) - 0.5)),
+    "mushroom": lambda u, v, r, _: (
+        minimum(maximum(r - 0.92, -v), maximum(abs(u) - 0.3, abs(v + 0.35) - 0.5)),
         minimum(_dots(u, v, 0.42), v),
     ),
-    "moon": lambda u, v: (
-        maximum(hypot(u, v) - 0.92, 0.75 - hypot(u - 0.5, v - 0.1)),
+    "moon": lambda u, v, r, _: (
+        maximum(r - 0.92, 0.75 - hypot(u - 0.5, v - 0.1)),
         -maximum(_dots(u, v, 0.37), _dots(v + 0.1, u, 0.23)),
     ),
-    "leaf": lambda u, v: (
+    "leaf": lambda u, v, *_: (
         minimum(hypot(v, abs(u) + 0.6) - 1.1, maximum(abs(u) - 0.05, abs(v + 0.9) - 0.25)),
         maximum(0.06 - abs(u), 0.1 * sin(15 * (v - 0.8 * abs(u))) - 0.05),
     ),
@@ -99,7 +96,7 @@ def draw(split: str, seed: int, i: int) -> Array:
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _STREAMS[split], i])))
     radius, angle = rng.uniform(0.6, 0.9), rng.uniform(0, 2 * np.pi)
     u, v = _pose(rng, radius)
-    distance, marking = list(CLASSES.values())[i % len(CLASSES)](u, v)
+    distance, marking = list(CLASSES.values())[i % len(CLASSES)](u, v, hypot(u, v), arctan2(u, v))
     cover = np.clip(0.5 - distance * radius * SIZE / 2, 0, 1)  # a pixel is 2 / SIZE wide
     pattern = np.clip(0.5 + marking / 0.15, 0, 1)
     light = np.clip(-distance / 0.4, 0, 1) ** 0.5 * (0.7 + 0.3 * (u * cos(angle) + v * sin(angle)))  # round and lit

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
@@ -35,8 +35,7 @@ def processes(num_workers: int) -> Engine:
 
     Workers end when the caller does, however it ends: an exception, Ctrl-C, or kill -9.
     """
-
-    if num_workers == 1:
+    if num_workers < 2:
         return in_process
 
     def run(task: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
@@ -51,7 +50,7 @@ def processes(num_workers: int) -> Engine:
                 while pending:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     pending |= {pool.submit(_call, item) for item in itertools.islice(queue, len(done))}
-                    yield from _results(done)
+                    yield from (future.result() for future in done)
             finally:
                 if pending:
                     ours.close()  # an early end: workers exit at once
@@ -66,11 +65,6 @@ def _start_forkserver() -> None:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _results(done: set[Future[R]]) -> Iterator[R]:
-    for future in done:
-        yield future.result()
 
 
 _worker: tuple[Callable[[Any, Any], Any], Any] | None = None  # of this process, if it is a worker

@@ -65,7 +65,7 @@ def finish(
         source=source,
         policy=policy,
         layout=layout,
-        num_read=sum(r.shard.num_samples + len(r.quarantined) for r in records),
+        num_read=sum(r.num_rows for r in records),
         num_samples=sum(r.shard.num_samples for r in shards),
         num_quarantined=sum(len(r.quarantined) for r in records),
         num_surplus=len(surplus),

@@ -1,4 +1,4 @@
-"""What a shard directory holds: a table, histograms and a contact sheet.
+"""What a shard directory holds: a table and a contact sheet.
 
 python -m sharding.inspect /data/shards --out pictures
 """
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +24,7 @@ _CAPTION = 14  # pixels below each thumbnail
 
 
 def summary(shards: ShardSet) -> Table:
-    """Counts, and the spread of image sizes."""
+    """Counts, and the spread of image and class sizes."""
     manifest, index = shards.manifest, shards.index
     copies = np.unique(index.xxh3_64, return_counts=True)[1]
     counts = f"{manifest.num_read:,}, {manifest.num_quarantined:,}, {manifest.num_surplus:,}"
@@ -40,27 +39,16 @@ def summary(shards: ShardSet) -> Table:
     table.add_row("classes", f"{len(manifest.class_names):,} named, {len(np.unique(index.label)):,} present")
     table.add_row("occur more than once", f"{copies[copies > 1].sum():,} images")
     table.add_row("fingerprint", manifest.fingerprint)
-    for name, values in _measures(shards).items():
+    measures = {
+        "short side, pixels": np.minimum(index.height, index.width),
+        "width / height": index.width / index.height,
+        "size, kB": index.size / 1e3,
+        "images a class": np.unique(index.label, return_counts=True)[1],
+    }
+    for name, values in measures.items():
         spread = ", ".join(f"{value:,.4g}" for value in np.quantile(values, _QUANTILES))
         table.add_row(f"{name}: least, 1 %, median, 99 %, most", spread)
     return table
-
-
-def save_histograms(shards: ShardSet, path: Path) -> None:
-    """Distributions of image sizes and of class sizes, as one picture."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    *axes, last = figure.subplots(2, 2).ravel()
-    for axis, (name, values) in zip(axes, _measures(shards).items(), strict=True):
-        axis.hist(values, bins=60, color="tab:blue")
-        axis.set(xlabel=name, ylabel="images")
-    counts = np.sort(np.unique(shards.index.label, return_counts=True)[1])[::-1]
-    last.fill_between(np.arange(len(counts) + 1), [*counts, counts[-1]], step="post", color="tab:blue")
-    last.set(xlabel="class, largest first", ylabel="images", ylim=(0, 1.1 * counts[0]))
-    last.locator_params(integer=True)
-    figure.suptitle(f"{shards.manifest.num_samples:,} images, {shards.manifest.source['dataset']}")
-    figure.savefig(path, dpi=100)
 
 
 def save_contact_sheet(shards: ShardSet, path: Path, columns: int = 12, rows: int = 8) -> None:
@@ -78,15 +66,6 @@ def save_contact_sheet(shards: ShardSet, path: Path, columns: int = 12, rows: in
     sheet.save(path)
 
 
-def _measures(shards: ShardSet) -> dict[str, NDArray]:
-    index = shards.index
-    return {
-        "short side, pixels": np.minimum(index.height, index.width),
-        "width / height": index.width / index.height,
-        "size, kB": index.size / 1e3,
-    }
-
-
 def _class_name(shards: ShardSet, sample: int) -> str:
     label, names = int(shards.index.label[sample]), shards.manifest.class_names
     name = names[label] if 0 <= label < len(names) else str(label)
@@ -97,14 +76,13 @@ def _class_name(shards: ShardSet, sample: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("sharding.inspect", __doc__)
     parser.add_argument("shards", help="directory or fsspec URL")
-    parser.add_argument("--out", type=Path, default=Path(), help="folder for the pictures (default: here)")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for the picture (default: here)")
     args = parser.parse_args(argv)
     shards = open_shards(args.shards)
     args.out.mkdir(parents=True, exist_ok=True)
-    save_histograms(shards, args.out / "histograms.png")
     save_contact_sheet(shards, args.out / "contact-sheet.png")
     Console().print(summary(shards))
-    print(f"pictures: {args.out / 'histograms.png'}, {args.out / 'contact-sheet.png'}")
+    print(f"picture: {args.out / 'contact-sheet.png'}")
     return 0
 
 

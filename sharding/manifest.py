@@ -15,11 +15,12 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sharding.command import UserError
+from sharding.command import UserError, say
 from sharding.storage import STATE, Directory
 
 FORMAT_VERSION = 2  # version 1, whose fingerprint leaves the class names out, is read too
 MANIFEST_FILE = "manifest.json"
+MANIFEST_COPY = "manifest.copy.json"
 INDEX_FILE = "index.arrow"
 QUARANTINE_FILE = "quarantine.jsonl"
 _DOUBLED = ("seed", "num_lanes")  # fields that `layout` has too, of manifests written before 2026-11-24
@@ -93,19 +94,48 @@ class Manifest:
 
     @classmethod
     def load(cls, root: str | Path | Directory) -> Self:
-        """Raises ShardError for no manifest, an unfinished build, a different version, or other fields."""
+        """The manifest, or its copy where it is damaged or missing, which is said aloud.
+
+        Raises ShardError for no manifest, an unfinished build, a different version, other fields, or a fingerprint that
+        is not that of its shards.
+        """
         out = Directory.at(root)
-        if not out.exists(MANIFEST_FILE):
-            raise ShardError(_why_no_manifest(out))
         try:
-            raw = json.loads(out.read(MANIFEST_FILE))
-        except ValueError as error:
-            raise ShardError(f"{out}/{MANIFEST_FILE}: is not JSON ({error}); rebuild the shards") from None
-        return cls._from_json(raw, f"{out}/{MANIFEST_FILE}")
+            return cls.read(out, MANIFEST_FILE)
+        except ShardError:
+            if not out.exists(MANIFEST_COPY):
+                raise
+            manifest = cls.read(out, MANIFEST_COPY)
+            say(
+                "sharding",
+                f"{out}/{MANIFEST_FILE}: is damaged or missing, its copy is used; {repair_command(out)} restores it",
+            )
+            return manifest
 
     def save(self, root: str | Path | Directory) -> None:
         """Write it, whole or not at all. To be called last: a directory that has a manifest is complete."""
-        Directory.at(root).write(MANIFEST_FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        for name in (MANIFEST_COPY, MANIFEST_FILE):
+            Directory.at(root).write(name, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+    @classmethod
+    def read(cls, out: Directory, name: str) -> Self:
+        """One of the two files, checked."""
+        if not out.exists(name):
+            raise ShardError(_why_no_manifest(out))
+        try:
+            raw = json.loads(out.read(name))
+        except ValueError as error:
+            raise ShardError(f"{out}/{name}: is not JSON ({error}); rebuild the shards") from None
+        manifest = cls._from_json(raw, f"{out}/{name}")
+        found = fingerprint(
+            manifest.shards, manifest.num_lanes, manifest.policy, manifest.class_names, manifest.version
+        )
+        if found != manifest.fingerprint:
+            raise ShardError(
+                f"{out}/{name}: expected the fingerprint {manifest.fingerprint} of its build, its shards have {found}: "
+                "it is damaged or was changed; put the original back, or build the shards again"
+            )
+        return manifest
 
     @classmethod
     def _from_json(cls, raw: Any, where: str) -> Self:
@@ -202,7 +232,6 @@ def open_shards(root: str | Path | Directory, lanes: Collection[int] | None = No
     check_sizes(out, manifest, lanes)
     index = Index.load(out, manifest.index)
     check_index(out, manifest, index)
-    check_fingerprint(out, manifest)
     return ShardSet(out, manifest, index, lanes)
 
 
@@ -239,17 +268,6 @@ def check_index(out: Directory, manifest: Manifest, index: Index) -> None:
         raise ShardError(
             f"{where}: sample {row} claims bytes {index.offset[row]} to {ends[row]} of {path}, "
             f"which has {limits[row]}; build the shards again"
-        )
-
-
-def check_fingerprint(out: Directory, manifest: Manifest) -> None:
-    found = fingerprint(
-        manifest.shards, manifest.num_lanes, manifest.policy, manifest.class_names, version=manifest.version
-    )
-    if found != manifest.fingerprint:
-        raise ShardError(
-            f"{out}/{MANIFEST_FILE}: expected the fingerprint {manifest.fingerprint} of its build, its shards have "
-            f"{found}: it is damaged or was changed; put the original back, or build the shards again"
         )
 
 

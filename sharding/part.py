@@ -41,6 +41,11 @@ class PartRecord:
     changes: dict[str, int]
     source_bytes: int
 
+    @property
+    def num_rows(self) -> int:
+        """Of the source."""
+        return self.shard.num_samples + len(self.quarantined)
+
     def to_bytes(self) -> bytes:
         about = asdict(replace(self, samples=None))
         sink = pa.BufferOutputStream()
@@ -76,14 +81,14 @@ def dali_index(index: Index, number: int) -> bytes:
     return index_text([index_entry(*(int(column[row]) for column in columns)) for row in rows])
 
 
-def write_part(context: BuildContext, part: Part) -> PartRecord:
-    """Read, check and write the rows of one part, then its DALI index and its record."""
+def write_part(context: BuildContext, part: Part) -> tuple[str, PartRecord]:
+    """Read, check and write the rows of one part, then its DALI index and its record; returns that, and its name."""
     name = shard_name(context.prefix, part.lane, part.number)
     with context.out.publish(name) as path:
         record, index = write_rows(context, part.rows.tolist(), path, Shard(name, part.lane, 0, 0, ""))
     context.out.write(index_name(name), index)
     context.out.write(record_name(part), record.to_bytes())
-    return record
+    return record_name(part), record
 
 
 def write_rows(context: BuildContext, rows: list[int], path: Path, shard: Shard) -> tuple[PartRecord, bytes]:

@@ -12,14 +12,8 @@ T = TypeVar("T")
 
 def bar() -> Progress:
     """On the standard error stream."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
+    what, speed = TextColumn("{task.description}"), TextColumn("{task.fields[speed]}")
+    return Progress(what, BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn(), console=Console(stderr=True))
 
 
 def track(

@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import xxhash
@@ -15,8 +16,9 @@ import xxhash
 from sharding.encode import Policy
 from sharding.finish import write_index
 from sharding.jpeg import read_header
-from sharding.manifest import INDEX_FILE, Index, Manifest, Shard, ShardError
+from sharding.manifest import INDEX_FILE, MANIFEST_COPY, MANIFEST_FILE, Index, Manifest, Shard, ShardError
 from sharding.part import BuildContext, PartRecord, dali_index, index_name, samples_table, write_rows
+from sharding.select import select
 from sharding.source import SourceSpec, open_source
 from sharding.storage import Directory
 
@@ -29,13 +31,15 @@ def repair(out: Directory, damaged: Sequence[str], dataset: str | None = None, c
     manifest = Manifest.load(out)
     numbers = {shard.path: number for number, shard in enumerate(manifest.shards)}
     dali_indices = {index_name(path): number for path, number in numbers.items()}
-    if unknown := set(damaged) - {INDEX_FILE, *numbers, *dali_indices}:
+    if unknown := set(damaged) - {MANIFEST_FILE, MANIFEST_COPY, INDEX_FILE, *numbers, *dali_indices}:
         raise ShardError(f"{out}/{min(unknown)}: cannot be repaired; move it away, or build the shards again")
     archives = [numbers[name] for name in damaged if name in numbers]
     if INDEX_FILE in damaged:
         if archives:
             raise ShardError(f"{out}: {INDEX_FILE} and shards are damaged; build the shards again elsewhere")
         _restore_index(out, manifest)
+    if {MANIFEST_FILE, MANIFEST_COPY} & set(damaged):
+        manifest.save(out)
     index = Index.load(out)
     if archives:
         _restore_archives(out, manifest, index, archives, dataset, cache)
@@ -46,8 +50,9 @@ def repair(out: Directory, damaged: Sequence[str], dataset: str | None = None, c
 def _restore_archives(
     out: Directory, manifest: Manifest, index: Index, numbers: Sequence[int], dataset: str | None, cache: Path | None
 ) -> None:
-    asked = {field.name: manifest.source[field.name] for field in fields(SourceSpec)}
-    source = open_source(SourceSpec(**{**asked, "dataset": dataset or asked["dataset"]}), cache)
+    asked: dict[str, Any] = {field.name: manifest.source.get(field.name) for field in fields(SourceSpec)}
+    spec = SourceSpec(**{**asked, "dataset": dataset or asked["dataset"]})
+    source = select(open_source(spec, cache), spec, manifest.layout["seed"])
     context = BuildContext(source, Policy(**manifest.policy), out, prefix="")
     for number in numbers:
         shard = manifest.shards[number]

@@ -1,29 +1,33 @@
 """Where images come from: any Hugging Face data set as rows of (encoded bytes, label), in any order."""
 
-import functools
 import json
 import re
+from bisect import bisect_left
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+import numpy as np
 import xxhash
-from rich.progress import Progress
+from numpy.typing import NDArray
 
+from sharding.archive import find_archive, list_archive
 from sharding.command import UserError
+from sharding.demo import load_demo
 from sharding.manifest import MANIFEST_FILE, Manifest
 from sharding.storage import Directory
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
 
 IMAGENET = "ILSVRC/imagenet-1k"
 DEMO = "demo"
 _LABEL_NAMES = ("label", "labels", "cls")  # of columns that hold labels, where no class label column exists
 _KEY = "__key__"  # column of an archive's member names
 _WNID = re.compile(r"(?:.*/)?(n\d{8})_\d+")  # ILSVRC's member names: the class and a number
+_ILSVRC_FILE = re.compile(r"n\d{8}_\d+|ILSVRC2012_(?:val|test)_\d+")
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}  # by suffix; others: imagefolder
 
 
@@ -41,6 +45,11 @@ class SourceSpec:
     revision: str | None = None
     image_column: str | None = None  # None: the only image column
     label_column: str | None = None  # None: the only class label column, if any
+    labels: str | None = None  # file of (image file, class)
+    classes: str | None = None  # file of class names
+    subset: str | None = None  # file of names of image files
+    per_class: int | None = None  # images
+    fraction: float | None = None  # of each class
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,11 @@ class Source:
     """Rows by number. Pickles small: a data set on disk travels as its path."""
 
     dataset: "Dataset"  # only the image and label columns, in Arrow format
-    class_names: tuple[str, ...] = ()  # by label
+    class_names: tuple[str, ...] = ()  # by label; in alphabetical order where labels are strings
     revision: str | None = None  # commit on the hub
     no_labels: str = ""  # why there are none
+    classes_by_file: dict[str, str] = field(default_factory=dict)  # by file key; before those of a label column
+    new_labels: dict[int, int] = field(default_factory=dict)  # by integer label, where some classes were left out
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -60,26 +71,47 @@ class Source:
 
         Raises OSError for an unreadable file, and SourceError for a label that cannot be one.
         """
-        columns = self.dataset[row].columns
-        label = columns[1][0].as_py() if len(columns) > 1 else None
-        return _encoded(columns[0][0].as_py()), self._label(label, row)
+        columns = [column[0].as_py() for column in self.dataset[row].columns]
+        label = columns[1] if len(columns) > 1 else None
+        if self.classes_by_file:
+            label = self._class_of(file_key(columns[0]["path"]), label)
+        return _encoded(columns[0]), self._label(label, row)
+
+    def labels(self) -> NDArray[np.int64]:
+        """Of all rows."""
+        column = self.dataset.column_names[1:]
+        values: list[Any] = [None] * len(self)
+        if column:
+            values = self.dataset.select_columns(column)[:].column(0).to_pylist()
+        if self.classes_by_file:
+            values = list(map(self._class_of, self.file_keys(), values))
+        return np.array([self._label(value, row) for row, value in enumerate(values)])
+
+    def file_keys(self) -> list[str]:
+        """What tells the files of all rows apart (see `file_key`); "" for images without a file name."""
+        flat, column = self.dataset.flatten(), f"{self.dataset.column_names[0]}.path"
+        if column not in flat.column_names:
+            return [""] * len(self)
+        return [file_key(path or "") for path in flat.select_columns(column)[:].column(0).to_pylist()]
+
+    def class_name(self, label: int) -> str:
+        return self.class_names[label] if 0 <= label < len(self.class_names) else str(label)
+
+    def _class_of(self, key: str, value: str | None) -> str:
+        if (found := self.classes_by_file.get(key, value)) is None:
+            raise SourceError(f"--labels: has no class for the image {key!r}")
+        return found
 
     def _label(self, value: int | str | None, row: int) -> int:
         if value is None:
             return -1
-        label = self._labels[_class_name(value)] if isinstance(value, str) else value
+        if isinstance(value, str):
+            return bisect_left(self.class_names, _class_name(value))
+        label = self.new_labels.get(value, value)
         if not -1 <= label < 2**31:
             column = self.dataset.column_names[1]
             raise SourceError(f"row {row}: column {column!r} holds {label}; labels go from 0 to 2**31 - 1, -1 is none")
         return label
-
-    @functools.cached_property
-    def _labels(self) -> dict[str, int]:
-        return {name: label for label, name in enumerate(self.class_names)}
-
-    def mean_bytes(self) -> float:
-        """Mean encoded size of evenly spaced rows."""
-        return self.probe()[0]
 
     def probe(self, num_probes: int = 1024) -> tuple[float, str]:
         """Mean encoded size of evenly spaced rows, and the xxh3_128 of the class names, these rows and their labels."""
@@ -92,41 +124,38 @@ class Source:
         return num_bytes / len(rows), hashed.hexdigest()
 
 
-def open_source(
-    spec: SourceSpec, cache: Path | None = None, streaming: bool = False, progress: Progress | None = None
-) -> Source:
+def open_source(spec: SourceSpec, cache: Path | None = None) -> Source:
     """Open a data set for random access, downloading or converting it first where that is needed.
 
-    ``cache`` is where the `datasets` library keeps what it downloads or converts (None: where it always does). With
-    ``streaming`` only the image and label columns are fetched, into ``cache``, instead of the library's full download.
+    ``cache`` is where the `datasets` library keeps what it downloads or converts (None: where it always does).
     """
     import datasets
 
-    if "://" not in spec.dataset and not Path(spec.dataset).exists() and spec.dataset.startswith(("/", ".")):
+    if not Path(spec.dataset).exists() and spec.dataset.startswith(("/", ".")):
         raise SourceError(f"{spec.dataset}: no such folder; --dataset says where the data set is")
-    if spec.dataset == DEMO:
-        from sharding.demo import load_demo
-
-        return _source(load_demo(spec.split), spec, (), None)
     revision = _hub_revision(spec) if _is_hub_id(spec.dataset) else None
-    options = {"split": spec.split, "cache_dir": str(cache) if cache else None, "streaming": streaming}
+    options = {"split": spec.split, "cache_dir": str(cache) if cache else None}
     try:
         names, dataset = _load(spec, options)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise SourceError(_no_access(spec.dataset, str(error))) from None
-    except SourceError:
+    except UserError:
         raise
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise SourceError(f"{spec.dataset}: {error.__cause__ or error}") from None
     except (OSError, RuntimeError, ValueError) as error:
         if _is_hub_id(spec.dataset) and isinstance(error, OSError):
             raise SourceError(_no_access(spec.dataset, str(error))) from None
         raise SourceError(f"{spec.dataset}: {error}") from None
-    return _source(dataset, spec, names, revision, cache, progress)
+    return _source(dataset, spec, names, revision)
 
 
-def _load(spec: SourceSpec, options: dict[str, Any]) -> "tuple[tuple[str, ...], Dataset | IterableDataset]":
+def _load(spec: SourceSpec, options: dict[str, Any]) -> "tuple[tuple[str, ...], Dataset]":
     """Class names, where they are known from elsewhere than the features, and the data set."""
     from datasets import load_dataset, load_from_disk
 
+    if archive := find_archive(spec.dataset, spec.split):
+        return (), list_archive(archive, options["cache_dir"])
+    if spec.dataset == DEMO:
+        return (), load_demo(spec.split)
     folder = Directory.at(spec.dataset)
     if "://" not in spec.dataset and Path(spec.dataset).is_file():
         raise SourceError(f"{spec.dataset}: is a file; give the folder that holds the data set")
@@ -134,7 +163,7 @@ def _load(spec: SourceSpec, options: dict[str, Any]) -> "tuple[tuple[str, ...], 
         return (), load_dataset(spec.dataset, spec.config, revision=spec.revision, **options)
     if folder.exists(MANIFEST_FILE):
         manifest = Manifest.load(folder)
-        urls = [_url(spec.dataset, shard.path) for shard in manifest.shards]
+        urls = [f"{folder}/{shard.path}" for shard in manifest.shards]
         return manifest.class_names, load_dataset("webdataset", data_files={spec.split: urls}, **options)
     if folder.exists("state.json"):
         return (), load_from_disk(spec.dataset)
@@ -149,42 +178,39 @@ def _remote_files(spec: SourceSpec) -> tuple[str, dict[str, list[str]]]:
     from datasets.data_files import get_data_patterns
 
     patterns = get_data_patterns(spec.dataset)
-    fs, root = fsspec.core.url_to_fs(spec.dataset)
-    suffixes = Counter(Path(name).suffix for name in fs.find(root))
+    folder = Directory.at(spec.dataset)
+    suffixes = Counter(Path(name).suffix for name in folder.sizes())
     builder = next((b for suffix, b in _BUILDERS.items() if suffixes[suffix]), "imagefolder")
-    return builder, {str(split): [_url(spec.dataset, p) for p in found] for split, found in patterns.items()}
+    return builder, {str(split): [f"{folder}/{name}" for name in found] for split, found in patterns.items()}
 
 
-def _source(
-    dataset: "Dataset | IterableDataset",
-    spec: SourceSpec,
-    names: tuple[str, ...],
-    revision: str | None,
-    cache: Path | None = None,
-    progress: Progress | None = None,
-) -> Source:
-    from datasets import ClassLabel, Image, IterableDataset
+def _source(dataset: "Dataset", spec: SourceSpec, names: tuple[str, ...], revision: str | None) -> Source:
+    from datasets import ClassLabel, Image
 
     features = dataset.features
-    if features is None:
-        raise SourceError(f"{spec.dataset}: does not say its columns when streamed; leave --streaming out")
     image, label, no_labels = _columns(features, spec)
     dataset = dataset.select_columns([image, *([label] if label else [])])
     if isinstance(features[image], Image):
         dataset = dataset.cast_column(image, Image(decode=False))
     if label and isinstance(features[label], ClassLabel):
         names = tuple(features[label].names)
-    if isinstance(dataset, IterableDataset):
-        from sharding.spool import spool
-
-        dataset = spool(dataset, spec, cache, progress)
-    if label and getattr(features[label], "dtype", "").endswith("string"):
+    by_file = read_labels(Path(spec.labels)) if spec.labels else {}
+    is_text = bool(label) and getattr(features[label], "dtype", "").endswith("string")
+    if by_file and not is_text:
+        dataset, names = dataset.select_columns([image]), tuple(sorted(set(by_file.values())))
+    if is_text:
         found = [value for value in dataset.unique(label) if value is not None]
         if label == _KEY and not all(map(_WNID.fullmatch, found)):
             dataset, found = dataset.select_columns([image]), []
-            no_labels = "no labels: neither a label column nor names like n01440764_18.JPEG; see --label-column"
-        names = tuple(sorted(set(map(_class_name, found))))
-    return Source(dataset.with_format("arrow"), names, revision, no_labels)
+        if not found:
+            no_labels = "no labels: neither a label column nor names like n01440764_18.JPEG; --labels can give them"
+        names = tuple(sorted({*map(_class_name, found), *by_file.values()}))
+        if len(names) > max(100, len(dataset) // 2):
+            raise SourceError(
+                f"{spec.dataset}: column {label!r} has {len(names)} different strings for {len(dataset)} images: "
+                "captions or names, not classes; choose a different --label-column"
+            )
+    return Source(dataset.with_format("arrow"), names, revision, "" if by_file else no_labels, by_file)
 
 
 def _class_name(value: str) -> str:
@@ -193,8 +219,28 @@ def _class_name(value: str) -> str:
     return found[1] if found else value
 
 
+def file_key(path: str) -> str:
+    """What tells an image's file apart: the name that ILSVRC gave it, else its folder and stem."""
+    file = Path(path)
+    found = _ILSVRC_FILE.match(file.name)
+    return found[0] if found else f"{file.parent.name}/{file.stem}".lstrip("/")
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """Classes by `file_key`, from lines of a file's name and its class (Kaggle's `LOC_val_solution.csv`, `valprep.sh`),
+    or of a class alone, in the order of ILSVRC's validation images.
+    """
+    lines = [line.removeprefix("mv ").rstrip("/ ") for line in path.read_text().splitlines() if line.strip()]
+    words = [re.split(r"[,\s]+", line) for line in lines]
+    if all(word.isdecimal() for word, *rest in words):
+        raise SourceError(f"{path}: holds numbers of ILSVRC's own; docs/sharding.md says how they become WordNet ids")
+    if all(len(row) == 1 for row in words):
+        return {f"ILSVRC2012_val_{number:08d}": row[0] for number, row in enumerate(words, 1)}
+    return {file_key(row[0]): row[1] for row in words if len(row) > 1}
+
+
 def _is_hub_id(dataset: str) -> bool:
-    return "://" not in dataset and not Path(dataset).exists()
+    return dataset != DEMO and "://" not in dataset and not Path(dataset).exists()
 
 
 def _hub_revision(spec: SourceSpec) -> str | None:
@@ -215,22 +261,22 @@ def _hub_revision(spec: SourceSpec) -> str | None:
 
 
 def _no_access(dataset: str, error: str) -> str:
-    reason = error.strip().splitlines()[0] if error.strip() else "no reason given"
-    steps = [
-        f"cannot open the data set '{dataset}': {reason}",
-        "There is no such local folder, and the Hugging Face hub did not give it. To get it from there:",
-        "  1. be online, and log in with `hf auth login`;",
-        f"  2. accept the terms on https://huggingface.co/datasets/{dataset} if it is gated.",
+    return (
+        f"cannot open the data set '{dataset}': {[*error.strip().splitlines(), 'no reason given'][0]}\n"
+        "There is no such local folder, and the Hugging Face hub did not give it. To get it from there:\n"
+        "  1. be online, and log in with `hf auth login`;\n"
+        f"  2. accept the terms on https://huggingface.co/datasets/{dataset} if it is gated.\n"
         "Or choose other data: `--dataset FOLDER` (parquet as on the hub, or ImageFolder), "
-        "`--dataset HUB_ID`, or `--dataset demo`, which is generated here.",
-    ]
-    return "\n".join(steps)
+        "`--dataset HUB_ID`, or `--dataset demo`, which is generated here."
+    )
 
 
 def _columns(features: dict[str, Any], spec: SourceSpec) -> tuple[str, str | None, str]:
     """Names of the image column and of the label column, if any; else why there is none."""
-    from datasets import ClassLabel, Image
+    from datasets import ClassLabel, Image, Video
 
+    if videos := [name for name, f in features.items() if isinstance(f, Video)]:
+        raise SourceError(f"{spec.dataset}: column {videos[0]!r} holds videos, which are not supported; extract frames")
     images = [name for name, f in features.items() if isinstance(f, Image)]
     images = images or [name for name, f in features.items() if _holds_bytes(f)]
     labels = [name for name, f in features.items() if isinstance(f, ClassLabel)]
@@ -256,11 +302,9 @@ def _no_labels(features: dict[str, Any]) -> str:
 
 
 def _kind(feature: Any) -> str:
-    """What a column holds, in short: int64, string, Image, a list, nested columns."""
-    if isinstance(feature, dict):
-        return "nested columns"
+    """What a column holds, in short: int64, string, Image, List (of several labels), dict (of nested columns)."""
     name = type(feature).__name__
-    return f"{feature.dtype}" if name == "Value" else {"List": "a list", "LargeList": "a list"}.get(name, name)
+    return f"{feature.dtype}" if name == "Value" else name
 
 
 def _holds_labels(feature: Any) -> bool:
@@ -271,11 +315,11 @@ def _holds_labels(feature: Any) -> bool:
 
 
 def _holds_bytes(feature: Any) -> bool:
-    """Images in parquet files without the hub's metadata: a {bytes, path} struct, or plain binary."""
+    """Images in parquet files without the hub's metadata: a {bytes, path} struct, or plain binary; or in an archive."""
     from datasets import Value
 
     if isinstance(feature, dict):
-        feature = feature.get("bytes")
+        return "archive" in feature or _holds_bytes(feature.get("bytes"))
     return isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
 
 
@@ -292,6 +336,8 @@ def _choose(asked: str | None, found: list[str], features: dict[str, Any], kind:
 def _encoded(value: Any) -> bytes:
     """Bytes of an image cell: a {bytes, path} struct as the hub stores it, or plain binary."""
     if isinstance(value, dict):
+        if "archive" in value:
+            return Directory.at(value["archive"]).read("", value["offset"], value["offset"] + value["size"])
         data, path = value.get("bytes"), value.get("path")
         if data is None and path:
             with fsspec.open(path, "rb") as file:
@@ -300,7 +346,3 @@ def _encoded(value: Any) -> bytes:
     if value is not None and not isinstance(value, bytes):
         raise SourceError(f"the image column holds {type(value).__name__}, not encoded images; see --image-column")
     return value or b""
-
-
-def _url(root: str, name: str) -> str:
-    return f"{root.rstrip('/')}/{name}"

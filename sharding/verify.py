@@ -19,7 +19,7 @@ from sharding.arguments import Parser
 from sharding.command import command
 from sharding.encode import BadImageError, Policy, encode
 from sharding.engine import Engine, in_process, processes
-from sharding.manifest import INDEX_FILE, MANIFEST_FILE, Index, Manifest, ShardError, check_fingerprint, check_index
+from sharding.manifest import INDEX_FILE, MANIFEST_COPY, MANIFEST_FILE, Index, Manifest, ShardError, check_index
 from sharding.part import dali_index, index_name
 from sharding.progress import bar, track
 from sharding.repair import repair
@@ -55,7 +55,8 @@ def verify(
 ) -> list[Problem]:
     """All that is wrong with a shard directory. Raises ShardError where there is no readable manifest."""
     _index.cache_clear()
-    manifest, sizes = Manifest.load(out), out.sizes()
+    sizes = out.sizes()
+    manifest = Manifest.load(out)
     problems = [*_check_manifest(out, manifest, sizes), *(damage := _check_index(out, manifest, sizes))]
     expected = Expectation(out, manifest, sizes, not damage, decode)
     with bar() as shown:
@@ -82,10 +83,11 @@ def check_shard(expected: Expectation, number: int) -> tuple[int, list[Problem]]
 
 
 def _check_manifest(out: Directory, manifest: Manifest, sizes: dict[str, int]) -> Iterator[Problem]:
-    try:
-        check_fingerprint(out, manifest)
-    except ShardError as error:
-        yield Problem(MANIFEST_FILE, str(error))
+    for name in (MANIFEST_FILE, *({MANIFEST_COPY} & sizes.keys())):
+        try:
+            Manifest.read(out, name)
+        except ShardError as error:
+            yield Problem(name, str(error))
     known = {shard.path for shard in manifest.shards}
     for name in sizes:
         if name.startswith("lane-") and name.endswith(".tar") and name not in known:

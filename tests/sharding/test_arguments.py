@@ -8,7 +8,13 @@ from sharding.source import IMAGENET
 
 def test_defaults() -> None:
     args = parse("", ["--out", "/data/shards"])
-    assert (args.spec.dataset, args.spec.split, args.layout.lanes, args.layout.shard_mb) == (IMAGENET, "train", 8, 256)
+    (spec,) = args.specs
+    assert (spec.dataset, spec.split, args.layout.lanes, args.layout.shard_mb) == (
+        IMAGENET,
+        "train",
+        8,
+        256,
+    )
     assert (args.policy.short_side, args.max_quarantine, args.layout.seed) == (None, 0.01, 0)
     assert args.workers >= 1
 

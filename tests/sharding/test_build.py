@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -107,6 +108,7 @@ def test_a_file_is_no_output(parquet: Path, tmp_path: Path) -> None:
 def test_shards_without_a_manifest_can_be_made_again(shards: Path, parquet: Path, tmp_path: Path) -> None:
     shutil.copytree(shards, tmp_path / "out")
     (tmp_path / "out/manifest.json").unlink()
+    (tmp_path / "out/manifest.copy.json").unlink()
     with pytest.raises(BuildError, match="with an empty --out makes the same files again"):
         build_shards(parquet, tmp_path / "out")
     build_shards(parquet, tmp_path / "again")
@@ -134,6 +136,31 @@ def test_foreign_files_are_not_touched(parquet: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"thesis\.txt"):
         build_shards(parquet, tmp_path)
     assert files(tmp_path) == {"thesis.txt": b"mine"}
+
+
+def test_several_splits_are_built_into_folders_of_their_own(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "source", [jpeg(i) for i in range(8)], [0] * 8)
+    shutil.copy(source / "data/train-00000-of-00001.parquet", source / "data/test-00000-of-00001.parquet")
+    options = ["--dataset", str(source), "--out", str(tmp_path / "out"), "--lanes", "2", "--workers", "1"]
+    assert main([*options, "--split", "train", "test"]) == 0
+    for split in ("train", "test"):
+        assert open_shards(tmp_path / "out" / split).manifest.source["split"] == split
+        assert (tmp_path / "out" / split / f"lane-00/{split}-000000.tar").exists()
+
+
+def test_a_dry_run_estimates_what_the_build_takes(
+    parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--dataset", str(parquet), "--out", str(tmp_path / "out"), "--lanes", "2", "--shard-mb", "0.05"]
+    assert main([*options, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert "61 images of 3 classes" in printed
+    for line in ("disk: 0.0 GB in about ", "time: ", "memory: "):
+        assert line in printed
+    shards = int(re.search("in about ([0-9]+) shards", printed)[1])  # type: ignore[index]
+    assert main([*options, "--workers", "1"]) == 0
+    assert abs(shards - len(open_shards(tmp_path / "out").manifest.shards)) <= 2
 
 
 def test_fewer_images_than_lanes_are_refused_before_anything_is_written(tmp_path: Path) -> None:

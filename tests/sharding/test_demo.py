@@ -48,7 +48,7 @@ def test_images_of_a_class_differ_in_place_and_colour() -> None:
 @pytest.mark.parametrize("name", demo.CLASSES)
 def test_shapes_are_inside_the_unit_square_and_fill_a_part_of_it(name: str) -> None:
     v, u = np.mgrid[2:-2:81j, -2:2:81j].astype(np.float32)
-    inside = demo.CLASSES[name](u, v)[0] < 0
+    inside = demo.CLASSES[name](u, v, np.hypot(u, v), np.arctan2(u, v))[0] < 0
     assert not inside[(np.abs(u) > 1.2) | (np.abs(v) > 1.2)].any()
     assert 0.1 < inside.sum() * 0.05**2 / 4 < 0.7
 

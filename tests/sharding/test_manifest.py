@@ -159,6 +159,37 @@ def test_what_does_not_fit_is_refused_by_name(
 ) -> None:
     root = tmp_path / "copy"
     shutil.copytree(shards, root)
+    (root / "manifest.copy.json").unlink()
     damage(root)
     with pytest.raises(ShardError, match=message):
         open_shards(root)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_text("{"),
+        lambda path: path.write_text(path.read_text().replace("circle", "cirkle")),
+    ],
+    ids=["missing", "json", "a letter"],
+)
+def test_the_copy_stands_in_for_a_damaged_manifest(
+    shards: Path, tmp_path: Path, damage: Callable[[Path], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(shards, root)
+    damage(root / "manifest.json")
+    assert open_shards(root).manifest == Manifest.load(shards)
+    assert (
+        "manifest.json: is damaged or missing, its copy is used; `python -m sharding.verify" in capsys.readouterr().err
+    )
+
+
+def test_manifests_that_say_lanes_and_seed_twice_still_open(shards: Path, tmp_path: Path) -> None:
+    """As they were written until 2026-11-24, without a copy."""
+    root = tmp_path / "copy"
+    shutil.copytree(shards, root)
+    (root / "manifest.copy.json").unlink()
+    _edit(lambda raw: raw.update(seed=3, num_lanes=4))(root)
+    assert open_shards(root).manifest == Manifest.load(shards)

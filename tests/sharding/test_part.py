@@ -29,8 +29,9 @@ def test_the_record_says_what_was_written(parquet: Path, tmp_path: Path, images:
         open_source(SourceSpec(str(parquet))), Policy(max_pixels=10**6), Directory.at(tmp_path), "train"
     )
     part = Part(0, 0, np.array([7, 3]))
-    record = write_part(context, part)
-    assert PartRecord.from_bytes((tmp_path / record_name(part)).read_bytes()) == record
+    name, record = write_part(context, part)
+    assert name == record_name(part)
+    assert PartRecord.from_bytes((tmp_path / name).read_bytes()) == record
     assert record.samples.column("source_row").to_pylist() == [7, 3]
     assert record.source_bytes == len(images[7]) + len(images[3])
     assert record.shard.num_bytes == (tmp_path / record.shard.path).stat().st_size

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from sharding.manifest import Index, Manifest
+from sharding.manifest import Index, Manifest, fingerprint
 from sharding.storage import Directory, checksum
 from sharding.verify import main, verify
 from tests.sharding.conftest import build_shards, files, jpeg, write_parquet
@@ -57,6 +57,8 @@ CASES: dict[str, tuple[Damage, str]] = {
     "missing dali index": (lambda root: (root / f"{SHARD}.idx").unlink(), f"{SHARD}.idx: is missing"),
     "dali index": (overwrite(f"{SHARD}.idx", 13, b"9"), f"{SHARD}.idx: does not fit its archive"),
     "missing index": (lambda root: (root / "index.arrow").unlink(), "index.arrow: is missing"),
+    "manifest": (overwrite("manifest.json", 30, b"?"), "manifest.json: .*(fingerprint|JSON|damaged)"),
+    "copy of the manifest": (overwrite("manifest.copy.json", 30, b"?"), "manifest.copy.json: .*"),
     "index": (overwrite("index.arrow", 900, b"\x07\x07\x07"), "index.arrow: its checksum"),
 }
 
@@ -92,14 +94,16 @@ def test_a_stray_archive_is_reported_and_left_alone(copy: Path, capsys: pytest.C
 def test_decode_finds_what_checksums_bless(copy: Path) -> None:
     """An image damaged before it was written, as if the encoder had let it pass."""
     damage_sample(copy)
-    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest = Manifest.load(copy)
     number = int(Index.load(copy).shard[20])
-    with (copy / manifest["shards"][number]["path"]).open("rb") as file:
-        manifest["shards"][number]["xxh3_128"] = checksum(file)
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert [p.path for p in verify(Directory.at(copy))] == ["manifest.json"]
+    shards = list(manifest.shards)
+    with (copy / shards[number].path).open("rb") as file:
+        shards[number] = replace(shards[number], xxh3_128=checksum(file))
+    blessed = fingerprint(shards, manifest.num_lanes, manifest.policy, manifest.class_names)
+    replace(manifest, shards=tuple(shards), fingerprint=blessed).save(copy)
+    assert verify(Directory.at(copy)) == []
     found = verify(Directory.at(copy), decode=True)
-    assert [p.path for p in found] == [manifest["shards"][number]["path"], "manifest.json"]
+    assert [p.path for p in found] == [shards[number].path]
     assert found[0].key == f"{Index.load(copy).source_row[20]:08d}"
 
 
