@@ -36,7 +36,10 @@ _OFF = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0, "solarize": 0.0}
 _NEUTRAL_JITTER = {"jitter": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
 # A crop, and each operation alone after it, with the parameters that a SimCLR view draws
 _OPERATIONS: Mapping[str, Mapping[str, Any]] = {
-    "crop and resize": {},
+    "crop, bilinear": {},
+    "crop, bicubic": {"interpolation": "bicubic"},
+    "centre crop, bilinear": {"crop": "center"},
+    "centre crop, bicubic": {"crop": "center", "interpolation": "bicubic"},
     "flip": {"flip": 1.0},
     "brightness": {**_NEUTRAL_JITTER, "brightness": 0.8},
     "contrast": {**_NEUTRAL_JITTER, "contrast": 0.8},

@@ -75,9 +75,12 @@ def _simclr_cifar() -> list[dict[str, Any]]:
     return [{"count": 2, "size": 32, "blur": 0.0, **jitter, "mean": CIFAR10_MEAN, "std": CIFAR10_STD}]
 
 
+_BICUBIC = {"interpolation": "bicubic"}
+
+
 def _byol() -> list[dict[str, Any]]:
-    """Table 6 of Grill et al., 2020; Barlow Twins' too. Their crops are bicubic, ours bilinear."""
-    common = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+    """Table 6 of Grill et al., 2020; Barlow Twins' too."""
+    common = {**_BICUBIC, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
     return [{**common, "blur": 1.0}, {**common, "blur": 0.1, "solarize": 0.2}]
 
 
@@ -88,9 +91,9 @@ def _byol_cifar() -> list[dict[str, Any]]:
 
 
 def _vicreg() -> list[dict[str, Any]]:
-    """Bardes et al., 2022, appendix C.1: both views from one distribution. Their crops are bicubic, ours bilinear."""
+    """Bardes et al., 2022, appendix C.1: both views from one distribution."""
     jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
-    return [{"count": 2, **jitter, "solarize": 0.1}]
+    return [{**_BICUBIC, "count": 2, **jitter, "solarize": 0.1}]
 
 
 def _vicreg_cifar() -> list[dict[str, Any]]:
@@ -100,9 +103,8 @@ def _vicreg_cifar() -> list[dict[str, Any]]:
 
 
 def _lejepa() -> list[dict[str, Any]]:
-    """Balestriero & LeCun, 2025: two global views and six local ones, alike but for their crops. Theirs are bicubic,
-    ours bilinear."""
-    common = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "solarize": 0.2}
+    """Balestriero & LeCun, 2025: two global views and six local ones, alike but for their crops."""
+    common = {**_BICUBIC, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "solarize": 0.2}
     return [
         {**common, "count": 2, "scale": (0.3, 1.0)},
         {**common, "count": 6, "size": 98, "scale": (0.05, 0.3)},
@@ -111,7 +113,7 @@ def _lejepa() -> list[dict[str, Any]]:
 
 def _visreg() -> list[dict[str, Any]]:
     """HaiyuWu/visreg, configs/default.yaml: LeJEPA's with four global views, local ones of 96 px, less hue and a
-    window of 9 px for the blur. Their crops are bicubic, ours bilinear."""
+    window of 9 px for the blur."""
     common = {"hue": 0.05, "kernel": 9}
     large, small = _lejepa()
     return [{**large, **common, "count": 4}, {**small, **common, "size": 96}]
@@ -136,14 +138,11 @@ def _multicrop(count: int, size: int, small_count: int) -> list[dict[str, Any]]:
 
 
 def _dino() -> list[dict[str, Any]]:
-    """Caron et al., 2021: two global views of their own, six local ones. Their code resizes bicubically; here
-    every view is resized bilinearly."""
-    common = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
-    return [
-        {**common, "scale": (0.4, 1.0), "blur": 1.0},
-        {**common, "scale": (0.4, 1.0), "blur": 0.1, "solarize": 0.2},
-        {**common, "count": 6, "size": 96, "scale": (0.05, 0.4)},
-    ]
+    """The defaults of the authors' main_dino.py (Caron et al., 2021): two global views of 224 px with BYOL's blur and
+    solarization, eight local ones of 96 px. Their released models were trained with crops of their own, see the args
+    beside each; their blur is Pillow's, an approximation that knows no window."""
+    first, second = ({**group, "scale": (0.4, 1.0)} for group in _byol())
+    return [first, second, {**first, "count": 8, "size": 96, "scale": (0.05, 0.4), "blur": 0.5}]
 
 
 # name -> groups of views, as a configuration file would write them
@@ -158,11 +157,11 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
     "visreg": _visreg(),
     "supervised": _supervised(),
     "mocov2": _mocov2(),
-    "mocov3": [{**group, "scale": (0.2, 1.0)} for group in _byol()],
+    "mocov3": [{**group, "scale": (0.2, 1.0), "interpolation": "bilinear"} for group in _byol()],
     "multicrop-2x160+4x96": _multicrop(2, 160, 4),
     "multicrop-2x224+6x96": _multicrop(2, 224, 6),
     "dino": _dino(),
-    "mae": [{"scale": (0.2, 1.0), **_NO_AUGMENTATION, "flip": 0.5}],  # He et al., 2022, section 4
+    "mae": [{**_BICUBIC, "scale": (0.2, 1.0), **_NO_AUGMENTATION, "flip": 0.5}],  # He et al., 2022, section 4
     "eval": [{"crop": "center", **_NO_AUGMENTATION}],
 }
 
