@@ -8,7 +8,7 @@ import torch
 from benchmarks.measure import Rate
 from benchmarks.stages import parse
 from benchmarks.throughput import _parser, _verdict, main
-from pipeline.backends import BACKENDS, BackendOptions, Pending, Views
+from pipeline.backends import BACKENDS, BackendContext, Pending, Views
 from pipeline.backends.cpu import build
 from pipeline.plan import BatchPlan
 from sharding.manifest import ShardSet
@@ -65,8 +65,8 @@ def test_gives_the_three_numbers_of_any_run(
 class Slowed:
     """The cpu backend, each batch made five times."""
 
-    def __init__(self, options: BackendOptions) -> None:
-        self._backend = build(options)
+    def __init__(self, context: BackendContext) -> None:
+        self._backend = build(context)
         self.stats, self.close = self._backend.stats, self._backend.close
 
     def submit(self, plan: BatchPlan) -> "Slowed.Batch":
