@@ -1,6 +1,5 @@
 """How far the views of the backends are from torchvision's, in grey levels of 255.
 
-    python -m benchmarks.parity                                            # generated images
     python -m benchmarks.parity --shards /data/shards --images 128 --backends cpu dali
 
 The reference is the `torchvision` backend, with the same parameters on the same images. Single operations follow a
@@ -9,11 +8,9 @@ crop; chains are whole presets. Exit code 1: over tolerance.
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -36,7 +33,10 @@ _OFF = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0, "solarize": 0.0}
 _NEUTRAL_JITTER = {"jitter": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
 # A crop, and each operation alone after it, with the parameters that a SimCLR view draws
 _OPERATIONS: Mapping[str, Mapping[str, Any]] = {
-    "crop and resize": {},
+    "crop, bilinear": {},
+    "crop, bicubic": {"interpolation": "bicubic"},
+    "centre crop, bilinear": {"crop": "center"},
+    "centre crop, bicubic": {"crop": "center", "interpolation": "bicubic"},
     "flip": {"flip": 1.0},
     "brightness": {**_NEUTRAL_JITTER, "brightness": 0.8},
     "contrast": {**_NEUTRAL_JITTER, "contrast": 0.8},
@@ -88,11 +88,9 @@ class Difference:
 @command("benchmarks.parity")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    with ExitStack() as stack:
-        if options.images < 1:
-            raise UserError(f"--images: expected at least 1, found {options.images}")
-        shards = open_shards(options.shards or _generated_shards(stack, options.images))
-        results = measure(shards, options.backends, options.images)
+    if options.images < 1:
+        raise UserError(f"--images: expected at least 1, found {options.images}")
+    results = measure(open_shards(options.shards), options.backends, options.images)
     return _report(results, options.backends)
 
 
@@ -158,47 +156,11 @@ def _report(results: Mapping[Case, Mapping[str, Difference]], backends: Sequence
     return int(failed)
 
 
-def _generated_shards(stack: ExitStack, num_images: int) -> Path:
-    """Shards of textured images, larger and smaller than views, in a temporary directory."""
-    from datasets import Dataset, Features
-    from datasets import Image as ImageFeature
-
-    from sharding.build import main as build
-
-    directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    print("no --shards: comparing on generated images")
-    images = [{"bytes": _textured(number), "path": None} for number in range(num_images)]
-    (directory / "source" / "data").mkdir(parents=True)
-    data = Dataset.from_dict({"image": images}, features=Features({"image": ImageFeature()}))
-    data.to_parquet(directory / "source" / "data" / "train-00000-of-00001.parquet")
-    out = directory / "shards"
-    if code := build(["--dataset", str(directory / "source"), "--out", str(out), "--lanes", "1", "--workers", "1"]):
-        raise UserError(f"the generated images could not be built into shards (exit code {code})")
-    return out
-
-
-def _textured(number: int) -> bytes:
-    """A JPEG of waves of many lengths, edges and noise, saturated here and there; each third has halved chroma."""
-    import simplejpeg
-
-    rng = np.random.default_rng(number)
-    height, width = rng.integers(120, 520, 2)
-    rows, columns = np.mgrid[0:height, 0:width]
-    waves = np.zeros((height, width, 3))
-    for length in (3, 8, 30, 90, 300):
-        angle, phase = rng.uniform(0, 2 * np.pi, 2)
-        wave = np.sin((rows * np.sin(angle) + columns * np.cos(angle)) * 2 * np.pi / length + phase)
-        waves += (wave > 0.3 if length == 90 else wave)[..., None] * rng.uniform(-50, 50, 3)
-    pixels = rng.uniform(40, 215, 3) + waves + rng.normal(0, 8, waves.shape)
-    subsampling = "420" if number % 3 == 0 else "444"
-    return simplejpeg.encode_jpeg(np.clip(pixels, 0, 255).astype(np.uint8), 90, colorsubsampling=subsampling)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.parity", description="Compare the backends' views with torchvision's."
     )
-    parser.add_argument("--shards", help="directory made by sharding.build (default: generated images)")
+    parser.add_argument("--shards", required=True, help="directory made by sharding.build")
     parser.add_argument("--images", type=int, default=32, help="how many, spread over the data (default: 32)")
     parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=["cpu", "dali"])
     return parser

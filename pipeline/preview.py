@@ -11,22 +11,24 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from pipeline.loader import Loader
+from pipeline.order import Sequential, Shuffled, lane_shard_sizes
+from pipeline.plan import BatchPlan, ViewPlan
+from pipeline.reading.cache import CacheOptions
+from pipeline.reading.reader import Reader
 from pipeline.views import PRESETS, ViewSpec, in_levels, parse, preset
 from sharding.command import UserError, command
+from sharding.manifest import ShardSet, open_shards
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # Matplotlib takes its time to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from pipeline.plan import BatchPlan, ViewPlan
-    from pipeline.reading.cache import CacheOptions
-    from pipeline.reading.reader import Reader
-    from sharding.manifest import ShardSet
 
 Picture = NDArray[np.uint8]
 
@@ -70,15 +72,15 @@ def read_views(name: str) -> tuple[ViewSpec, ...]:
 def draw_sheet(options: argparse.Namespace, specs: tuple[ViewSpec, ...]) -> "Figure":
     """One row an image: the original with its crops, then each view in the colour of its crop and what was drawn for
     it. Images that cannot be decoded are left out, and named in the log."""
-    from pipeline.reading.cache import CacheOptions
-    from pipeline.reading.reader import Reader
-    from sharding.manifest import open_shards
+    from matplotlib.figure import Figure
 
     shards = open_shards(options.shards)
     cache = CacheOptions(options.cache_dir, _CACHE_BYTES, _CACHE_BYTES) if options.cache_dir else None
     with closing(Reader(shards, cache)) as reader:
         plan, views = make_views(shards, specs, cache, options)
-        figure, grid = _grid(len(plan), 1 + len(views))
+        rows, columns = len(plan), 1 + len(views)
+        figure = Figure(figsize=(1.7 * columns, 2.0 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
         figure.suptitle(f"{options.views}, step {options.step}, seed {options.seed}", fontsize=7)
         for row, (first, *cells) in enumerate(grid):
             _draw_original(first, reader, plan, row)
@@ -90,14 +92,9 @@ def draw_sheet(options: argparse.Namespace, specs: tuple[ViewSpec, ...]) -> "Fig
 
 
 def make_views(
-    shards: "ShardSet", specs: tuple[ViewSpec, ...], cache: "CacheOptions | None", options: argparse.Namespace
-) -> tuple["BatchPlan", list[Picture]]:
+    shards: ShardSet, specs: tuple[ViewSpec, ...], cache: CacheOptions | None, options: argparse.Namespace
+) -> tuple[BatchPlan, list[Picture]]:
     """The first views of ``--images`` samples of a step's batch, a picture array (n, size, size, 3) per view."""
-    import torch
-
-    from pipeline.loader import Loader
-    from pipeline.order import Sequential
-
     order = Sequential(choose_samples(shards, options), options.images)
     on_gpu = options.backend == "dali" and torch.cuda.is_available()
     with Loader(
@@ -114,10 +111,8 @@ def make_views(
         return loader.plan(0), [view.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8) for view in batch.views]
 
 
-def choose_samples(shards: "ShardSet", options: argparse.Namespace) -> NDArray[np.int64]:
+def choose_samples(shards: ShardSet, options: argparse.Namespace) -> NDArray[np.int64]:
     """Evenly spaced over a batch hardly larger than that, so that all lanes show."""
-    from pipeline.order import Shuffled, lane_shard_sizes
-
     if not 1 <= options.images <= _MAX_IMAGES:
         raise UserError(f"--images: expected 1 to {_MAX_IMAGES}, found {options.images}")
     if options.step < 0:
@@ -128,7 +123,7 @@ def choose_samples(shards: "ShardSet", options: argparse.Namespace) -> NDArray[n
     return ids[np.linspace(0, batch_size - 1, options.images).round().astype(int)]
 
 
-def describe(view: "ViewPlan", row: int) -> str:
+def describe(view: ViewPlan, row: int) -> str:
     """What was drawn for one view of one image, in the order in which it is applied, a line for each kind."""
     top, left, height, width = view.box[row]
     lines = [f"{width:.0f} x {height:.0f} at {left:.0f}, {top:.0f}" + (", flipped" if view.flip[row] else "")]
@@ -147,13 +142,6 @@ def _describe_jitter(operation: int, factor: float) -> str:
     )
 
 
-def _grid(rows: int, columns: int) -> tuple["Figure", NDArray[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.7 * columns, 2.0 * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
 def _show(axes: "Axes", picture: Picture, color: str = "white") -> None:
     axes.imshow(picture)
     axes.set_xticks([])
@@ -161,7 +149,7 @@ def _show(axes: "Axes", picture: Picture, color: str = "white") -> None:
     axes.spines[:].set(color=color, linewidth=1.5)
 
 
-def _draw_original(axes: "Axes", reader: "Reader", plan: "BatchPlan", row: int) -> None:
+def _draw_original(axes: "Axes", reader: Reader, plan: BatchPlan, row: int) -> None:
     from matplotlib.patches import Rectangle
     from PIL import Image
 

@@ -67,67 +67,46 @@ class ViewSpec(Settings):
         return self.interpolation == "bicubic"
 
 
+_Groups = list[dict[str, Any]]  # as a configuration file would write them
+
+_BICUBIC = {"interpolation": "bicubic"}
 _NO_AUGMENTATION = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0}
+_HALF_JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+_BYOL_JITTER = {**_HALF_JITTER, "saturation": 0.2}
 
 
-def _simclr_cifar() -> list[dict[str, Any]]:
-    jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
-    return [{"count": 2, "size": 32, "blur": 0.0, **jitter, "mean": CIFAR10_MEAN, "std": CIFAR10_STD}]
+def _on_cifar(groups: _Groups, **changes: Any) -> _Groups:
+    """At 32 px, without blur."""
+    size = {"size": 32, "blur": 0.0, "mean": CIFAR10_MEAN, "std": CIFAR10_STD}
+    return [{**group, **size, **changes} for group in groups]
 
 
-def _byol() -> list[dict[str, Any]]:
-    """Table 6 of Grill et al., 2020; Barlow Twins' too. Their crops are bicubic, ours bilinear."""
-    common = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+def _byol() -> _Groups:
+    """Table 6 of Grill et al., 2020; Barlow Twins' too."""
+    common = {**_BICUBIC, **_BYOL_JITTER}
     return [{**common, "blur": 1.0}, {**common, "blur": 0.1, "solarize": 0.2}]
 
 
-def _byol_cifar() -> list[dict[str, Any]]:
-    """BYOL's two views at 32 px without blur: solo-learn's asymmetric augmentations of CIFAR-10."""
-    size = {"size": 32, "mean": CIFAR10_MEAN, "std": CIFAR10_STD, "blur": 0.0}
-    return [{**group, **size} for group in _byol()]
+def _vicreg() -> _Groups:
+    """Bardes et al., 2022, appendix C.1: both views from one distribution."""
+    return [{**_BICUBIC, **_BYOL_JITTER, "count": 2, "solarize": 0.1}]
 
 
-def _vicreg() -> list[dict[str, Any]]:
-    """Bardes et al., 2022, appendix C.1: both views from one distribution. Their crops are bicubic, ours bilinear."""
-    jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
-    return [{"count": 2, **jitter, "solarize": 0.1}]
+def _lejepa() -> _Groups:
+    """Balestriero & LeCun, 2025: two global views and six local ones, alike but for their crops."""
+    common = {**_BICUBIC, **_BYOL_JITTER, "solarize": 0.2}
+    return [{**common, "count": 2, "scale": (0.3, 1.0)}, {**common, "count": 6, "size": 98, "scale": (0.05, 0.3)}]
 
 
-def _vicreg_cifar() -> list[dict[str, Any]]:
-    """solo-learn's for VICReg on CIFAR-10: at 32 px, crops of at least 0.2 of the area, no blur."""
-    size = {"size": 32, "scale": (0.2, 1.0), "mean": CIFAR10_MEAN, "std": CIFAR10_STD, "blur": 0.0}
-    return [{**group, **size} for group in _vicreg()]
-
-
-def _lejepa() -> list[dict[str, Any]]:
-    """Balestriero & LeCun, 2025: two global views and six local ones, alike but for their crops. Theirs are bicubic,
-    ours bilinear."""
-    common = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "solarize": 0.2}
-    return [
-        {**common, "count": 2, "scale": (0.3, 1.0)},
-        {**common, "count": 6, "size": 98, "scale": (0.05, 0.3)},
-    ]
-
-
-def _visreg() -> list[dict[str, Any]]:
+def _visreg() -> _Groups:
     """HaiyuWu/visreg, configs/default.yaml: LeJEPA's with four global views, local ones of 96 px, less hue and a
-    window of 9 px for the blur. Their crops are bicubic, ours bilinear."""
+    window of 9 px for the blur."""
     common = {"hue": 0.05, "kernel": 9}
     large, small = _lejepa()
     return [{**large, **common, "count": 4}, {**small, **common, "size": 96}]
 
 
-def _supervised() -> list[dict[str, Any]]:
-    """Goyal et al., 2017: a random crop and flip."""
-    return [{**_NO_AUGMENTATION, "flip": 0.5}]
-
-
-def _mocov2() -> list[dict[str, Any]]:
-    """Chen et al., "Improved baselines with momentum contrastive learning", 2020; SimSiam's as well."""
-    return [{"count": 2, "scale": (0.2, 1.0), "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}]
-
-
-def _multicrop(count: int, size: int, small_count: int) -> list[dict[str, Any]]:
+def _multicrop(count: int, size: int, small_count: int) -> _Groups:
     """SwAV's groups (Caron et al., 2020): full crops of [0.14, 1] of the area and 96 px crops of [0.05, 0.14]."""
     return [
         {"count": count, "size": size, "scale": (0.14, 1.0)},
@@ -135,34 +114,30 @@ def _multicrop(count: int, size: int, small_count: int) -> list[dict[str, Any]]:
     ]
 
 
-def _dino() -> list[dict[str, Any]]:
-    """Caron et al., 2021: two global views of their own, six local ones. Their code resizes bicubically; here
-    every view is resized bilinearly."""
-    common = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
-    return [
-        {**common, "scale": (0.4, 1.0), "blur": 1.0},
-        {**common, "scale": (0.4, 1.0), "blur": 0.1, "solarize": 0.2},
-        {**common, "count": 6, "size": 96, "scale": (0.05, 0.4)},
-    ]
+def _dino() -> _Groups:
+    """The defaults of the authors' main_dino.py (Caron et al., 2021): two global views of 224 px with BYOL's blur and
+    solarization, eight local ones of 96 px. Their released models were trained with crops of their own, see the args
+    beside each; their blur is Pillow's, an approximation that knows no window."""
+    first, second = ({**group, "scale": (0.4, 1.0)} for group in _byol())
+    return [first, second, {**first, "count": 8, "size": 96, "scale": (0.05, 0.4), "blur": 0.5}]
 
 
-# name -> groups of views, as a configuration file would write them
-PRESETS: dict[str, list[dict[str, Any]]] = {
+PRESETS: dict[str, _Groups] = {
     "simclr": [{"count": 2}],
-    "simclr-cifar": _simclr_cifar(),
+    "simclr-cifar": _on_cifar([{"count": 2, **_HALF_JITTER}]),
     "byol": _byol(),
-    "byol-cifar": _byol_cifar(),
+    "byol-cifar": _on_cifar(_byol()),  # solo-learn's asymmetric augmentations
     "vicreg": _vicreg(),
-    "vicreg-cifar": _vicreg_cifar(),
+    "vicreg-cifar": _on_cifar(_vicreg(), scale=(0.2, 1.0)),  # solo-learn's
     "lejepa": _lejepa(),
     "visreg": _visreg(),
-    "supervised": _supervised(),
-    "mocov2": _mocov2(),
-    "mocov3": [{**group, "scale": (0.2, 1.0)} for group in _byol()],
+    "supervised": [{**_NO_AUGMENTATION, "flip": 0.5}],  # Goyal et al., 2017
+    "mocov2": [{"count": 2, "scale": (0.2, 1.0), **_HALF_JITTER}],  # Chen et al., 2020; SimSiam's as well
+    "mocov3": [{**group, "scale": (0.2, 1.0), "interpolation": "bilinear"} for group in _byol()],
     "multicrop-2x160+4x96": _multicrop(2, 160, 4),
     "multicrop-2x224+6x96": _multicrop(2, 224, 6),
     "dino": _dino(),
-    "mae": [{"scale": (0.2, 1.0), **_NO_AUGMENTATION, "flip": 0.5}],  # He et al., 2022, section 4
+    "mae": [{**_BICUBIC, "scale": (0.2, 1.0), **_NO_AUGMENTATION, "flip": 0.5}],  # He et al., 2022, section 4
     "eval": [{"crop": "center", **_NO_AUGMENTATION}],
 }
 

@@ -1,44 +1,55 @@
-"""What the backends that spread a batch over a pool of workers share: chunks of rows, and a batch in the making."""
+"""Backends of threads, each of which decodes a sample once and renders all its views into the batch."""
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
-from pipeline.backends import DamagedSampleError, Views
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.backends import BackendContext, DamagedSampleError, Pending, Views
+from pipeline.memory import empty_views
+from pipeline.plan import BatchPlan, ViewPlan
 from pipeline.stats import Stats
+from pipeline.workers import Workers
 
-_CHUNKS_PER_WORKER = 4  # so that the last worker of a batch is not far behind the others
+Bytes = NDArray[np.uint8]
+Image = TypeVar("Image")  # decoded, as a backend wants it
+
+_CHUNKS_PER_THREAD = 4  # so that the last thread of a batch is not far behind the others
 
 
 @dataclass
 class ChunkReport:
-    """What a worker says of a chunk: why samples are damaged, by id, and its seconds by stage, as those of `Stats`."""
+    """What a thread says of a chunk: why samples are damaged, by id, and its seconds by stage, as those of `Stats`."""
 
     reasons: dict[int, str] = field(default_factory=dict)
-    read_seconds: float = 0.0
     decode_seconds: float = 0.0
     geometry_seconds: float = 0.0
     photometric_seconds: float = 0.0
 
     def stats(self) -> Stats:
         return Stats(
-            read_seconds=self.read_seconds,
             decode_seconds=self.decode_seconds,
             geometry_seconds=self.geometry_seconds,
             photometric_seconds=self.photometric_seconds,
         )
 
 
-def chunks(num_rows: int, num_workers: int) -> list[slice]:
+def chunks(num_rows: int, num_threads: int) -> list[slice]:
     """Slices of nearly equal length that cover the rows of a batch."""
-    count = min(num_rows, num_workers * _CHUNKS_PER_WORKER)
+    count = min(num_rows, num_threads * _CHUNKS_PER_THREAD)
     return [slice(i * num_rows // count, (i + 1) * num_rows // count) for i in range(count)]
 
 
 class PooledBatch:
-    """A `Pending` whose chunks are ``futures``; ``collect`` stores a chunk's result and says how it went."""
+    """A `Pending` whose chunks are ``futures``; ``collect`` is told of each report."""
 
-    def __init__(self, views: Views, futures: list[Future], collect: Callable[[int, Future], ChunkReport]) -> None:
+    def __init__(
+        self, views: Views, futures: "list[Future[ChunkReport]]", collect: Callable[[ChunkReport], None]
+    ) -> None:
         self._views, self._futures, self._collect = views, futures, collect
 
     def done(self) -> bool:
@@ -48,8 +59,59 @@ class PooledBatch:
         if wait(self._futures, timeout).not_done:
             raise TimeoutError
         reasons: dict[int, str] = {}
-        for number, future in enumerate(self._futures):
-            reasons |= self._collect(number, future).reasons
+        for future in self._futures:
+            report = future.result()
+            self._collect(report)
+            reasons |= report.reasons
         if reasons:
             raise DamagedSampleError(reasons)
         return self._views
+
+
+class ThreadedBackend(Generic[Image]):
+    """See `pipeline.backends.Backend`.
+
+    ``decode`` makes an image of JPEG bytes, a height and a width, or raises ValueError. ``render`` makes of it a row of
+    a view's plan, into (size, size, 3) uint8, and returns the seconds of geometry and of photometric operations.
+    """
+
+    def __init__(
+        self,
+        context: BackendContext,
+        decode: Callable[[Bytes, int, int], Image],
+        render: Callable[[Image, ViewPlan, int, Bytes], tuple[float, float]],
+    ) -> None:
+        self._context, self._decode, self._render = context, decode, render
+        self._threads = Workers(context.num_threads, "views", context.reader.watch)
+        self._total = Stats()
+
+    def submit(self, plan: BatchPlan) -> Pending:
+        views = [empty_views((len(plan), v.spec.size, v.spec.size, 3), self._context.device) for v in plan.views]
+        outs = [view.numpy() for view in views]
+        parts = chunks(len(plan), self._context.num_threads)
+        return PooledBatch(views, [self._threads.submit(self._work, plan, rows, outs) for rows in parts], self._collect)
+
+    def stats(self) -> Stats:
+        return self._total
+
+    def close(self) -> None:
+        self._threads.close()
+
+    def _collect(self, report: ChunkReport) -> None:
+        self._total += report.stats()
+
+    def _work(self, plan: BatchPlan, rows: slice, outs: list[Bytes]) -> ChunkReport:
+        report = ChunkReport()
+        for row in range(rows.start, rows.stop):
+            sample, start = int(plan.ids[row]), time.perf_counter()
+            try:
+                image = self._decode(self._context.reader.read(sample), int(plan.heights[row]), int(plan.widths[row]))
+            except ValueError as error:
+                report.reasons[sample] = str(error)
+                continue
+            report.decode_seconds += time.perf_counter() - start
+            for view, out in zip(plan.views, outs, strict=True):
+                geometry, photometric = self._render(image, view, row, out[row])
+                report.geometry_seconds += geometry
+                report.photometric_seconds += photometric
+        return report

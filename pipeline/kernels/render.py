@@ -12,7 +12,7 @@ from pipeline.plan import ViewPlan
 # notice a change in one of the kernels' files.
 
 
-def render(image: Pixels, top: int, left: int, plan: ViewPlan, row: int, out: Bytes) -> tuple[float, float]:
+def render(image: Pixels, plan: ViewPlan, row: int, out: Bytes, top: int = 0, left: int = 0) -> tuple[float, float]:
     """Row ``row`` of a plan as ``out`` (size, size, 3) uint8, from an image that begins at (``top``, ``left``).
 
     Returns the seconds that geometry and photometric operations took.

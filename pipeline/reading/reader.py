@@ -7,7 +7,6 @@ truncated or a disk that fails under a running process is an OSError with a name
 import os
 import threading
 import time
-from collections.abc import Collection
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -18,8 +17,7 @@ from pipeline.reading.cache import CacheOptions, ShardCache
 from pipeline.stats import Stats
 from pipeline.workers import Watch, Workers
 from sharding.command import UserError
-from sharding.manifest import ShardSet, open_shards, repair_command
-from sharding.storage import Directory
+from sharding.manifest import ShardSet, repair_command
 
 _MAX_OPEN_FILES = 256  # of the 1024 that many systems allow a process
 
@@ -27,8 +25,7 @@ _MAX_OPEN_FILES = 256  # of the 1024 that many systems allow a process
 class Reader:
     """Reads the samples of an opened (and thereby checked) shard directory; safe to share between threads.
 
-    Shards behind a URL need a ``cache``. ``watch`` knows of reads that do not return. A reader that is pickled opens
-    the shards again where it arrives.
+    Shards behind a URL need a ``cache``. ``watch`` knows of reads that do not return.
     """
 
     def __init__(self, shards: ShardSet, cache: CacheOptions | None = None, watch: Watch | None = None) -> None:
@@ -37,7 +34,7 @@ class Reader:
                 f"{shards.directory}: is not a local directory; name one to fetch its shards to: data.cache_dir of a "
                 "run, --cache-dir of pipeline.preview"
             )
-        self.shards, self.watch, self._options = shards, watch or Watch(), cache
+        self.shards, self.watch = shards, watch or Watch()
         self._cache = None if shards.directory.is_local or cache is None else ShardCache(shards, cache, self.watch)
         self._files: dict[int, _File] = {}
         self._advised: set[int] = set()
@@ -107,9 +104,6 @@ class Reader:
         with self._lock:
             self._files = {}
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return _open_again, (self.shards.directory, self.shards.lanes, self._options, self.watch.limit_seconds)
-
     def _advise(self, samples: NDArray[np.int64]) -> None:
         index = self.shards.index
         for sample in samples.tolist():
@@ -161,9 +155,3 @@ class _File:
 
     def __del__(self) -> None:
         os.close(self.descriptor)
-
-
-def _open_again(
-    directory: Directory, lanes: Collection[int] | None, cache: CacheOptions | None, limit_seconds: float
-) -> Reader:
-    return Reader(open_shards(directory, lanes), cache, Watch(limit_seconds))

@@ -65,8 +65,8 @@ def test_gives_the_three_numbers_of_any_run(
 class Slowed:
     """The cpu backend, each batch made five times."""
 
-    def __init__(self, options: BackendContext) -> None:
-        self._backend = build(options)
+    def __init__(self, context: BackendContext) -> None:
+        self._backend = build(context)
         self.stats, self.close = self._backend.stats, self._backend.close
 
     def submit(self, plan: BatchPlan) -> "Slowed.Batch":

@@ -9,10 +9,10 @@ import PIL
 import torch
 from PIL import Image
 
-from pipeline.backends.torchvision import apply
 from pipeline.kernels.resample_gpu import Images
 from pipeline.plan import ViewPlan, plan_view
 from pipeline.views import ViewSpec
+from tests.pipeline.reference import apply
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Older ones always resize along the width first, which moves some values by 1.

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from pipeline.backends import Backend, BackendContext, Pending, Views, build_backend
-from pipeline.backends.cpu import CpuBackend
-from pipeline.backends.pool import PooledBatch
+from pipeline.backends.cpu import Decoder
+from pipeline.backends.cpu import build as build_cpu
+from pipeline.backends.pool import ThreadedBackend
 from pipeline.canary import CanaryError, WatchedBackend
+from pipeline.kernels.render import render
+from pipeline.kernels.resample import Pixels
 from pipeline.loader import Loader
 from pipeline.plan import BatchPlan, plan_samples
 from pipeline.reading.reader import Reader
@@ -23,21 +26,20 @@ SPECS = (ViewSpec(count=2, size=32, kernel=5), ViewSpec(size=16, scale=(0.05, 0.
 BATCH_SIZE = 20
 
 
-class Blackening(CpuBackend):
+class Blackening(ThreadedBackend[Pixels]):
     """Reports a sample as decoded whose views it has left black, as drivers have been seen to do."""
 
     def __init__(self, context: BackendContext, row: int, from_step: int) -> None:
-        super().__init__(context)
+        super().__init__(context, Decoder(), render)
         self._row, self._from_step = row, from_step
 
     def submit(self, plan: BatchPlan) -> Pending:
         pending = super().submit(plan)
-        assert isinstance(pending, PooledBatch)
         return _Blackened(pending, self._row) if plan.step >= self._from_step else pending
 
 
 class _Blackened:
-    def __init__(self, pending: PooledBatch, row: int) -> None:
+    def __init__(self, pending: Pending, row: int) -> None:
         self._pending, self._row = pending, row
 
     def done(self) -> bool:
@@ -50,7 +52,10 @@ class _Blackened:
         return views
 
 
-class Failing(CpuBackend):
+class Failing(ThreadedBackend[Pixels]):
+    def __init__(self, context: BackendContext) -> None:
+        super().__init__(context, Decoder(), render)
+
     def submit(self, plan: BatchPlan) -> Pending:  # noqa: ARG002
         raise RuntimeError("no decoder on this device")
 
@@ -157,7 +162,7 @@ def test_the_candidate_may_not_decode_what_cpu_cannot(damage: Callable[[int], Sh
     """As a decoder that takes damage for an image, which no checksum shows."""
     chosen = context(damage(0), canary_every=1)
     sound = replace(chosen, reader=Reader(shard_set))
-    with closing(WatchedBackend("candidate", lambda: CpuBackend(sound), chosen)) as backend:
+    with closing(WatchedBackend("candidate", lambda: build_cpu(sound), chosen)) as backend:
         pending = backend.submit(plan(shard_set))
         with pytest.raises(CanaryError, match="took for images what cpu cannot decode: sample 0"):
             pending.result()
@@ -166,5 +171,5 @@ def test_the_candidate_may_not_decode_what_cpu_cannot(damage: Callable[[int], Sh
 def test_auto_is_cpu_without_a_gpu(shard_set: ShardSet) -> None:
     settings: dict[str, Any] = {"seed": 3, "global_batch_size": 8}
     with Loader(shard_set, SPECS, backend="auto", **settings) as auto, Loader(shard_set, SPECS, **settings) as cpu:
-        assert isinstance(auto._backend, CpuBackend)
+        assert isinstance(auto._backend, ThreadedBackend)
         assert equal(next(auto).views, next(cpu).views)

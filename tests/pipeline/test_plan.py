@@ -222,8 +222,8 @@ def test_parameters_of_a_sample_do_not_depend_on_its_company() -> None:
 def test_a_batch_has_a_plan_per_view() -> None:
     n = 6
     plan = plan_batch(preset("dino"), 0, 7, np.arange(n), np.zeros(n, np.int64), np.full(n, 300), np.full(n, 400))
-    assert (plan.step, len(plan), len(plan.views)) == (7, n, 8)
-    assert [view.spec.size for view in plan.views] == [224] * 2 + [96] * 6
+    assert (plan.step, len(plan), len(plan.views)) == (7, n, 10)
+    assert [view.spec.size for view in plan.views] == [224] * 2 + [96] * 8
     assert not np.array_equal(plan.views[2].edge, plan.views[3].edge)
     assert_array_equal(plan.views[2].take(slice(2, 4)).edge, plan.views[2].edge[2:4])
 

@@ -10,12 +10,13 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from pipeline.backends.torchvision import apply, decode
+from pipeline.backends.torchvision import decode
 from pipeline.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, plan_samples, plan_view
 from pipeline.preview import _parser, choose_samples, describe, draw_sheet, main, read_views
 from pipeline.reading.reader import Reader
 from pipeline.views import ViewSpec, preset
 from sharding.manifest import ShardSet
+from tests.pipeline.reference import apply
 
 SMALL = "views:\n- {size: 32, kernel: 5}\n- {size: 24, kernel: 5, solarize: 1.0}\n"
 

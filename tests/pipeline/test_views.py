@@ -1,7 +1,9 @@
 import pytest
+import torch
 from pydantic import ValidationError
 
-from pipeline.views import ViewSpec, flatten, preset
+from pipeline.transfer import normalize
+from pipeline.views import PRESETS, ViewSpec, flatten, in_levels, parse, preset
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,7 @@ SIMCLR = {
     "scale": (0.08, 1.0),
     "ratio": (3 / 4, 4 / 3),
     "resize": 256,
+    "interpolation": "bilinear",
     "flip": 0.5,
     "jitter": 0.8,
     "brightness": 0.8,
@@ -60,8 +63,8 @@ SIMCLR = {
 }
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 HALF_JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
-BYOL_JITTER = HALF_JITTER | {"saturation": 0.2}
-GLOBAL, LOCAL = {"count": 1, "scale": (0.4, 1.0)}, {"count": 6, "size": 96, "scale": (0.05, 0.4)}
+BYOL = {**HALF_JITTER, "saturation": 0.2, "interpolation": "bicubic"}
+GLOBAL, LOCAL = {"count": 1, "scale": (0.4, 1.0)}, {"count": 8, "size": 96, "scale": (0.05, 0.4)}
 NO_AUGMENTATION = {"flip": 0, "jitter": 0, "grey": 0, "blur": 0}
 
 
@@ -72,7 +75,15 @@ NO_AUGMENTATION = {"flip": 0, "jitter": 0, "grey": 0, "blur": 0}
         ("simclr-cifar", [{"size": 32, "blur": 0.0, **HALF_JITTER, **CIFAR}]),
         (
             "byol",
-            [{"count": 1, "blur": 1.0, **BYOL_JITTER}, {"count": 1, "blur": 0.1, "solarize": 0.2, **BYOL_JITTER}],
+            [{"count": 1, "blur": 1.0, **BYOL}, {"count": 1, "blur": 0.1, "solarize": 0.2, **BYOL}],
+        ),
+        ("mae", [{"count": 1, "scale": (0.2, 1.0), **NO_AUGMENTATION, "flip": 0.5, "interpolation": "bicubic"}]),
+        (
+            "lejepa",
+            [
+                {"scale": (0.3, 1.0), "solarize": 0.2, **BYOL},
+                {"count": 6, "size": 98, "scale": (0.05, 0.3), "solarize": 0.2, **BYOL},
+            ],
         ),
         (
             "multicrop-2x160+4x96",
@@ -82,9 +93,9 @@ NO_AUGMENTATION = {"flip": 0, "jitter": 0, "grey": 0, "blur": 0}
         (
             "dino",
             [
-                {**GLOBAL, **BYOL_JITTER, "blur": 1.0},
-                {**GLOBAL, **BYOL_JITTER, "blur": 0.1, "solarize": 0.2},
-                {**LOCAL, **BYOL_JITTER},
+                {**GLOBAL, **BYOL, "blur": 1.0},
+                {**GLOBAL, **BYOL, "blur": 0.1, "solarize": 0.2},
+                {**LOCAL, **BYOL},
             ],
         ),
         ("eval", [{"count": 1, "crop": "center", **NO_AUGMENTATION}]),
@@ -101,3 +112,23 @@ def test_overrides_apply_to_all_groups() -> None:
 def test_unknown_preset() -> None:
     with pytest.raises(ValueError, match=r"simclr.*found 'simcrl'"):
         preset("simcrl")
+
+
+def test_views_written_before_there_was_an_interpolation_are_bilinear() -> None:
+    (view,) = parse([{"count": 2, "size": 32, "kernel": 5}])
+    assert view.interpolation == "bilinear"
+    with pytest.raises(ValueError, match=r"views\.0\.interpolation: .*'bicubic', found 'cubic'"):
+        parse([{"interpolation": "cubic"}])
+
+
+def test_methods_that_were_published_with_bicubic_crops_have_them() -> None:
+    bicubic = {name for name in PRESETS if any(view.is_cubic for view in preset(name))}
+    assert bicubic == {"byol", "byol-cifar", "vicreg", "vicreg-cifar", "lejepa", "visreg", "dino", "mae"}
+
+
+def test_in_levels_leaves_pixels_as_they_are() -> None:
+    (spec,) = in_levels(preset("mae"))
+    levels = torch.arange(256, dtype=torch.uint8)[None, None, :, None].expand(1, 1, 256, 3)
+    normal = normalize(levels, spec.mean, spec.std, torch.float32)
+    assert torch.equal(normal[0, 0, 0], torch.arange(256.0))
+    assert spec.scale == (0.2, 1.0)

@@ -144,7 +144,7 @@ def untrained_encoder(config: Config) -> Encoder:
 
 
 def evaluation_view(views: Sequence[ViewSpec], shards: ShardSet) -> ViewSpec:
-    """The centre crop to evaluate with, of the largest view's size.
+    """The centre crop to evaluate with, of the largest view's size and interpolation.
 
     The image is resized to 8/7 of it first, as is usual on ImageNet, but small images (at least half of them no larger
     than the view) to the size itself, so that square ones are seen whole, as is usual on CIFAR.
@@ -153,7 +153,8 @@ def evaluation_view(views: Sequence[ViewSpec], shards: ShardSet) -> ViewSpec:
     size = largest.size
     small = np.median(np.minimum(shards.index.height, shards.index.width)) <= size
     resize = size if small else round(size * 256 / 224)
-    (view,) = preset("eval", size=size, resize=resize, mean=largest.mean, std=largest.std)
+    how = {name: getattr(largest, name) for name in ("interpolation", "mean", "std")}
+    (view,) = preset("eval", size=size, resize=resize, **how)
     return view
 
 

@@ -7,8 +7,8 @@ over their pairs.
 Kept (facebookresearch/barlowtwins): the projector 8192-8192-8192 without BatchNorm at its end, lambda 0.0051,
 correlations over the global batch with the biased variance and BatchNorm's epsilon, LARS without decay and adaptation
 of biases and BatchNorm, 0.2 x B/256 (for these 0.0048 x B/256), 10 epochs of warm-up, cosine to 0.001 of the peak,
-BYOL's two views. Substituted: LARS with the learning rate inside the momentum; bilinear crops (there bicubic). Each
-process computes its share of the matrix's rows.
+BYOL's two views. Substituted: LARS with the learning rate inside the momentum. Each process computes its share of the
+matrix's rows.
 """
 
 from itertools import combinations

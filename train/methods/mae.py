@@ -7,7 +7,7 @@ masked patches alone, each of them standardised (section 3).
 Kept: masks; position embeddings of sines and cosines, not trained, in both; class token; decoder; its Xavier
 initialisation; standardised targets; one view; AdamW with beta_2 0.95, which decays class and mask token as the
 authors' code does. Substituted: timm's initialisation of the encoder (Xavier); its class token is what evaluation
-takes; crops are bilinear (bicubic).
+takes.
 """
 
 from typing import Any, ClassVar, Literal, NamedTuple

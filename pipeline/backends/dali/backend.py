@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline.backends import BackendContext, DamagedSampleError, Views
 from pipeline.backends.dali.decode import Decoder, Encoded, Regions, find_fault, largest_size, needed_regions
-from pipeline.backends.pool import ChunkReport, chunks
+from pipeline.backends.pool import ChunkReport, PooledBatch, chunks
 from pipeline.kernels.render import render
 from pipeline.kernels.resample import Pixels, as_pixels
 from pipeline.memory import recycler
@@ -206,13 +206,7 @@ class CpuRenderer:
         outs = [view.numpy() for view in views]
         parts = chunks(len(plan), self._num_threads)
         tasks = [self._pool.submit(_render_rows, images, regions, plan, rows, outs) for rows in parts]
-
-        def wait() -> Views:
-            for task in tasks:
-                self._total += task.result().stats()
-            return views
-
-        return wait
+        return PooledBatch(views, tasks, self._collect).result
 
     def stats(self) -> Stats:
         """Of all threads; copying DALI's image into the kernels' layout counts as geometry."""
@@ -220,6 +214,9 @@ class CpuRenderer:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+    def _collect(self, report: ChunkReport) -> None:
+        self._total += report.stats()
 
 
 def _render_rows(
@@ -233,7 +230,7 @@ def _render_rows(
         report.geometry_seconds += time.perf_counter() - start
         top, left = regions[row, :2].tolist()
         for view, out in zip(plan.views, outs, strict=True):
-            geometry, photometric = render(image, top, left, view, row, out[row])
+            geometry, photometric = render(image, view, row, out[row], top, left)
             report.geometry_seconds += geometry
             report.photometric_seconds += photometric
     return report

@@ -50,7 +50,7 @@ def equal(first: Views, second: Views) -> bool:
 
 @pytest.fixture(scope="module")
 def built(shard_set: ShardSet) -> Iterator[Callable[[str], Backend]]:
-    """Backends by name, each built once: worker processes take seconds to start."""
+    """Backends by name, each built once."""
     backends: dict[str, Backend] = {}
 
     def get(name: str) -> Backend:
@@ -174,10 +174,9 @@ def test_a_missing_shard_is_named(name: str, copied_shards: Path) -> None:
         backend.close()
 
 
-@pytest.mark.parametrize("name", [name for name in EXECUTORS if name != "torchvision"])
+@pytest.mark.parametrize("name", EXECUTORS)
 def test_a_read_that_never_returns_is_named(name: str, copied_shards: Path) -> None:
-    """By `next` and by `close`, which leaves its thread behind. Which files torchvision's workers have open already,
-    and so will not meet the stalled ones, is a matter of timing."""
+    """By `next` and by `close`, which leaves its thread behind."""
     shards, before = open_shards(copied_shards), census()
     paths = [copied_shards / shard.path for shard in shards.manifest.shards]
     stream = Loader(shards, SPECS, seed=5, global_batch_size=BATCH_SIZE, backend=name, num_threads=1, stall_seconds=1)

@@ -12,16 +12,17 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from pipeline.backends import BackendContext, DamagedSampleError, Views
-from pipeline.backends.cpu import CpuBackend, build, decode
-from pipeline.backends.pool import PooledBatch
-from pipeline.backends.torchvision import apply
+from pipeline.backends.cpu import Decoder, build
+from pipeline.backends.pool import PooledBatch, ThreadedBackend
 from pipeline.backends.torchvision import decode as pictured
+from pipeline.kernels.resample import Pixels
 from pipeline.plan import BatchPlan, plan_samples
 from pipeline.reading.reader import Reader
 from pipeline.stats import Stats
 from pipeline.views import PRESETS, ViewSpec, flatten, preset
 from sharding.manifest import ShardSet
 from tests.census import wait_until
+from tests.pipeline.reference import apply
 
 SPECS = ViewSpec(size=40, kernel=9), ViewSpec(size=32, kernel=5, solarize=0.5)
 
@@ -31,7 +32,7 @@ def plan_of(shards: ShardSet, ids: list[int] | range, specs: tuple[ViewSpec, ...
     return plan_samples(shards, specs, 0, 0, rows, np.zeros_like(rows))
 
 
-def backend_of(shards: ShardSet, num_threads: int = 2) -> CpuBackend:
+def backend_of(shards: ShardSet, num_threads: int = 2) -> ThreadedBackend[Pixels]:
     return build(BackendContext(Reader(shards), 16, num_threads, torch.device("cpu")))
 
 
@@ -96,7 +97,7 @@ def test_decoding_is_exact(shard_set: ShardSet) -> None:
     reader, index = Reader(shard_set), shard_set.index
     for sample in range(0, 92, 5):
         data = reader.read(sample)
-        pixels = decode(data, int(index.height[sample]), int(index.width[sample]), np.empty)
+        pixels = Decoder()(data, int(index.height[sample]), int(index.width[sample]))
         ours = np.ascontiguousarray(pixels).view(np.uint8).reshape(*pixels.shape, 4)[..., :3]
         assert_array_equal(ours, np.asarray(Image.open(io.BytesIO(bytes(data))).convert("RGB")))
 
@@ -117,7 +118,7 @@ def test_a_truncated_jpeg_is_an_error(shard_set: ShardSet) -> None:
     data, index = Reader(shard_set).read(0), shard_set.index
     for part in (0.5, 0.9, 0.99):
         with pytest.raises(ValueError, match=r"Premature end|truncated|corrupt"):
-            decode(data[: int(len(data) * part)], int(index.height[0]), int(index.width[0]), np.empty)
+            Decoder()(data[: int(len(data) * part)], int(index.height[0]), int(index.width[0]))
 
 
 @pytest.mark.parametrize("change", [-1, 1])

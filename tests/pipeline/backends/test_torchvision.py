@@ -7,12 +7,12 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from pipeline.backends import BackendContext, DamagedSampleError
-from pipeline.backends.torchvision import apply, build, decode
+from pipeline.backends.torchvision import build, decode
 from pipeline.plan import BatchPlan, ViewPlan, plan_samples
 from pipeline.reading.reader import Reader
 from pipeline.views import ViewSpec, preset
 from sharding.manifest import ShardSet
-from tests.census import census
+from tests.pipeline.reference import apply
 
 SPECS = ViewSpec(size=40, kernel=9), ViewSpec(size=32, kernel=5, solarize=0.5)
 
@@ -38,9 +38,8 @@ def one_view(spec: ViewSpec, image: Image.Image, **changes: object) -> ViewPlan:
     return ViewPlan(**plan | {name: np.array([value]) for name, value in changes.items()})
 
 
-def test_worker_processes(damage: Callable[[int], ShardSet]) -> None:
-    """One test, because starting processes takes seconds."""
-    shards, before = damage(3), census()
+def test_views_and_damage(damage: Callable[[int], ShardSet]) -> None:
+    shards = damage(3)
     reader = Reader(shards)
     backend = build(BackendContext(reader, 16, 2, torch.device("cpu")))
     sound = plan_of(shards, [5, 0, 91, 17, 5])
@@ -53,10 +52,8 @@ def test_worker_processes(damage: Callable[[int], ShardSet]) -> None:
         spoilt.result()
     assert list(raised.value.reasons) == [3]
     stats = backend.stats()
-    assert 0 < stats.read_seconds < stats.decode_seconds
-    assert min(stats.geometry_seconds, stats.photometric_seconds) > 0
+    assert min(stats.decode_seconds, stats.geometry_seconds, stats.photometric_seconds) > 0
     backend.close()
-    assert census() <= before
 
 
 @pytest.fixture(scope="module")

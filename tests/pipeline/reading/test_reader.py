@@ -1,7 +1,6 @@
 import ctypes
 import mmap
 import os
-import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -102,12 +101,6 @@ def test_read_ahead_brings_samples_and_whole_shards_into_memory(shard_set: Shard
     wait_until(lambda: min(cached_fraction(paths[0]), cached_fraction(paths[1])) >= 0.7)  # the rest is padding
     assert cached_fraction(paths[-1]) < 0.5
     reader.close()
-
-
-def test_pickled_it_reads_the_same_elsewhere(shard_set: ShardSet) -> None:
-    copy = pickle.loads(pickle.dumps(Reader(shard_set)))
-    assert copy.read(5).tobytes() == content(shard_set, 5)
-    assert len(pickle.dumps(copy)) < 1000
 
 
 def test_describes_where_a_sample_lies(shard_set: ShardSet) -> None:

@@ -139,3 +139,8 @@ def test_small_images_are_evaluated_whole(shard_set: ShardSet) -> None:
     for size, resize in ((32, 37), (224, 224)):  # the images' short sides are 60 to 139 pixels
         view = evaluation_view(preset("simclr", size=size, kernel=5), shard_set)
         assert (view.size, view.resize, view.crop) == (size, resize, "center")
+
+
+def test_images_are_resized_for_evaluation_as_for_training(shard_set: ShardSet) -> None:
+    for name, interpolation in (("simclr", "bilinear"), ("mae", "bicubic")):
+        assert evaluation_view(preset(name), shard_set).interpolation == interpolation

@@ -17,12 +17,13 @@ from nvidia.dali import fn
 from pipeline.backends import BackendContext, DamagedSampleError
 from pipeline.backends.dali.backend import DaliBackend, build
 from pipeline.backends.dali.decode import decode_graph, largest_size
-from pipeline.backends.torchvision import apply, decode
+from pipeline.backends.torchvision import decode
 from pipeline.plan import BatchPlan, plan_batch
 from pipeline.reading.reader import Reader
 from pipeline.views import ViewSpec
 from sharding.manifest import open_shards
 from tests.census import wait_until
+from tests.pipeline.reference import apply
 from tests.sharding.conftest import build_shards, encoded, picture, write_parquet
 
 BATCH_SIZE = 8
