@@ -77,7 +77,6 @@ class RunConfig(Settings):
     )
     gradient_compression: Literal["none", "bf16", "fp16"] = Field("none", description="of what processes send")
     bucket_mb: int = Field(25, ge=1, description="gradients that DDP sends together, in MiB")
-    static_graph: bool = Field(False, description="DDP: every step trains the same parameters in the same order")
     noise_scale: bool = Field(False, description="log the gradient noise scale and the critical batch size")
     compile: bool = Field(False, description="torch.compile the method's forward")
     init_from: HomePath | None = Field(

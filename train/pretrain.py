@@ -124,7 +124,7 @@ class Pretraining:
         compiled: Any = torch.compile(method) if config.run.compile else method
         self.step = TrainStep(
             method,
-            world.wrap(compiled, config.run.gradient_compression, config.run.bucket_mb, config.run.static_graph),
+            world.wrap(compiled, config.run.gradient_compression, config.run.bucket_mb),
             optimizer,
             automatic.dtype(config, world),
             micro_batch_size=config.run.micro_batch_size,

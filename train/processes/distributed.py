@@ -93,15 +93,12 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def wrap(
-        self, module: nn.Module, compression: str = "none", bucket_mb: int = 25, static_graph: bool = False
-    ) -> nn.Module:
+    def wrap(self, module: nn.Module, compression: str = "none", bucket_mb: int = 25) -> nn.Module:
         """The module with gradients averaged over ranks, in bf16 or fp16 where ``compression`` says so."""
         if self.size == 1:
             return module
         ids = [self.device] if self.device.type == "cuda" else None
-        options: dict[str, Any] = {"bucket_cap_mb": bucket_mb, "static_graph": static_graph}
-        wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **options)
+        wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb)
         wrapped.broadcast_buffers = False  # they stay equal; a queue would be sent each step
         if compression != "none":
             wrapped.register_comm_hook(None, getattr(default_hooks, f"{compression}_compress_hook"))
