@@ -9,11 +9,9 @@ crop; chains are whole presets. Exit code 1: over tolerance.
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from benchmarks.generated import generated_shards
 from pipeline.backends import BACKENDS
 from pipeline.canary import CHAIN_TOLERANCE, WORST_IMAGE_TOLERANCE
 from pipeline.loader import Loader
@@ -91,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         if options.images < 1:
             raise UserError(f"--images: expected at least 1, found {options.images}")
-        shards = open_shards(options.shards or _generated_shards(stack, options.images))
+        shards = open_shards(options.shards or generated_shards(stack, options.images, lanes=1))
         results = measure(shards, options.backends, options.images)
     return _report(results, options.backends)
 
@@ -156,42 +155,6 @@ def _report(results: Mapping[Case, Mapping[str, Difference]], backends: Sequence
     if failed:
         print("benchmarks.parity: over tolerance", file=sys.stderr)
     return int(failed)
-
-
-def _generated_shards(stack: ExitStack, num_images: int) -> Path:
-    """Shards of textured images, larger and smaller than views, in a temporary directory."""
-    from datasets import Dataset, Features
-    from datasets import Image as ImageFeature
-
-    from sharding.build import main as build
-
-    directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    print("no --shards: comparing on generated images")
-    images = [{"bytes": _textured(number), "path": None} for number in range(num_images)]
-    (directory / "source" / "data").mkdir(parents=True)
-    data = Dataset.from_dict({"image": images}, features=Features({"image": ImageFeature()}))
-    data.to_parquet(directory / "source" / "data" / "train-00000-of-00001.parquet")
-    out = directory / "shards"
-    if code := build(["--dataset", str(directory / "source"), "--out", str(out), "--lanes", "1", "--workers", "1"]):
-        raise UserError(f"the generated images could not be built into shards (exit code {code})")
-    return out
-
-
-def _textured(number: int) -> bytes:
-    """A JPEG of waves of many lengths, edges and noise, saturated here and there; each third has halved chroma."""
-    import simplejpeg
-
-    rng = np.random.default_rng(number)
-    height, width = rng.integers(120, 520, 2)
-    rows, columns = np.mgrid[0:height, 0:width]
-    waves = np.zeros((height, width, 3))
-    for length in (3, 8, 30, 90, 300):
-        angle, phase = rng.uniform(0, 2 * np.pi, 2)
-        wave = np.sin((rows * np.sin(angle) + columns * np.cos(angle)) * 2 * np.pi / length + phase)
-        waves += (wave > 0.3 if length == 90 else wave)[..., None] * rng.uniform(-50, 50, 3)
-    pixels = rng.uniform(40, 215, 3) + waves + rng.normal(0, 8, waves.shape)
-    subsampling = "420" if number % 3 == 0 else "444"
-    return simplejpeg.encode_jpeg(np.clip(pixels, 0, 255).astype(np.uint8), 90, colorsubsampling=subsampling)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ import torch
 from benchmarks.measure import Rate
 from benchmarks.stages import parse
 from benchmarks.throughput import _parser, _verdict, main
-from pipeline.backends import BACKENDS, BackendOptions, Pending, Views
+from pipeline.backends import BACKENDS, BackendContext, Pending, Views
 from pipeline.backends.cpu import build
 from pipeline.plan import BatchPlan
 from sharding.manifest import ShardSet
@@ -32,7 +32,7 @@ def test_compares_backends_and_peers_and_saves_every_round(
         assert len(turn["images_per_second"]) == len(turn["cpu_percent"]) == 2
         assert min(turn["images_per_second"]) > 0
     printed = capsys.readouterr().out
-    assert "92 samples" in printed
+    assert "8 of 92 samples a batch" in printed
     assert "peer: dali-native, 1 thread; decoding: decode-only, 1 thread" in printed
     assert picture.exists()
 
@@ -65,7 +65,7 @@ def test_gives_the_three_numbers_of_any_run(
 class Slowed:
     """The cpu backend, each batch made five times."""
 
-    def __init__(self, options: BackendOptions) -> None:
+    def __init__(self, options: BackendContext) -> None:
         self._backend = build(options)
         self.stats, self.close = self._backend.stats, self._backend.close
 
