@@ -37,10 +37,6 @@ class Rate:
         n = len(self.rounds)
         return _T[min(n - 1, len(_T)) - 1] * statistics.stdev(self.rounds) / math.sqrt(n) if n > 1 else math.inf
 
-    @property
-    def noisy(self) -> bool:
-        return self.margin > _NOISY * abs(self.mean)
-
     def by_round(self, f: Callable[..., float], *others: "Rate") -> "Rate":
         """``f`` of this and the others, round by round."""
         return Rate(tuple(f(*values) for values in zip(self.rounds, *(o.rounds for o in others), strict=True)))
@@ -53,7 +49,9 @@ class Rate:
 
     def decided(self) -> str:
         """The value, or that the machine was too noisy for one."""
-        return f"{self.mean:.2f} ± {self.margin:.2f}" if not self.noisy else f"too noisy (± {self.margin:.2g})"
+        if self.margin <= _NOISY * abs(self.mean):
+            return f"{self.mean:.2f} ± {self.margin:.2f}"
+        return f"too noisy (± {self.margin:.2g})" if len(self.rounds) > 1 else f"{self.mean:.2f} (one round)"
 
     def __str__(self) -> str:
         return f"{self.mean:.4g} ± {self.margin:.2g}"

@@ -1,6 +1,6 @@
 """How far the views of the backends are from torchvision's, in grey levels of 255.
 
-    python -m benchmarks.parity --shards /data/shards --images 128 --backends cpu dali
+    python -m benchmarks.parity    # generated images; --shards DIR for those of a data set
 
 The reference is the `torchvision` backend, with the same parameters on the same images. Single operations follow a
 crop; chains are whole presets. Exit code 1: over tolerance.
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from benchmarks.generated import generated_shards
 from pipeline.backends import BACKENDS
 from pipeline.canary import CHAIN_TOLERANCE, WORST_IMAGE_TOLERANCE
 from pipeline.loader import Loader
@@ -88,9 +89,11 @@ class Difference:
 @command("benchmarks.parity")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    if options.images < 1:
-        raise UserError(f"--images: expected at least 1, found {options.images}")
-    results = measure(open_shards(options.shards), options.backends, options.images)
+    with ExitStack() as stack:
+        if options.images < 1:
+            raise UserError(f"--images: expected at least 1, found {options.images}")
+        shards = open_shards(options.shards or generated_shards(stack, options.images, lanes=1))
+        results = measure(shards, options.backends, options.images)
     return _report(results, options.backends)
 
 
@@ -160,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.parity", description="Compare the backends' views with torchvision's."
     )
-    parser.add_argument("--shards", required=True, help="directory made by sharding.build")
+    parser.add_argument("--shards", help="directory made by sharding.build (default: generated images)")
     parser.add_argument("--images", type=int, default=32, help="how many, spread over the data (default: 32)")
     parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=["cpu", "dali"])
     return parser

@@ -1,9 +1,10 @@
 """Past this machine: weak scaling on many GPUs by a model, whose assumptions are printed with its figures.
 
 A step on W processes takes that of a single one, and what its messages take over a link with a latency a for each of
-log2(W) hops, and a bandwidth B in and out of each process: (W - 1) m / B for each m bytes gathered, 2 (W - 1) / W m / B
-for each m bytes reduced. BatchNorm's statistics are gathered forward and reduced backward, embeddings likewise; both
-are waited for. Averaging gradients hides behind the backward pass, two thirds of the step, on GPUs but not on CPUs.
+log2(W) hops and a bandwidth B in and out of each process: (W - 1) m / B for m bytes gathered from each rank, and again
+to return their gradients; 2 (W - 1) / W m / B for m bytes reduced. BatchNorm's statistics are gathered forward and
+reduced backward, embeddings are gathered and returned: that is waited for. Averaging gradients hides behind the
+backward pass, two thirds of the step, on GPUs but not on CPUs.
 """
 
 import math
@@ -17,7 +18,7 @@ from benchmarks.report import show
 
 _WORLD_SIZES = (8, 64, 512, 4096)
 _VARIANTS: dict[str, dict[str, float]] = {
-    "as configured": {},
+    "fp32 gradients": {},
     "bf16 gradients": {"gradient_share": 0.5},
     "averaged every 4 steps": {"gradient_share": 0.25},
     "local BatchNorm": {"batchnorm_share": 0},
@@ -54,7 +55,7 @@ def step_seconds(
     norms, norm_bytes = (batchnorm_share * sent[f"batchnorm_{what}"] / 2 for what in ("messages", "bytes"))
     rows, row_bytes = (sent[f"gather_{what}"] / 2 for what in ("messages", "bytes"))
     waited = link.gather(size, norm_bytes, norms) + link.reduce(size, norm_bytes, norms)
-    waited += link.gather(size, row_bytes, rows) + link.reduce(size, size * row_bytes, rows)
+    waited += 2 * link.gather(size, row_bytes, rows)
     gradients = link.reduce(size, gradient_share * sent["gradient_bytes"], gradient_share)
     return single + waited + max(0.0, gradients - overlap * single)
 
@@ -75,13 +76,13 @@ def predict(results: Results, link: Link) -> None:
     show(assumed, ["", *(f"{size} GPUs" for size in _WORLD_SIZES)], rows)
     for name, turn in results.items():
         if "apart" in turn:
-            model, whole = modelled(turn, int(name.split()[1]), overlap), turn["batch"].ratio(turn["step"])
+            model, whole = modelled(turn, overlap), turn["batch"].ratio(turn["step"])
             print(f"{name}: {model} s a step predicted, {whole} measured; ratio {model.ratio(whole).decided()}")
 
 
-def modelled(turn: Mapping[str, Rate], size: int, overlap: float) -> Rate:
+def modelled(turn: Mapping[str, Rate], overlap: float) -> Rate:
     """Seconds a step by the model, with the step apart and the link as messages alone have shown them, by round."""
-    seconds = []
+    seconds, size = [], round(turn["size"].mean)
     for values in zip(*(rate.rounds for rate in turn.values()), strict=True):
         sent = dict(zip(turn, values, strict=True))
         alone = max(sent["gradient_seconds"] - sent["latency_seconds"], 1e-9)

@@ -17,9 +17,8 @@ from torch import nn
 from benchmarks.measure import come_to_rest
 from benchmarks.stages import Training, finish, load
 from pipeline.loader import Loader
-from pipeline.order import lanes_of_rank
 from sharding.command import command
-from sharding.manifest import Manifest, ShardSet, open_shards
+from sharding.manifest import ShardSet, open_shards
 from train.config import Config, load_config
 from train.pretrain import build_loader
 from train.processes.distributed import World, session
@@ -33,9 +32,8 @@ MESSAGES = ("batchnorm", "gather", "gradient")
 def main(config_file: str, out: str, num_cores: str, seconds: str, explain: str) -> int:
     with session("benchmarks.scaling") as world:
         _pin(world.rank, int(num_cores))
-        config = load_config(Path(config_file), [f"data.num_threads={num_cores}"])
-        lanes = lanes_of_rank(Manifest.load(config.data.shards).num_lanes, world.rank, world.size)
-        shards = open_shards(config.data.shards, lanes)
+        config = load_config(Path(config_file))
+        shards = open_shards(config.data.shards)
         with build_loader(config, shards, world, 0) as loader:
             found = measure(config, shards, loader, world, float(seconds), explain == "True")
         if world.is_main:
@@ -50,14 +48,15 @@ def measure(
     counting = Counting(world.rank, world.size, world.device, world.control)
     training = Training(config, shards, counting)
     step = training.alone(loader)
-    found = {"batch": float(config.run.global_batch_size), **_messages(training, step, counting)}
+    found = {"size": float(world.size), "batch": float(config.run.global_batch_size)}
+    found |= _messages(training, step, counting)
     stages: dict[str, Callable[[], int]] = {
         "step": step,
         "loader": partial(load, loader),
         "end to end": partial(training.fed, loader),
     }
     if explain:
-        local = config.model_copy(update={"run": config.run.model_copy(update={"sync_batchnorm": False})})
+        local = config.model_copy(update={"run": config.run.model_copy(update={"batchnorm": "local"})})
         unaveraged = Unaveraged(world.rank, world.size, world.device, world.control)
         apart = Training(config, shards, World(device=world.device)).alone(loader)
         stages |= {

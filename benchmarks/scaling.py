@@ -1,6 +1,6 @@
 """How a run scales over processes: its loader, its train step, and both, in images/s and as an efficiency.
 
-    python -m benchmarks.scaling --world-sizes 1 2 4 8 --config configs/imagenet-resnet50-simclr.yaml
+    python -m benchmarks.scaling run.global_batch_size=256 --config configs/imagenet-resnet50-simclr.yaml
     python -m benchmarks.scaling method.name=byol run.global_batch_size=32 --world-sizes 1 2 --predict
 
 *Weak* scaling gives every process the batch of `run.global_batch_size`, *strong* divides it among them. Efficiency is
@@ -35,6 +35,7 @@ from benchmarks.stages import add_arguments, parse, read_config
 from sharding.command import UserError, command
 from sharding.manifest import Manifest
 from train.config import Config
+from train.engine.automatic import num_threads
 from train.engine.plan import check_batch
 
 STAGES = ("loader", "step", "end to end")
@@ -47,12 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         config = read_config(options, stack)
         scratch = Path(stack.enter_context(TemporaryDirectory()))
-        contestants = _contestants(config, sizes)
-        cores = max(1, _num_cores() // sizes[-1])
-        print(f"cores of each process: {cores}")
+        cores = max(1, num_threads(0) // sizes[-1])
+        data = config.data.model_copy(update={"num_threads": config.data.num_threads or cores})
+        contestants = _contestants(config.model_copy(update={"data": data}), sizes)
         turns = {name: partial(_launch, name, *c, cores, options.seconds, scratch) for name, c in contestants.items()}
         results = interleave(turns, options.rounds)
-    _show_scaling(results, config)
+    title = f"scaling of {config.method.name}, {config.encoder.name}; cores of each process: {cores}"
+    _show_scaling(title, results)
     for name, turn in results.items():
         if "apart" in turn:
             _show_stages(name, turn, results["weak 1"])
@@ -62,16 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         save(options.out, arguments, ({"contestant": name, **turn} for name, turn in results.items()))
     if options.picture:
         bars = {name: {stage: turn[stage] for stage in STAGES} for name, turn in results.items()}
-        chart(options.picture, _title(config), "images/s of all processes", bars)
+        chart(options.picture, title, "images/s of all processes", bars)
     return 0
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _title(config: Config) -> str:
-    return f"scaling of {config.method.name}, {config.encoder.name}"
 
 
 def _contestants(config: Config, sizes: Sequence[int]) -> dict[str, tuple[Config, int]]:
@@ -81,7 +75,7 @@ def _contestants(config: Config, sizes: Sequence[int]) -> dict[str, tuple[Config
         raise UserError(f"--world-sizes: expected numbers from 1 {most}, found {sizes[0]} to {sizes[-1]}")
     contestants = {}
     for size in sizes:
-        note = " OVERSUBSCRIBED" if size > _num_cores() else ""
+        note = " OVERSUBSCRIBED" if size > num_threads(0) else ""
         run = config.run.model_copy(update={"global_batch_size": config.run.global_batch_size * size})
         contestants[f"weak {size}{note}"] = config.model_copy(update={"run": run}), size
         if size > 1:
@@ -106,17 +100,15 @@ def _launch(name: str, config: Config, size: int, num_cores: int, seconds: float
     return json.loads(out.read_text())
 
 
-def _show_scaling(results: Results, config: Config) -> None:
+def _show_scaling(title: str, results: Results) -> None:
     single, rows = results["weak 1"], []
     for name, turn in results.items():
         for stage in STAGES:
-            efficiency = "1" if name == "weak 1" else turn[stage].ratio(single[stage]).over(_size(name)).decided()
-            per_process = turn[stage].over(_size(name))
-            rows.append(
-                [f"{name}, {stage}", f"{turn['batch'].mean:.0f}", str(turn[stage]), str(per_process), efficiency]
-            )
+            each = turn[stage].ratio(turn["size"])
+            efficiency = each.ratio(single[stage]).decided() if turn is not single else "1"
+            rows.append([f"{name}, {stage}", f"{turn['batch'].mean:.0f}", str(turn[stage]), str(each), efficiency])
     unit = "GPU" if torch.cuda.is_available() else "process"
-    show(f"{_title(config)}; ± 95 %", ["processes", "batch", "images/s", f"per {unit}", "efficiency"], rows)
+    show(f"{title}; ± 95 %", ["processes", "batch", "images/s", f"per {unit}", "efficiency"], rows)
 
 
 def _show_stages(name: str, turn: Mapping[str, Rate], single: Mapping[str, Rate]) -> None:
@@ -137,15 +129,11 @@ def _show_stages(name: str, turn: Mapping[str, Rate], single: Mapping[str, Rate]
     show(f"{name}: ms a step", ["", "± 95 %"], ([label, str(rate)] for label, rate in rows.items()))
 
 
-def _size(name: str) -> int:
-    return int(name.split()[1])
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scaling", description="Measure how loader, train step and both scale over processes."
     )
-    sizes = [size for size in (1, 2, 4, 8) if size <= (torch.cuda.device_count() or _num_cores())]
+    sizes = [size for size in (1, 2, 4, 8) if size <= (torch.cuda.device_count() or num_threads(0))]
     parser.add_argument("--world-sizes", nargs="+", type=int, default=sizes, help="default: those that fit, of 1 2 4 8")
     parser.add_argument("--predict", action="store_true", help="also predict 8 to 4096 GPUs by a model, and check it")
     parser.add_argument(

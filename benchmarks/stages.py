@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 
+from benchmarks.generated import generated_shards
 from pipeline.loader import Batch, Loader
 from sharding.command import UserError
 from sharding.manifest import MANIFEST_FILE, ShardSet
@@ -24,7 +23,6 @@ from train.pretrain import Pretraining, build
 from train.processes.distributed import World
 
 _NUM_CACHED = 3  # batches on the device for the step alone
-_NUM_GENERATED = 256  # images
 
 
 def add_arguments(parser: argparse.ArgumentParser, rounds: int, seconds: float) -> None:
@@ -59,8 +57,7 @@ def read_config(options: argparse.Namespace, stack: ExitStack) -> Config:
     asked = any(override.startswith("data.shards=") for override in overrides)
     if asked or (Path(config.data.shards) / MANIFEST_FILE).exists():
         return config
-    print(f"no shards in {config.data.shards}: measuring on {_NUM_GENERATED} generated images of ImageNet's sizes")
-    return load_config(options.config, [*overrides, f"data.shards={generated_shards(stack)}"])
+    return load_config(options.config, [*overrides, f"data.shards={generated_shards(stack, num_images=256)}"])
 
 
 class Training:
@@ -115,39 +112,3 @@ def _now() -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
-
-
-def generated_shards(stack: ExitStack) -> Path:
-    """Shards of JPEGs of ImageNet's sizes in a temporary directory, most of them 500 x 375, about 110 kB."""
-    import datasets
-
-    from sharding.build import main as build_shards
-
-    datasets.disable_progress_bars()
-    directory = Path(stack.enter_context(TemporaryDirectory()))
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    columns = {
-        "image": [{"bytes": _jpeg(number), "path": None} for number in range(_NUM_GENERATED)],
-        "label": [number % 10 for number in range(_NUM_GENERATED)],
-    }
-    (directory / "source").mkdir()
-    rows = datasets.Dataset.from_dict(columns, features=features)
-    rows.to_parquet(directory / "source" / "train-00000-of-00001.parquet")
-    if build_shards(["--dataset", str(directory / "source"), "--out", str(directory / "shards"), "--workers", "1"]):
-        raise UserError("the generated images could not be built into shards")
-    return directory / "shards"
-
-
-def _jpeg(number: int) -> bytes:
-    """Noise whose spectrum falls with frequency, as a photograph's; a quarter upright, a quarter of halved chroma."""
-    import simplejpeg
-
-    rng = np.random.default_rng(number)
-    width, height = (500, 375) if number % 3 else rng.integers(200, 640, 2)
-    height, width = (width, height) if number % 4 == 0 else (height, width)
-    distance = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) + 1e-3
-    waves = rng.normal(size=(2, 3, *distance.shape)) / distance
-    pixels = np.fft.irfft2(waves[0] + 1j * waves[1], s=(height, width)).transpose(1, 2, 0)
-    pixels = np.clip(128 + 50 * pixels / pixels.std(), 0, 255).astype(np.uint8)
-    chroma = "420" if number % 4 == 1 else "444"
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 78, colorsubsampling=chroma)

@@ -13,6 +13,7 @@ ceiling), and both together. A run that trains end to end as fast as its step al
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -73,8 +74,7 @@ def _measure_loaders(options: argparse.Namespace, config: Config, shards: ShardS
             work, warmup = partial(load, loader), config.data.prefetch + 1
             contestants[_label(backend, count)] = _turn(work, options.seconds, warmup)
         results = interleave(contestants, options.rounds)
-    batch = config.run.global_batch_size
-    _show_loaders(f"loaders: {batch} images a batch, {shards.manifest.num_samples} samples; ± 95 %", results)
+    _show_loaders(f"loaders: {config.run.global_batch_size} of {shards.manifest.num_samples} samples a batch", results)
     return results
 
 
@@ -124,21 +124,24 @@ def _show_loaders(title: str, results: Results) -> None:
     loaders = [name for name in rates if not name.startswith(_NO_LOADER)]
     ours = [name for name in loaders if name.split(",")[0] in BACKENDS]
     peers = [name for name in loaders if name not in ours]
-    peer = _fastest(peers, rates)
-    ceiling = _fastest([name for name in rates if name.startswith("decode-only")], rates)
+    peer, ceiling = _fastest(peers, rates), _fastest([name for name in rates if name.startswith("decode-only")], rates)
     against = {column: rates[other] for column, other in (("x peer", peer), ("x decoding", ceiling)) if other}
     rows = []
     for name, turn in results.items():
         cpu, rate = turn["cpu_percent"], rates[name]
-        cells = [str(rate), str(rate.ratio(cpu.over(100))), f"{cpu.mean:.0f}"]
+        cells = [str(rate), str(cpu.by_round(_per_core, rate)), f"{cpu.mean:.0f}"]
         cells += [f"{max(turn['gpu_gigabytes'].rounds):.1f}"] if torch.cuda.is_available() else []
         rows.append([name, *cells, *(rate.ratio(other).decided() for other in against.values())])
     gpu = ["GPU GB"] if torch.cuda.is_available() else []
     columns = ["", "images/s", "per busy core", "CPU %", *gpu, *against]
-    show(title, columns, sorted(rows, key=lambda row: -rates[row[0]].mean))
+    show(f"{title}; ± 95 %", columns, sorted(rows, key=lambda row: -rates[row[0]].mean))
     print(f"peer: {peer or 'none'}; decoding: {ceiling or 'not measured'}; CPU: 100 % is one core")
     if (best := _fastest(ours, rates)) and (other := _fastest([name for name in loaders if name != best], rates)):
         print(_verdict(best, other, rates[best].ratio(rates[other])))
+
+
+def _per_core(cpu_percent: float, images_per_second: float) -> float:
+    return 100 * images_per_second / cpu_percent if cpu_percent else math.nan  # below a tick of the clock
 
 
 def _fastest(names: Sequence[str], rates: dict[str, Rate]) -> str | None:

@@ -56,7 +56,12 @@ def _graph(archives: list[str], indices: list[str], specs: tuple[ViewSpec, ...],
 
 def _view(images: Any, spec: ViewSpec) -> Any:
     images = fn.random_resized_crop(
-        images, size=spec.size, random_area=list(spec.scale), random_aspect_ratio=list(spec.ratio), antialias=True
+        images,
+        size=spec.size,
+        random_area=list(spec.scale),
+        random_aspect_ratio=list(spec.ratio),
+        interp_type=types.DALIInterpType.INTERP_CUBIC if spec.is_cubic else types.DALIInterpType.INTERP_LINEAR,
+        antialias=True,
     )
     # Factors of 1 and a shift of 0 change nothing: jitter and grey apply with their probabilities.
     jitter = _coin(spec.jitter)

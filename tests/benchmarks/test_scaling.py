@@ -79,7 +79,7 @@ def test_an_error_of_a_process_is_told_in_one_line(shard_set: ShardSet, capsys: 
 
 
 def turn(**values: float) -> dict[str, Any]:
-    rates = {"loader": 500.0, "step": 100.0, "end to end": 100.0, "apart": 160.0, "batch": 16.0}
+    rates = {"loader": 500.0, "step": 100.0, "end to end": 100.0, "apart": 160.0, "batch": 16.0, "size": 2.0}
     rates |= {"local BatchNorm": 125.0, "gradients not averaged": 110.0, "slowest_seconds": 0.005}
     sent: dict[str, float] = {
         "batchnorm_messages": 40,
@@ -115,7 +115,7 @@ def test_the_model_adds_up_latencies_and_bytes() -> None:
     sent = {**SENT, "gradient_bytes": 1e8}
     hops = math.log2(8) * 1e-5
     norms = 20 * hops + 7 * 4000 / 1e9 + 20 * 2 * hops + 2 * 7 / 8 * 4000 / 1e9
-    rows = hops + 7 * 2000 / 1e9 + 2 * hops + 2 * 7 / 8 * 8 * 2000 / 1e9
+    rows = 2 * (hops + 7 * 2000 / 1e9)
     gradients = 2 * hops + 2 * 7 / 8 * 0.1
     assert step_seconds(1.0, sent, link, 8, 0.0) == pytest.approx(1 + norms + rows + gradients)
     assert step_seconds(1.0, sent, link, 8, 2 / 3) == pytest.approx(1 + norms + rows), "hidden behind the backward pass"
@@ -132,7 +132,7 @@ def test_one_process_sends_nothing_and_more_send_more() -> None:
 
 def test_the_model_of_this_machine_takes_its_link_from_messages_alone() -> None:
     """Two processes: 10 MB in 10 ms beside the latency; 0.1 s apart, 20 + 20 + 1 + 1 messages of BatchNorm and rows."""
-    predicted = modelled(turn(), 2, overlap=0.0).mean
-    latencies = (20 + 2 * 20 + 1 + 2 + 2) * 1e-4
-    num_bytes = 4000 + 4000 + 2000 + 2 * 2000
+    predicted = modelled(turn(), overlap=0.0).mean
+    latencies = (20 + 2 * 20 + 1 + 1 + 2) * 1e-4
+    num_bytes = 4000 + 4000 + 2 * 2000
     assert predicted == pytest.approx(0.1 + latencies + num_bytes / 1e9 + 0.01)

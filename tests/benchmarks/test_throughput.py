@@ -32,7 +32,7 @@ def test_compares_backends_and_peers_and_saves_every_round(
         assert len(turn["images_per_second"]) == len(turn["cpu_percent"]) == 2
         assert min(turn["images_per_second"]) > 0
     printed = capsys.readouterr().out
-    assert "92 samples" in printed
+    assert "8 of 92 samples a batch" in printed
     assert "peer: dali-native, 1 thread; decoding: decode-only, 1 thread" in printed
     assert picture.exists()
 
