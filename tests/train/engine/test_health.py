@@ -59,7 +59,7 @@ def test_rankme_is_the_papers() -> None:
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
 def test_alpha_req_finds_the_exponent(alpha: float) -> None:
-    assert health.alpha_req(3 * torch.arange(1, 101).double() ** -alpha).item() == pytest.approx(alpha)
+    assert health.alpha_req(3 * torch.arange(100, 0, -1).double() ** -alpha).item() == pytest.approx(alpha)
 
 
 def transcribed_lidar(z: np.ndarray[Any, Any], delta: float) -> float:
