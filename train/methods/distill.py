@@ -54,7 +54,8 @@ class Distill(Method):
         "mocov2",
         {
             "encoder": {"name": "resnet18"},
-            "optim": {"name": "sgd", "learning_rate": 0.03, "weight_decay": 1e-4, "epochs": 200, "warmup_epochs": 0},
+            "optim": {"name": "sgd", "learning_rate": 0.03, "weight_decay": 1e-4, "exclude": []}
+            | {"epochs": 200, "warmup_epochs": 0},
             "run": {"dir": "runs/distill", "global_batch_size": 256},
         },
     )
