@@ -55,15 +55,16 @@ def measured(method: str, seed: int, options: argparse.Namespace) -> dict[str, A
     _run(["train.evaluate", "--checkpoint", str(run), "--test", f"{options.data}/test", "--untrained"])
     evaluation = json.loads((run / "evaluation.jsonl").read_text().splitlines()[-1])
     records: list[dict[str, Any]] = list(read_metrics(run))
-    health = {name: records[-1][name] for name in _HEALTH if name in records[-1]}
-    rate = statistics.median(record["images_per_second"] for record in records)
-    row = {
+    return {
         "method": method,
         "seed": seed,
         "command": " ".join(train),
+        "steps": evaluation["step"],
         "accuracy_percent": evaluation["accuracy_percent"],
+        "peak_memory_mib": memory,
+        **{name: records[-1][name] for name in _HEALTH if name in records[-1]},
+        "images_per_second": statistics.median(record["images_per_second"] for record in records),
     }
-    return {**row, "steps": evaluation["step"], **health, "images_per_second": rate, "peak_memory_mib": memory}
 
 
 def _run(arguments: Sequence[str]) -> float:

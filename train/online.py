@@ -63,15 +63,12 @@ class Online:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        tensors = {name: getattr(self, name).detach() for name in _TENSORS}
-        return {**tensors, "optimizer": self._optimizer.state_dict()}
+        return {"optimizer": self._optimizer.state_dict(), **{name: getattr(self, name).detach() for name in _TENSORS}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where ``state`` was, on this device."""
         for name in _TENSORS:
-            setattr(self, name, state[name].to(self._world.device))
-        self._probe.requires_grad_()
-        self._optimizer = torch.optim.Adam([self._probe], _LEARNING_RATE)
+            getattr(self, name).data = state[name].to(self._world.device)
         self._optimizer.load_state_dict(state["optimizer"])
 
 

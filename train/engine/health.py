@@ -38,7 +38,7 @@ def measure(method: Method, loss: Loss, world: World) -> dict[str, torch.Tensor]
     stride = math.ceil(loss.z.shape[1] * world.size / _MOST)
     z = world.gather(loss.z[:, ::stride].float().contiguous(), dim=1).double()
     found = {"embedding_std": embedding_std(z), "uniformity": uniformity(z)}
-    spectrum = torch.linalg.eigvalsh(_smaller_gram(z[0])).clamp_min(0).flip(0)
+    spectrum = _spectrum(z[0])
     found |= {"rankme": rankme(spectrum.sqrt()), "alpha_req": alpha_req(spectrum)}
     if len(z) > 1:
         found |= {"alignment": alignment(z), "lidar": lidar(z)}
@@ -73,10 +73,10 @@ def rankme(singular_values: torch.Tensor) -> torch.Tensor:
 
 
 def alpha_req(spectrum: torch.Tensor) -> torch.Tensor:
-    """Minus the slope of log eigenvalues, falling, over their log ranks (Agrawal et al., "alpha-ReQ", 2022), by least
-    squares over the ranks from the 2nd to half of those that there are."""
-    values = spectrum[1 : max(4, len(spectrum) // 2)].clamp_min(1e-30).log()
-    ranks = torch.arange(2, len(values) + 2, dtype=values.dtype, device=values.device).log()
+    """Minus the slope of log eigenvalues over the logs of their ranks (Agrawal et al., "alpha-ReQ", 2022), by least
+    squares from the 2nd to half of the eigenvalues, which come rising."""
+    values = spectrum.flip(0)[1 : max(4, len(spectrum) // 2)].clamp_min(1e-30).log()
+    ranks = torch.arange(2, len(values) + 2).to(values).log()
     centred = ranks - ranks.mean()
     return -(centred * values).sum() / centred.square().sum()
 
@@ -89,12 +89,12 @@ def lidar(z: torch.Tensor, delta: float = 1e-4) -> torch.Tensor:
     between, within = means - means.mean(0), (z - means).flatten(0, 1)
     w = within.T @ within / (len(within) - len(means)) + delta * torch.eye(z.shape[2], dtype=z.dtype, device=z.device)
     root = torch.linalg.solve_triangular(torch.linalg.cholesky(w), between.T, upper=False)
-    return rankme(torch.linalg.eigvalsh(_smaller_gram(root)).clamp_min(0))
+    return rankme(_spectrum(root))
 
 
-def _smaller_gram(a: torch.Tensor) -> torch.Tensor:
-    """``a a^T`` or ``a^T a``, whose eigenvalues are the same but for zeros."""
-    return a @ a.T if a.shape[0] < a.shape[1] else a.T @ a
+def _spectrum(a: torch.Tensor) -> torch.Tensor:
+    """Squared singular values of a matrix, rising: eigenvalues of ``a a^T`` or ``a^T a``, whichever is smaller."""
+    return torch.linalg.eigvalsh(a @ a.T if a.shape[0] < a.shape[1] else a.T @ a).clamp_min(0)
 
 
 class Watch:

@@ -4,10 +4,6 @@
 first two, global views. Each view predicts, by ``softmax(s / 0.1)``, the teacher's ``softmax((t - centre) / tau)`` of
 every other global view (equations 2 and 3); the centre follows the mean of t over the global batch (equation 4).
 
-Kept: the head of three layers with GELU and a last layer of unit weight vectors, of cosines with a bottleneck of 256;
-that layer frozen at first; the teacher's momentum to 1 by a cosine; the teacher's temperature warmed up linearly; the
-centre; AdamW, whose decay (of class token and position embeddings too) rises from 0.04 to 0.4 by a cosine, and whose
-learning rate ends at 1e-6 (for the recipe's batch); the views of the authors' defaults, 2 of 224 px and 8 of 96 px.
 Frozen and warmed up for fractions of the run. Substituted: timm's ViT and its initialisation without drop path (0.1 in
 the published ViT-S). Left out: the bound of 3.0 on the norm of each tensor's gradient.
 """

@@ -6,10 +6,9 @@
     seed      SEED (Fang et al., "SEED: self-supervised distillation for visual representation", 2021, equation 5): z's
               similarities with t and with a queue of former t are to be distributed as t's are
 
-Kept (jacobswan1/SEED): a projector of two layers without BatchNorm, 65536 in the queue, temperatures 0.2 and 0.01
-(the code's default is 1e-4), SGD, batches of 256, 200 epochs, cosine, MoCo v2's augmentations. Substituted: t is what
-the teacher exports, where the authors keep its projector too; the projector ends in as many dimensions (there 128); two
-views of an image (there one), whose losses are averaged. The queue takes the first view's t.
+Substituted: t is what the teacher exports, where the authors keep its projector too; the projector ends in as many
+dimensions (there 128); two views of an image (there one), whose losses are averaged. The queue takes the first view's
+t.
 """
 
 from pathlib import Path
@@ -55,7 +54,8 @@ class Distill(Method):
         "mocov2",
         {
             "encoder": {"name": "resnet18"},
-            "optim": {"name": "sgd", "learning_rate": 0.03, "weight_decay": 1e-4, "epochs": 200, "warmup_epochs": 0},
+            "optim": {"name": "sgd", "learning_rate": 0.03, "weight_decay": 1e-4, "exclude": []}
+            | {"epochs": 200, "warmup_epochs": 0},
             "run": {"dir": "runs/distill", "global_batch_size": 256},
         },
     )

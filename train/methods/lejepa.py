@@ -9,9 +9,6 @@
 The slices are new each step and the same on all processes, which average their characteristic functions, with gradient:
 the regulariser is that of the global batch and costs each process its own images' share.
 
-Kept: lambda 0.05, 1024 slices, 17 points on [0, 3], the projector 2048-2048-64, 2 + 6 views, AdamW at 5e-4 for a batch
-of 512, decay 5e-4 (a ResNet's; a ViT's is 5e-2), cosine to 0.001 of the peak, 1 epoch of warm-up (MINIMAL.md). The
-paper's ImageNet runs took a ViT-L/14 with drop path 0.1; nobody has published a configuration that reproduces them.
 Substituted: hidden layers without bias, which BatchNorm makes void.
 """
 

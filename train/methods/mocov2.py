@@ -4,11 +4,9 @@
 ``q = projector(encoder(view 1))`` and ``k = teacher(view 2)``, the teacher being a moving average of encoder and
 projector; the loss is InfoNCE (equation 1) of q with its k against a queue of the keys of former batches (algorithm 1).
 
-Kept: the projector of two layers without BatchNorm, the queue of 65536 keys, tau 0.2, the teacher moved before the next
-step's keys are made, SGD without warm-up, which decays all parameters. Substituted: "shuffle BN", with which no query
-shares BatchNorm statistics with its key, by statistics over the global batch, which do not tell which images are
-together; where a batch passes in pieces its statistics are those of a piece. The queue need not be a multiple of the
-batch.
+Substituted: "shuffle BN", with which no query shares BatchNorm statistics with its key, by statistics over the global
+batch, which do not tell which images are together; where a batch passes in pieces its statistics are those of a piece.
+The queue need not be a multiple of the batch.
 """
 
 from typing import ClassVar, Literal, NamedTuple

@@ -4,11 +4,9 @@
 projector; the loss is ``2 tau`` times InfoNCE of q among the other view's keys of the global batch, both ways
 (equation 1, algorithm 1). The share that the average keeps goes to 1 by a cosine.
 
-Kept, for ResNet-50 (facebookresearch/moco-v3): heads of two layers without biases, the projector's last BatchNorm
-without scale and offset, keys' BatchNorm with their own batch's statistics over the global batch, the teacher moved
-before the next step's keys are made, LARS, the crops' lower bound 0.2 of the area. Substituted: the predictor's last
-layer has a bias; torch's initialisation. Beyond the paper: more than two views, as the mean over ordered pairs. For a
-ViT the paper freezes the patch projection and uses AdamW and tau 0.2, which the encoder and the recipe here do not.
+Substituted: the predictor's last layer has a bias; torch's initialisation. Beyond the paper: more than two views, as
+the mean over ordered pairs. For a ViT the paper freezes the patch projection and uses AdamW and tau 0.2, which the
+encoder and the recipe here do not.
 """
 
 from typing import ClassVar, Literal

@@ -4,9 +4,8 @@ representations", 2021).
 ``z = projector(encoder(view))``, ``p = predictor(z)``; ``nn(z)`` is the nearest of a queue of former z. The loss is
 InfoNCE of each view's nn(z) among the other view's p of the global batch (equations 3 and 4, algorithm 1).
 
-Kept: the projector of three layers with BatchNorm after each, the predictor's one hidden layer with BatchNorm, the
-queue of 98304 z of the first view, LARS, 10 epochs of warm-up, 1000 epochs at batch 4096. Substituted: SimCLR's views;
-torch's initialisation. Beyond the paper: more than two views, as the mean over ordered pairs.
+Substituted: SimCLR's views; torch's initialisation. Beyond the paper: more than two views, as the mean over ordered
+pairs.
 """
 
 from typing import Literal

@@ -3,9 +3,8 @@
 ``z = projector(encoder(view))``; the loss is NT-Xent (equation 1) over all views of the global batch, or
 one of those that were proposed in its place: DCL, DCLW, spectral contrastive, alignment + uniformity.
 
-Kept: the three-layer projector with BatchNorm after each layer, BatchNorm over the global batch, LARS without decay and
-adaptation of biases and BatchNorm, 10 epochs of warm-up, cosine. Substituted: the projector's last BatchNorm keeps its
-bias (google-research/simclr has none); torch's initialisation of linear layers.
+Substituted: the projector's last BatchNorm keeps its bias (google-research/simclr has none); torch's initialisation of
+linear layers.
 """
 
 from collections.abc import Callable

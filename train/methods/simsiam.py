@@ -3,11 +3,9 @@
 ``z = projector(encoder(view))``, ``p = predictor(z)``; each view's prediction is compared with the other views' z,
 which count as constants (equations 2 and 3, algorithm 1).
 
-Kept: the projector of three layers with BatchNorm after each, the last one without scale and offset; the predictor, a
-bottleneck without BatchNorm at its end; SGD without warm-up, which decays all parameters; BatchNorm over the global
-batch. Substituted: the paper keeps the predictor's learning rate constant, here it moves as all do; the linear layer
-before the last BatchNorm has no bias (the paper's is not trained). Beyond the paper: more than two views, the mean over
-all ordered pairs.
+Substituted: the paper keeps the predictor's learning rate constant, here it moves as all do; the linear layer before
+the last BatchNorm has no bias (the paper's is not trained). Beyond the paper: more than two views, the mean over all
+ordered pairs.
 """
 
 from typing import Literal

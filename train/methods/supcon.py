@@ -2,10 +2,9 @@
 
 ``z = projector(encoder(view))``; a view's positives are all views of its class in the global batch (L_out, equation 2).
 
-Kept: temperature 0.1, a projector of two layers without BatchNorm (2048 hidden, 128), a batch of 6144, 350 epochs (half
-of the paper's longest, which costs it less than half a point), LARS. Substituted: SimCLR's views (the paper's best are
-AutoAugment's, which are not available); SimCLR's learning rate, decay and warm-up, since the paper gives none; the loss
-is not multiplied by a ratio of temperatures as in the authors' code, which LARS would not see.
+Substituted: SimCLR's views (the paper's best are AutoAugment's, which are not available); SimCLR's learning rate, decay
+and warm-up, since the paper gives none; the loss is not multiplied by a ratio of temperatures as in the authors' code,
+which LARS would not see.
 """
 
 from typing import ClassVar, Literal

@@ -3,10 +3,7 @@
 
 ``logits = classifier(encoder(view))``; the loss is the cross entropy with the label, averaged over views.
 
-Kept: a batch of 8192, SGD with momentum 0.9 at 0.1 x B/256, decay 1e-4 without biases and BatchNorm, 5 epochs of
-warm-up of 90, random crop and flip, the classifier's weights from N(0, 0.01^2), residual branches that start at zero
-(the encoder's default), BatchNorm over the images of a process (theirs has 32), a rate divided by 10 at a third, two
-thirds and eight ninths of the run (epochs 30, 60 and 80). Substituted: momentum without Nesterov's correction.
+Substituted: momentum without Nesterov's correction.
 """
 
 from typing import ClassVar, Literal, NamedTuple

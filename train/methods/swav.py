@@ -4,12 +4,9 @@
 are their scores after Sinkhorn and Knopp's algorithm over the global batch (equation 3); each other view predicts them
 by ``softmax(scores / temperature)`` (equations 1 and 2, section 3.2 for multi-crop).
 
-Kept: the projector of two layers, codes without gradient and without rounding, prototypes of unit length after each
-update, frozen at first (a fraction of the run here: one epoch of 800 by default), views, decay and adaptation of all
-parameters, cosine to 0.001 of the peak. A ``queue`` of embeddings of former batches makes codes of small batches
-(section 4.1: 3840 for batches of 256): filled from ``queue_starts`` on and used once it is full, as by the authors.
 Substituted: LARS with the learning rate inside the momentum, where the authors' LARC has it outside; warm-up starts
-near 0, not at a sixteenth of the peak.
+near 0, not at a sixteenth of the peak. A ``queue`` of embeddings of former batches, for codes of small batches (section
+4.1: 3840 at 256), is filled from ``queue_starts`` on and used once it is full, as by the authors.
 """
 
 from collections.abc import Sequence

@@ -6,8 +6,6 @@
     variance     the hinge max(0, 1 - std) of dimensions over the global batch, averaged over views
     covariance   squared covariances of different dimensions / D, averaged over views, times 2
 
-Kept (facebookresearch/vicreg): the expander 8192-8192-8192 without BatchNorm at its end, weights 25, 25, 1, LARS
-without decay and adaptation of biases and BatchNorm, 0.2 x B/256, 10 epochs of warm-up, cosine to 0.001 of the peak.
 Where the paper and the authors' code differ, it is the code, as their weights are the code's: the invariance is divided
 by D, the variance averaged and the covariance summed over the two views. Substituted: hidden layers without bias, which
 BatchNorm makes void; LARS with the learning rate inside the momentum. Each process computes its share of the matrix's

@@ -9,11 +9,9 @@ The three regularisers (`train.losses.distribution`) are taken for each view ove
 each step; every process sorts the whole batch along its own K / W of them, so that together they do what one process
 would (HaiyuWu/visreg draws K more with every process).
 
-Kept: lambda 0.9 (0.6 is the paper's on small data), weights 1, 4096 slices, the projector 2048-2048-256 with GELU, 4 +
-6 views, AdamW with decay 5e-2, gradients clipped at 1, 5 epochs of warm-up, cosine to 0.001 of the peak. Substituted:
-the rate of 9e-4 is taken to be for a batch of 512, since the configuration gives 16 images a GPU and no number of GPUs;
-1e-4 is added to the standard deviation as in the paper (the code bounds it); hidden layers without bias, which
-BatchNorm makes void. Published with a ViT-B/16 with drop path 0.1.
+Substituted: the rate of 9e-4 is taken to be for a batch of 512, since the configuration gives 16 images a GPU and no
+number of GPUs; 1e-4 is added to the standard deviation as in the paper (the code bounds it); hidden layers without
+bias, which BatchNorm makes void. Published with a ViT-B/16 with drop path 0.1.
 """
 
 from typing import ClassVar, Literal
