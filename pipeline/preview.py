@@ -68,8 +68,7 @@ def read_views(name: str) -> tuple[ViewSpec, ...]:
 
 
 def draw_sheet(options: argparse.Namespace, specs: tuple[ViewSpec, ...]) -> "Figure":
-    """One row an image: the original with its crops, then each view in the colour of its crop and what was drawn for
-    it. Images that cannot be decoded are left out, and named in the log."""
+    """`draw_plan` of the first images of a step. Those that cannot be decoded are left out, and named in the log."""
     from pipeline.reading.cache import CacheOptions
     from pipeline.reading.reader import Reader
     from sharding.manifest import open_shards
@@ -78,14 +77,21 @@ def draw_sheet(options: argparse.Namespace, specs: tuple[ViewSpec, ...]) -> "Fig
     cache = CacheOptions(options.cache_dir, _CACHE_BYTES, _CACHE_BYTES) if options.cache_dir else None
     with closing(Reader(shards, cache)) as reader:
         plan, views = make_views(shards, specs, cache, options)
-        figure, grid = _grid(len(plan), 1 + len(views))
-        figure.suptitle(f"{options.views}, step {options.step}, seed {options.seed}", fontsize=7)
-        for row, (first, *cells) in enumerate(grid):
-            _draw_original(first, reader, plan, row)
-            for number, (axes, view) in enumerate(zip(cells, plan.views, strict=True)):
-                _show(axes, views[number][row], f"C{number}")
-                axes.set_title(f"view {number}, {view.spec.size} px, {options.backend}", fontsize=6)
-                axes.set_xlabel(describe(view, row), fontsize=5)
+        title = f"{options.views}, step {options.step}, seed {options.seed}"
+        return draw_plan(reader, plan, views, title, options.backend)
+
+
+def draw_plan(reader: "Reader", plan: "BatchPlan", views: Sequence[Picture], title: str, backend: str) -> "Figure":
+    """One row an image: the original with its crops, then each view (n, size, size, 3) in the colour of its crop and
+    what was drawn for it."""
+    figure, grid = _grid(len(plan), 1 + len(views))
+    figure.suptitle(title, fontsize=7)
+    for row, (first, *cells) in enumerate(grid):
+        _draw_original(first, reader, plan, row)
+        for number, (axes, view) in enumerate(zip(cells, plan.views, strict=True)):
+            _show(axes, views[number][row], f"C{number}")
+            axes.set_title(f"view {number}, {view.spec.size} px, {backend}", fontsize=6)
+            axes.set_xlabel(describe(view, row), fontsize=5)
     return figure
 
 

@@ -19,6 +19,7 @@ Hashes = list[tuple[str, int]]  # of what a step computes: by name, in the order
 
 Backward = Callable[[Piece], tuple[Loss, Any]]  # forward and backward: the loss, and E
 
+
 class StepDiffersError(UserError):
     """A step that was done twice from the same state computed different values."""
 
@@ -30,9 +31,12 @@ def done_twice(method: Method, backward: Backward, batch: Piece, world: World) -
     averaged) or a buffer differs by a bit; it names the rank and what differed first. Also if the averaged gradients
     are not the same on all ranks. Waits for the device.
     """
-    restore, where = _keep(method), f"step {batch.draws.step + 1}, done twice from the same state,"
+    where = f"step {batch.draws.step + 1}, done twice from the same state,"
+    before = [(buffer, buffer.clone()) for buffer in method.buffers()]
     first, _ = _hashed(method, backward, batch)
-    restore()
+    method.zero_grad(set_to_none=True)
+    for buffer, value in before:
+        buffer.copy_(value)
     second, made = _hashed(method, backward, batch)
     differ = [(place, (a or b)[0]) for place, (a, b) in enumerate(zip_longest(first, second)) if a != b]
     # All ranks compute in one order, and what differs on one of them soon does on the others.
@@ -55,22 +59,6 @@ def unequal_ranks(tensors: Mapping[str, torch.Tensor], world: World) -> str:
         if names := [name for (name, a), (_, b) in zip(theirs, everyone[0], strict=True) if a != b]:
             return f"rank {rank}'s {names[0]} is not rank 0's ({len(names)} of {len(theirs)} tensors)"
     return ""
-
-
-def _keep(method: Method) -> Callable[[], None]:
-    """What puts the buffers back, and the lists in which a method puts by what `Method.after_update` needs."""
-    buffers = [(buffer, buffer.clone()) for buffer in method.buffers()]
-    lists = [(v, list(v)) for module in method.modules() for v in vars(module).values() if isinstance(v, list)]
-
-    @torch.no_grad()
-    def restore() -> None:
-        method.zero_grad(set_to_none=True)
-        for buffer, value in buffers:
-            buffer.copy_(value)
-        for items, values in lists:
-            items[:] = values
-
-    return restore
 
 
 def _hashed(method: Method, backward: Backward, batch: Piece) -> tuple[Hashes, tuple[Loss, Any]]:
