@@ -25,7 +25,7 @@ from sharding.command import UserError, command
 from sharding.manifest import open_shards
 from train.config import Config, load_config
 from train.engine import automatic
-from train.engine.plan import RunPlan, check_batch, plan_run
+from train.engine.plan import RunPlan, plan_run
 from train.engine.repeat import StepDiffersError, unequal_ranks
 from train.methods import Method
 from train.optim.optimizers import build_optimizer
@@ -103,8 +103,9 @@ def verify(config: Config, world: World, images: int | None = None) -> Iterator[
         return
     yield _check("settings, data, code", True, f"the same on {world.size} ranks")
     unit = math.lcm(shards.manifest.num_lanes, 2 * world.size)
+    if images and images % unit:
+        raise UserError(f"--images: expected a multiple of {unit} (all lanes, two pieces a process), found {images}")
     small = _changed(config, global_batch_size=images or unit * math.ceil(_LEAST_IMAGES / unit))
-    check_batch(small, shards.manifest, world.size)
     exact = _changed(small, precision="fp64") if config.run.precision == "auto" else small
     peak, alone = plan_run(small, shards.manifest).peak, World(device=world.device)
     batches = []

@@ -211,5 +211,7 @@ def test_alone_it_starts_two_processes_and_writes_a_report(
     assert main(["--images", "8", "--out", str(tmp_path / "report.json"), *arguments]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["passed"], report["processes"], report["config"]["method"]["name"]) == (True, 2, "simsiam")
+    (gradient,) = [check for check in report["checks"] if check["name"] == GRADIENT]
+    assert 0 < gradient["figures"]["norm"] <= gradient["figures"]["limit"] == 1e-9
     assert [check["status"] for check in report["checks"]].count("PASS") == 10
     assert capfd.readouterr().out.splitlines()[-1] == f"PASS (report: {tmp_path / 'report.json'})"
