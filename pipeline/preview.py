@@ -70,24 +70,30 @@ def read_views(name: str) -> tuple[ViewSpec, ...]:
 
 
 def draw_sheet(options: argparse.Namespace, specs: tuple[ViewSpec, ...]) -> "Figure":
-    """One row an image: the original with its crops, then each view in the colour of its crop and what was drawn for
-    it. Images that cannot be decoded are left out, and named in the log."""
-    from matplotlib.figure import Figure
-
+    """`draw_plan` of the first images of a step. Those that cannot be decoded are left out, and named in the log."""
     shards = open_shards(options.shards)
     cache = CacheOptions(options.cache_dir, _CACHE_BYTES, _CACHE_BYTES) if options.cache_dir else None
     with closing(Reader(shards, cache)) as reader:
         plan, views = make_views(shards, specs, cache, options)
-        rows, columns = len(plan), 1 + len(views)
-        figure = Figure(figsize=(1.7 * columns, 2.0 * rows), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False)
-        figure.suptitle(f"{options.views}, step {options.step}, seed {options.seed}", fontsize=7)
-        for row, (first, *cells) in enumerate(grid):
-            _draw_original(first, reader, plan, row)
-            for number, (axes, view) in enumerate(zip(cells, plan.views, strict=True)):
-                _show(axes, views[number][row], f"C{number}")
-                axes.set_title(f"view {number}, {view.spec.size} px, {options.backend}", fontsize=6)
-                axes.set_xlabel(describe(view, row), fontsize=5)
+        title = f"{options.views}, step {options.step}, seed {options.seed}"
+        return draw_plan(reader, plan, views, title, options.backend)
+
+
+def draw_plan(reader: Reader, plan: BatchPlan, views: Sequence[Picture], title: str, backend: str) -> "Figure":
+    """One row an image: the original with its crops, then each view (n, size, size, 3) in the colour of its crop and
+    what was drawn for it."""
+    from matplotlib.figure import Figure
+
+    rows, columns = len(plan), 1 + len(views)
+    figure = Figure(figsize=(1.7 * columns, 2.0 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    figure.suptitle(title, fontsize=7)
+    for row, (first, *cells) in enumerate(grid):
+        _draw_original(first, reader, plan, row)
+        for number, (axes, view) in enumerate(zip(cells, plan.views, strict=True)):
+            _show(axes, views[number][row], f"C{number}")
+            axes.set_title(f"view {number}, {view.spec.size} px, {backend}", fontsize=6)
+            axes.set_xlabel(describe(view, row), fontsize=5)
     return figure
 
 

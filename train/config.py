@@ -82,6 +82,9 @@ class RunConfig(Settings):
     init_from: HomePath | None = Field(
         None, description="begin with an encoder's weights: a run, one of its checkpoints, or a torch file of them"
     )
+    replay_every: int = Field(
+        0, ge=0, description="steps between steps that are done twice and must agree bit for bit; 0: none"
+    )
     resume: bool = Field(True, description="continue from the newest checkpoint in dir, if there is one")
     online: bool = Field(True, description="log a linear probe and kNN where there are labels; training is the same")
     log_every: int = Field(10, ge=1, description="steps between log lines")

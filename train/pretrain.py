@@ -44,7 +44,12 @@ log = logging.getLogger(__name__)
 
 @command("train.pretrain")
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = parser(
+        "torchrun --standalone --nproc_per_node=N -m train.pretrain",
+        "Pretrain an encoder without labels. Starting the same run again continues it.",
+        "Exit codes: 0 finished, 2 an error that the message says how to put right, 3 stopped by Ctrl-C, SIGTERM or "
+        "SIGUSR1 with everything saved (torchrun: 1).",
+    ).parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     config = load_config(options.config, options.overrides)
     with session("train.pretrain") as world:
@@ -67,7 +72,7 @@ def pretrain(config: Config, world: World) -> bool:
             stack.enter_context(run_directory(config.run.dir))
         state = world.broadcast(_resumed(config, identity) if world.is_main else None)
         start_step = state["step"] if state else 0
-        world.require_agreement(_facts(config, shards, start_step))
+        world.require_agreement(run_facts(config, shards, start_step))
         if start_step >= plan.total_steps:
             return _nothing_to_do(config, start_step, plan, world)
 
@@ -120,7 +125,7 @@ class Pretraining:
     def __init__(
         self, config: Config, world: World, plan: RunPlan, method: Method, optimizer: torch.optim.Optimizer
     ) -> None:
-        self.method, self.optimizer, self._plan, self._seed = method, optimizer, plan, config.run.seed
+        self.method, self.optimizer, self.world, self._plan, self._run = method, optimizer, world, plan, config.run
         compiled: Any = torch.compile(method) if config.run.compile else method
         self.step = TrainStep(
             method,
@@ -135,13 +140,14 @@ class Pretraining:
         self._noise = NoiseScale(method, batch, part, world.size) if config.run.noise_scale else None
 
     def __call__(self, batch: Batch, step: int) -> Loss:
-        draws = Draws(self._seed, step, batch.ids)
+        draws = Draws(self._run.seed, step, batch.ids)
         labels = batch.labels if self.method.takes_labels else None
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self._plan.weight_decay(step) if group["adapt"] else 0.0
         rate, progress = self._plan.learning_rate(step), self._plan.progress(step + 1)
-        loss = self.step(batch.views, draws, rate, progress, labels)
-        noise = self._noise(loss.metrics["gradient_norm"]) if self._noise else {}
+        twice = self.world if self._run.replay_every and step % self._run.replay_every == 0 else None
+        loss = self.step(batch.views, draws, rate, progress, labels, twice)
+        noise = self._noise(loss.metrics["gradient_norm"], 2 if twice else 1) if self._noise else {}
         return loss._replace(metrics=loss.metrics | noise)
 
     def learning_rate(self, step: int) -> float:
@@ -251,7 +257,7 @@ def cache_options(config: Config) -> CacheOptions | None:
     return CacheOptions(config.data.cache_dir, limit, limit // automatic.processes_on_node())
 
 
-def _facts(config: Config, shards: ShardSet, start_step: int) -> dict[str, object]:
+def run_facts(config: Config, shards: ShardSet, start_step: int) -> dict[str, object]:
     """All that the ranks must agree on; where data lie and with how many threads they are read may differ."""
     facts: dict[str, object] = {"the fingerprint of data.shards": shards.manifest.fingerprint}
     facts |= {"the step to start at": start_step, "the source code (its checksum)": automatic.code_version()}
@@ -309,18 +315,13 @@ def _say_goodbye(config: Config, done: int, plan: RunPlan) -> None:
         print(f"next: python -m train.evaluate --checkpoint {config.run.dir}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchrun --standalone --nproc_per_node=N -m train.pretrain",
-        description="Pretrain an encoder without labels. Starting the same run again continues it.",
-        epilog="All settings with their defaults: python -m train.config. Exit codes: 0 finished, 2 an error that the "
-        "message says how to put right, 3 stopped by Ctrl-C, SIGTERM or SIGUSR1 with everything saved (torchrun: 1).",
-    )
-    parser.add_argument("--config", type=Path, help="YAML file; see configs/")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.field=value", help="e.g. optim.epochs=200 views.size=96"
-    )
-    return parser
+def parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """Of a command that takes the configuration of a run."""
+    epilog = f"All settings with their defaults: python -m train.config. {epilog}"
+    made = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog)
+    made.add_argument("--config", type=Path, help="YAML file; see configs/")
+    made.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. optim.epochs=200 views.size=96")
+    return made
 
 
 if __name__ == "__main__":

@@ -27,6 +27,15 @@ if "fail" in own:
         raise KeyError("a fault of ours")
     pretrain.Pretraining.__call__ = broken
     own.remove("fail")
+if "die once" in own:  # at the third step; started again, torchrun counts
+    import signal
+    step = pretrain.Pretraining.__call__
+    def dies(self, batch, number):
+        if number == 2 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, batch, number)
+    pretrain.Pretraining.__call__ = dies
+    own.remove("die once")
 if "die" in own:
     import signal
     pretrain.Pretraining.__call__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -35,13 +44,13 @@ sys.exit(pretrain.main([*everyones, *own]))
 """
 
 
-def start(folder: Path, arguments: list[str]) -> "subprocess.Popen[str]":
+def start(folder: Path, arguments: list[str], *options: str) -> "subprocess.Popen[str]":
     script = folder / "script.py"
     script.write_text(_SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
     environment = {**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
     return subprocess.Popen(
-        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [*launcher, str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
 
 
@@ -151,3 +160,15 @@ def test_a_signal_to_torchrun_saves_at_the_next_step(
     assert load(path)["step"] == step
     assert f"stopped at step {step} of 100000; the same command continues" in lines, errors
     assert torch.isfinite(load(path)["method"]["encoder.backbone.conv1.weight"]).all()
+
+
+def test_a_worker_killed_under_max_restarts_changes_no_bit(shards: Path, tmp_path: Path) -> None:
+    """torchrun starts both again, and the run continues from the checkpoint after step 2."""
+    last = []
+    for name, own in (("whole", []), ("killed", ["1:die once"])):
+        process = start(tmp_path, [*settings(shards, tmp_path / name, "optim.steps=4"), *own], "--max-restarts=1")
+        code, lines, errors = end_of(process)
+        assert code == 0, errors
+        assert ("continuing at step 2 of 4" in lines) == (name == "killed")
+        last.append(load(checkpoints(tmp_path / name)[-1])["method"])
+    assert all(torch.equal(last[1][name], value) for name, value in last[0].items())

@@ -32,9 +32,10 @@ class NoiseScale:
     def _add(self, gradient: torch.Tensor) -> None:
         self._squares.append(torch.linalg.vector_norm(gradient).square())
 
-    def __call__(self, norm: torch.Tensor) -> dict[str, torch.Tensor]:
-        """After a batch whose averaged gradient has this norm: device scalars, to be averaged over ranks."""
-        whole, part = norm.square(), self._num_pieces * torch.stack(self._squares).sum()
+    def __call__(self, norm: torch.Tensor, times: int = 1) -> dict[str, torch.Tensor]:
+        """After a batch, done so many ``times``, whose averaged gradient has this norm: device scalars, to be averaged
+        over ranks."""
+        whole, part = norm.square(), self._num_pieces * torch.stack(self._squares).sum() / times
         self._squares.clear()
         noise = (part - whole) / (1 / self._part - 1 / self._batch)
         signal = (self._batch * whole - self._part * part) / (self._batch - self._part)

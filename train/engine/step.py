@@ -11,8 +11,10 @@ from sharding.command import UserError
 from train.engine import health
 from train.engine.checkpoint import checkpoints
 from train.engine.gradcache import Piece, accumulate, grad_cache
+from train.engine.repeat import done_twice
 from train.methods import Loss, Method, Update
 from train.model.draws import Draws
+from train.processes.distributed import World
 
 
 class NonFiniteGradientError(UserError):
@@ -56,11 +58,14 @@ class TrainStep:
         learning_rate: float,
         progress: float,
         labels: torch.Tensor | None = None,
+        twice: World | None = None,
     ) -> Loss:
-        """Update the parameters once; ``progress`` is the fraction of the run finished after this step."""
+        """Update the parameters once; ``progress`` is the fraction of the run finished after this step. Where ``twice``
+        is given, forward and backward are done twice and compared on all its ranks: see `train.engine.repeat`."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-        loss, e = self._backward(Piece(views, draws, labels))
+        batch = Piece(views, draws, labels)
+        loss, e = done_twice(self._method, self._backward, batch, twice) if twice else self._backward(batch)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._clip_norm is not None:
@@ -83,7 +88,7 @@ class TrainStep:
             raise NonFiniteGradientError(
                 f"the gradient norm became NaN or infinite at step {int(self._bad_step)}; no update was made since; "
                 f"{where} with a lower optim.learning_rate, a longer optim.warmup_epochs, optim.clip_norm=1 or "
-                "run.precision=fp32"
+                f"run.precision=fp32; its images: python -m train.replay {directory} --step {int(self._bad_step)}"
             )
 
     def _backward(self, batch: Piece) -> tuple[Loss, Any]:

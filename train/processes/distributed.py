@@ -5,7 +5,8 @@ rank that a row came from, and DDP averages over ranks. The result is the single
 """
 
 import os
-from collections.abc import Iterator, Mapping
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
@@ -60,12 +62,16 @@ class World:
             dist.broadcast_object_list(values, group=self.control)
         return values[0]
 
+    def gather_objects(self, value: T) -> list[T]:
+        """All ranks' ``value`` (anything that can be pickled), in the order of ranks. Synchronises ranks."""
+        everyone = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everyone, value, group=self.control)
+        return everyone
+
     def require_agreement(self, facts: Mapping[str, object]) -> None:
         """Raises UserError on every rank unless all have the same ``facts``; it names the fact and two ranks."""
-        if self.size == 1:
-            return
-        everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, dict(facts), group=self.control)
+        everyone = self.gather_objects(dict(facts))
         for name in sorted(everyone[0].keys() | facts.keys()):
             found = [theirs.get(name) for theirs in everyone]
             for rank, value in enumerate(found):
@@ -140,14 +146,25 @@ def session(command: str) -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    # Under --max-restarts torchrun's store still has the addresses and the failures of those who met there before.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"attempt {attempt}", next(rendezvous("env://"))[0])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
     failures = Failures(command, dist.distributed_c10d._get_default_store(), rank)
     with failures.watched():
         yield World(rank, size, device, dist.new_group(backend="gloo"))
     dist.destroy_process_group()
+
+
+def launch(command: Sequence[str], num_processes: int) -> int:
+    """Run ``command`` in so many processes on this machine, which meet in `session`; 0 if all of them end with 0."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port, as torchrun's
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    meeting |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+    environments = [{**os.environ, **meeting, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(num_processes)]
+    processes = [subprocess.Popen(command, env=environment) for environment in environments]
+    return max(abs(process.wait()) for process in processes)
 
 
 def _device(local_rank: int) -> torch.device:

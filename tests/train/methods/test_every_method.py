@@ -1,5 +1,7 @@
 """What every method of the table promises; a new row is tested without new code."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -174,3 +176,35 @@ def test_exported_is_an_encoder(name: str) -> None:
     method: Any = build(name, World()).eval()
     h = method.exported()(torch.zeros(2, 3, 32, 32, dtype=torch.float64))
     assert h.shape == (2, method.exported().num_features)
+
+
+@contextmanager
+def nothing_waited_for(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An error in what asks a GPU for a value; on the CPU in what would."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        yield
+        torch.cuda.set_sync_debug_mode("default")
+        return
+
+    def asks(*_: object) -> None:
+        raise AssertionError("a step asks the device for a value")
+
+    with monkeypatch.context() as patched:
+        for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+            patched.setattr(torch.Tensor, name, asks)
+        yield
+
+
+@every_method
+def test_a_step_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the first one, in which some optimizers make their state. Has not been run on a GPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    method = build(name, World()).to(device)
+    optimizer = build_optimizer(OptimConfig(), method)
+    step = TrainStep(method, method, optimizer, torch.float64, micro_batch_size=_BATCH // 2, clip_norm=1.0)
+    draws = Draws(0, _STEP, torch.arange(_BATCH, device=device))
+    batch, classes = [view.to(device) for view in views(name)], labels().to(device)
+    step(batch, draws, 0.05, 0.1, classes)
+    with nothing_waited_for(device, monkeypatch):
+        step(batch, draws, 0.05, 0.2, classes)
