@@ -60,11 +60,15 @@ def measured(method: str, seed: int, options: argparse.Namespace) -> dict[str, A
         "seed": seed,
         "command": " ".join(train),
         "steps": evaluation["step"],
-        "accuracy_percent": evaluation["accuracy_percent"],
+        "accuracy_percent": {encoder: _top_1(results) for encoder, results in evaluation["results"].items()},
         "peak_memory_mib": memory,
         **{name: records[-1][name] for name in _HEALTH if name in records[-1]},
         "images_per_second": statistics.median(record["images_per_second"] for record in records),
     }
+
+
+def _top_1(results: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {p: v for p, values in results.items() for name, v in values.items() if name.endswith("top-1 %")}
 
 
 def _run(arguments: Sequence[str]) -> float:

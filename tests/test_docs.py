@@ -95,7 +95,7 @@ def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> No
         assert importlib.util.find_spec(words[2])
         return
     options = parse(words, monkeypatch)
-    if words[0] == "torchrun" or words[2] == "train.pretrain":
+    if "train.pretrain" in words:
         assert options is not None
         load_config(options.config, options.overrides)
 

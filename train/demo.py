@@ -1,7 +1,6 @@
 """The whole path in one command, on generated images: shard, pretrain, evaluate, look. ``make demo`` runs it."""
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -22,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *(f"sharding.build --dataset demo --split {split} --out {data}/{split}" for split in ("train", "test")),
         f"torch.distributed.run --standalone --nproc_per_node={num_processes()} -m train.pretrain --config {CONFIG} "
         f"data.shards={data}/train run.dir={run} run.seed={options.seed}",
-        f"train.evaluate --checkpoint {run} --test {data}/test --protocol knn linear --untrained",
         f"pipeline.preview --shards {data}/train --views {run}/config.yaml --out {run}/views.png",
+        f"train.evaluate --checkpoint {run} --test {data}/test --protocol knn linear --untrained",
     ]
     for step in commands:
         print(f"\n$ python -m {step}", flush=True)
@@ -57,12 +56,8 @@ def _environment() -> dict[str, str]:
 
 
 def _summarise(run: Path) -> None:
-    newest = (run / "evaluation.jsonl").read_text().splitlines()[-1]
-    accuracy = json.loads(newest)["accuracy_percent"]
-    print("\nAccuracy on the test images, percent (chance: 10):")
-    for protocol, pretrained in accuracy["pretrained"].items():
-        print(f"  {protocol:<8} pretrained {pretrained:5.1f}   untrained {accuracy['untrained'][protocol]:5.1f}")
-    print(f"\nLook at {run}/views.png (the views) and {run}/curves.png (the curves).")
+    print("\nThe table above: percent of the test images; chance is 10.")
+    print(f"Look at {run}/views.png (the views) and {run}/curves.png (the curves).")
     print(f"TensorBoard: tensorboard --logdir {run}/tensorboard")
 
 

@@ -13,13 +13,12 @@ import torch.nn.functional as F
 
 from sharding.manifest import ShardSet
 from train.engine.loop import StepDone
-from train.evaluate.features import Features
-from train.evaluate.knn import accuracy, knn_predict
+from train.evaluate.knn import votes
 from train.processes.distributed import World
 
 _LEARNING_RATE = 1e-3  # Adam's
 _BANK = 4096  # images
-_NEIGHBOURS = 20
+_NEIGHBOURS, _TEMPERATURE = 20, 0.07
 
 
 class Online:
@@ -54,8 +53,9 @@ class Online:
         found = {"online_linear_percent": 100 * self._hits[0] / self._hits[1]}
         if len(self._bank):
             k = min(_NEIGHBOURS, len(self._bank))
-            voted = knn_predict(Features(self._bank, self._bank_labels), Features(h, labels), k=k)
-            found["online_knn_percent"] = torch.tensor(accuracy(voted, labels), device=h.device)
+            similarity, nearest = (F.normalize(h, dim=1) @ F.normalize(self._bank, dim=1).T).topk(k, dim=1)
+            voted = votes(similarity, self._bank_labels[nearest], len(self._probe), _TEMPERATURE).argmax(1)
+            found["online_knn_percent"] = 100 * (voted == labels).float().mean()
         if state.done % self._log_every == 0:
             self._hits.zero_()
             self._bank = torch.cat([self._world.gather(h), self._bank])[:_BANK]

@@ -22,7 +22,7 @@ from pipeline.order import lanes_of_rank
 from pipeline.reading.cache import CacheOptions
 from sharding.command import UserError, command
 from sharding.manifest import Manifest, ShardSet, open_shards
-from train.config import Config, load_config
+from train.config import Config, DataConfig, load_config
 from train.curves import draw_curves
 from train.engine import automatic, checkpoint, health
 from train.engine.loop import Clock, Hook, StepDone, fit
@@ -226,14 +226,8 @@ def build_loader(config: Config, shards: ShardSet, world: World, start_step: int
         world_size=world.size,
         start_step=start_step,
         window=config.data.window,
-        backend=config.data.backend,
-        canary_every=config.data.canary_every,
-        num_threads=automatic.num_threads(config.data.num_threads),
-        prefetch=config.data.prefetch,
-        max_replaced_samples=config.data.max_replaced_samples,
-        cache=cache_options(config),
-        device=world.device,
         dtype=automatic.dtype(config, world),
+        **reading(config.data, world),
     )
 
 
@@ -250,11 +244,18 @@ def _online(
     return online
 
 
-def cache_options(config: Config) -> CacheOptions | None:
-    if config.data.cache_dir is None:
-        return None
-    limit = config.data.cache_bytes
-    return CacheOptions(config.data.cache_dir, limit, limit // automatic.processes_on_node())
+def reading(data: DataConfig, world: World) -> dict[str, Any]:
+    """How images are read, as options of a `Loader`."""
+    share = data.cache_bytes // automatic.processes_on_node()
+    return {
+        "backend": data.backend,
+        "canary_every": data.canary_every,
+        "num_threads": automatic.num_threads(data.num_threads),
+        "prefetch": data.prefetch,
+        "max_replaced_samples": data.max_replaced_samples,
+        "cache": CacheOptions(data.cache_dir, data.cache_bytes, share) if data.cache_dir else None,
+        "device": world.device,
+    }
 
 
 def run_facts(config: Config, shards: ShardSet, start_step: int) -> dict[str, object]:

@@ -19,7 +19,7 @@ from pipeline.views import in_levels
 from sharding.command import UserError, command
 from sharding.manifest import open_shards
 from train.config import load_config
-from train.pretrain import build_loader, cache_options
+from train.pretrain import build_loader, reading
 from train.processes.distributed import World
 
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = np.linspace(0, len(plan) - 1, min(options.images, len(plan))).astype(np.int64)
     views = [view.permute(0, 2, 3, 1)[rows].byte().cpu().numpy() for view in batch.views]
     names = dict(enumerate(shards.manifest.class_names))
-    with closing(Reader(shards, cache_options(config))) as reader:
+    with closing(Reader(shards, reading(config.data, World())["cache"])) as reader:
         for row, sample in enumerate(plan.ids):
             label = int(shards.index.label[sample])
             print(f"row {row}: label {label} {names.get(label, '')}, {reader.describe(sample)}")

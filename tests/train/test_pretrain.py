@@ -138,7 +138,7 @@ def test_a_finished_run_is_evaluated(
 ) -> None:
     run = tmp_path / "run"
     assert run_alone(shards, run, "optim.steps=2") == pytest.approx(reference[:2], rel=0.5)
-    assert evaluate(["--checkpoint", str(run), "--untrained", "--k", "5"]) == 0
+    assert evaluate(["--checkpoint", str(run), "--untrained", "knn.k=5"]) == 0
     output = capsys.readouterr().out
     assert "pretrained" in output
     assert "untrained" in output

@@ -1,6 +1,7 @@
 """What is chosen for the user where the configuration says ``auto`` or 0, in one place."""
 
 import os
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -36,3 +37,12 @@ def code_version() -> str:
         for path in sorted((root / package).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def commit() -> str | None:
+    """The checkout's commit, with a mark if the tree is changed; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

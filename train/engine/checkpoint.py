@@ -10,19 +10,21 @@ What the stream of batches depends on (`Identity`) is stored and must agree on r
 import logging
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
+from safetensors.torch import load_file
 
 from sharding.command import UserError
 from sharding.storage import rename_durably
-from train.config import Config, validate
+from train.config import Config, load_config, validate
 from train.methods import build_method
 from train.model.encoder import Encoder
+from train.overrides import apply
 from train.processes.distributed import World
 
 log = logging.getLogger(__name__)
@@ -203,35 +205,60 @@ def changed_settings(state: State, config: Config) -> list[str]:
     return [f"optim.{name}: {before[name]} -> {value}" for name, value in after.items() if before[name] != value]
 
 
-def load_encoder(path: str | Path) -> Encoder:
-    """The encoder that a run exports, in evaluation mode, on the CPU.
+class Pretrained(NamedTuple):
+    """An encoder to evaluate or to export; ``config`` is that of its run, or of a file of other people what the user
+    said of it; ``step`` counts the updates that it was trained for, on ``data`` of that fingerprint, None where that is
+    unknown; results about it go to ``directory``."""
 
-    ``path`` is a checkpoint or the directory of a run (its newest readable checkpoint). Raises `CheckpointError`.
+    encoder: Encoder
+    config: Config
+    step: int | None
+    data: str | None
+    directory: Path
+
+
+def load_pretrained(path: Path, overrides: Sequence[str] = ()) -> Pretrained:
+    """The encoder of a run's directory (its newest readable checkpoint), of one of its checkpoints, or of a file of
+    other people (see `initialize`), in evaluation mode, on the CPU.
+
+    ``overrides`` are settings: ``data.cache_dir=...`` or ``views.size=...``, and for a file of other people also what
+    its encoder is, such as ``encoder.name=timm:vit_base_patch16_224``. Raises `CheckpointError` and `ConfigError`.
     """
-    return exported_encoder(load_any(Path(path)), str(path))
-
-
-def load_any(path: Path) -> State:
-    """The state of a checkpoint, or the newest readable one of the directory of a run. Raises `CheckpointError`."""
+    directory = path.parent if path.is_file() else path
+    if path.is_file() and not path.match("step-*.pt") and "identity" not in _content(path, "--checkpoint"):
+        config = load_config(None, overrides)
+        encoder = Encoder(config.encoder)
+        initialize(encoder, path, "--checkpoint")
+        return Pretrained(encoder.eval(), config, None, None, directory)
     state = load(path) if path.is_file() else load_latest(path)
     if state is None:
         raise CheckpointError(f"{path}: expected a checkpoint or a run directory with step-*.pt files")
-    return state
-
-
-def exported_encoder(state: State, where: str) -> Encoder:
-    config = validate(state["config"], where)
+    config = validate(state["config"], str(path))
     method = build_method(config.method, config.encoder, World())
     method.load_state_dict(state["method"])
-    return method.exported().float().eval()
+    for override in overrides:
+        if not override.startswith(("data.", "views.")):
+            raise CheckpointError(f"{override}: expected settings of data, views or protocols; the run has the others")
+        apply(state["config"], override)
+    config = validate(state["config"], str(path), overrides)
+    return Pretrained(method.exported().float().eval(), config, state["step"], state["identity"].get("data"), directory)
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """The encoder that a run exports, or that of a file: see `load_pretrained`."""
+    return load_pretrained(Path(path)).encoder
 
 
 def initialize(encoder: Encoder, path: Path, field: str = "run.init_from") -> None:
-    """Give the encoder the weights of ``path``: a run, one of its checkpoints, or a torch file with a state dict of an
-    encoder, ours, torchvision's or timm's (whose classifier is left out). Raises `CheckpointError`, naming the
-    ``field`` of the configuration and what does not fit."""
+    """Give the encoder the weights of ``path``: a run, one of its checkpoints, or a torch or safetensors file by our
+    names, torchvision's or timm's (whose classifier is left out). Raises `CheckpointError`, naming the ``field`` of the
+    configuration and what does not fit."""
+    if path.is_dir() or "identity" in (content := _content(path, field)):
+        weights = load_pretrained(path).encoder.state_dict()
+    else:
+        weights = {f"backbone.{name.removeprefix('backbone.')}": value for name, value in content.items()}
     own = encoder.state_dict()
-    weights = {n: w for n, w in _encoder_weights(path, field).items() if n in own or not n.startswith(_CLASSIFIERS)}
+    weights = {n: w for n, w in weights.items() if n in own or not n.startswith(_CLASSIFIERS)}
     for name in sorted(own.keys() | weights.keys()):
         expected, found = (tuple(d[name].shape) if name in d else "nothing" for d in (own, weights))
         if expected != found:
@@ -244,15 +271,14 @@ def initialize(encoder: Encoder, path: Path, field: str = "run.init_from") -> No
 _CLASSIFIERS = tuple(f"backbone.{name}." for name in ("fc", "head", "classifier"))
 
 
-def _encoder_weights(path: Path, field: str) -> dict[str, torch.Tensor]:
+def _content(path: Path, field: str) -> dict[str, Any]:
+    """Of a file. No code that it may have is run."""
     try:
-        weights = load_any(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         raise CheckpointError(f"{field}: {path}: cannot be read ({str(error).splitlines()[0]})") from None
-    if "config" in weights:
-        return exported_encoder(weights, str(path)).state_dict()
-    named = {name.removeprefix("backbone."): value for name, value in weights.items()}
-    return {f"backbone.{name}": value for name, value in named.items()}
 
 
 def _copy(value: Any) -> Any:

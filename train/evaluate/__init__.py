@@ -1,1 +1,49 @@
-"""Evaluation of frozen encoders: ``python -m train.evaluate``."""
+"""Evaluation of encoders: ``python -m train.evaluate``. Protocols, one file each, and what they have in common."""
+
+from collections.abc import Iterator
+from pkgutil import resolve_name
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import BeforeValidator, Field, ValidationError
+
+from pipeline.settings import Settings
+from sharding.command import UserError
+from train.evaluate.features import Features
+
+# name -> "module:class", imported when chosen
+PROTOCOLS = {
+    "knn": "train.evaluate.knn:KNN",
+    "linear": "train.evaluate.linear:Linear",
+    "retrieve": "train.evaluate.knn:Retrieve",
+    "cluster": "train.evaluate.cluster:Cluster",
+}
+
+Values = Iterator[tuple[str, float]]
+
+
+_one_too = BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else (value,))
+Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], _one_too, Field(min_length=1)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], _one_too, Field(min_length=1)]
+
+
+class Protocol(Settings):
+    """The settings of a protocol, and what it makes of the representations of training and test images."""
+
+    needs_labels: ClassVar[bool] = True
+
+    def __call__(self, train: Features, test: Features, device: torch.device) -> Values:
+        """Pairs (name, value); the name says the unit. Deterministic."""
+        raise NotImplementedError
+
+
+def build_protocol(name: str, settings: dict[str, Any]) -> Protocol:
+    """The protocol of the table with its settings. Raises `UserError`, which names the setting that is wrong."""
+    if name not in PROTOCOLS:
+        raise UserError(f"--protocol: expected some of {', '.join(PROTOCOLS)}, found {name!r}")
+    kind: type[Protocol] = resolve_name(PROTOCOLS[name])
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, (name, *e['loc'])))}: {e['msg']}, found {e['input']!r}" for e in error.errors()]
+        raise UserError(f"{'; '.join(lines)} (settings of {name}: {', '.join(kind.model_fields)})") from None

@@ -1,11 +1,24 @@
-"""Representations of a data set under a frozen encoder, in sample order."""
+"""Representations of a data set under a frozen encoder: made once by all processes, kept on the disk, and mapped.
 
-from dataclasses import dataclass
+A folder of them is named by a hash of the encoder's weights, the data's fingerprint and the view, and appears whole or
+not at all. It holds ``h`` (float32, row i that of sample i), ids of those that there are, and their checksum.
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from rich.progress import track
-from torch import nn
 
 from pipeline.loader import Loader
 from pipeline.order import Sequential
@@ -13,68 +26,143 @@ from pipeline.plan import Ints
 from pipeline.views import ViewSpec
 from sharding.command import UserError
 from sharding.manifest import ShardSet
+from sharding.storage import checksum
+from train.evaluate.data import Images
+from train.model.encoder import Encoder
+from train.processes.distributed import World
+
+log = logging.getLogger(__name__)
+
+FEATURES = "features"  # the folder for them, beside the checkpoints
+_VERSION = 1  # of the files
+_BATCH = 256  # images of a process that pass the network at a time
+_TILE = 8192  # representations in memory at a time
 
 
 @dataclass(frozen=True)
 class Features:
-    """``h`` (n, D) float32 representations and ``labels`` (n,) int64, on one device.
+    """Representations of n images on the host, read from the disk tile by tile.
 
-    Raises `UserError` unless there is an image, every one has a label, and every representation is finite.
+    h       (N, D) float32, row i that of sample i
+    ids     (n,) int64, the samples that are meant
+    labels  (n,) int64, theirs; -1: none
+    mean    (D,), is subtracted from what is read, which is then divided by ``std`` (D,)
     """
 
     h: torch.Tensor
+    ids: torch.Tensor
     labels: torch.Tensor
-
-    def __post_init__(self) -> None:
-        check_labels(self.labels.cpu().numpy(), "representations")
-        broken = int((~self.h.isfinite().all(1)).sum())
-        if broken:
-            raise UserError(
-                f"representations: {broken} of {len(self)} are NaN or infinite, and so are weights or statistics of "
-                "the encoder; evaluate an earlier checkpoint"
-            )
+    mean: torch.Tensor | float = 0.0
+    std: torch.Tensor | float = 1.0
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.ids)
 
+    def take(self, chosen: torch.Tensor) -> "Features":
+        """A part of the images, by position or by a mask (n,)."""
+        return replace(self, ids=self.ids[chosen], labels=self.labels[chosen])
 
-def check_labels(labels: Ints, where: str) -> None:
-    """Raises `UserError` unless there are images and every one has a label."""
-    if not len(labels) or labels.min() < 0:
-        raise UserError(
-            f"{where}: expected labelled images, found {(labels < 0).sum()} of {len(labels)} without a label (a folder "
-            "with a single class counts as unlabelled); name labelled shards with --train and --test"
-        )
+    def tiles(self, device: torch.device, size: int = _TILE) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(m, D) representations and (m,) labels of consecutive images, on the device."""
+        for ids, labels in zip(self.ids.split(size), self.labels.split(size), strict=True):
+            yield ((self.h[ids] - self.mean) / self.std).to(device), labels.to(device)
+
+    def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean (D,) and standard deviation (D,), float32. Raises `UserError` unless all values are finite, and some
+        differ."""
+        tiles = (h.double() for h, _ in self.tiles(torch.device("cpu")))
+        sums = torch.stack([torch.stack([h.sum(0), h.square().sum(0)]) for h in tiles]).sum(0)
+        mean = sums[0] / len(self)
+        std = (sums[1] / len(self) - mean.square()).clamp_min(0).sqrt()
+        if not sums.isfinite().all():
+            raise UserError("some representations are NaN or infinite; evaluate an earlier checkpoint")
+        if not (std > 1e-6 * mean.abs().max()).any():
+            raise UserError("all images have the same representation; the encoder has collapsed")
+        return mean.float(), std.float()
 
 
 def extract(
-    encoder: nn.Module,
-    shards: ShardSet,
-    spec: ViewSpec,
-    *,
-    device: torch.device,
-    ids: Ints | None = None,
-    batch_size: int = 256,
-    backend: str = "cpu",
-    num_threads: int = 2,
-    description: str = "features",
-) -> Features:
-    """Representations of one view per sample (all, or ``ids``), the encoder in evaluation mode.
-
-    Samples that cannot be decoded are left out, counted and named in the log; more than 100 are a `UserError`.
+    encoder: Encoder, images: Images, view: ViewSpec, folder: Path, world: World, **options: Any
+) -> Features | None:
+    """Representations of the images, made by all ranks, and with them those of all images of the shards, unless they
+    are in ``folder`` already, which is on a disk that all ranks reach. Returns None on other ranks than 0.
+    ``options`` are `Loader`'s (backend, num_threads, cache, ...). Images that cannot be decoded are left out, and named
+    in the log. Raises `UserError` unless all values are finite, and some differ.
     """
-    ids = np.arange(shards.manifest.num_samples, dtype=np.int64) if ids is None else ids
-    order = Sequential(ids, batch_size)
-    was_training = encoder.training
-    encoder.eval()
-    with (
-        Loader(
-            shards, (spec,), seed=0, order=order, backend=backend, num_threads=num_threads, prefetch=2, device=device
-        ) as loader,
-        torch.inference_mode(),
-    ):
-        batches = track(loader, description, total=order.num_steps, transient=True)
-        parts = [(encoder(batch.views[0]).float(), batch.labels) for batch in batches]
-    encoder.train(was_training)
-    h, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Features(h, labels)
+    path = folder / _key(encoder, images.shards, view)
+    world.require_agreement({"the encoder, the images or the view to evaluate": path.name})
+    found = _open(path, images) if world.is_main else None
+    if not world.broadcast(found is not None):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="tmp-", dir=folder) if world.is_main else nullcontext() as made:
+            unfinished = Path(str(world.broadcast(made)))
+            _write_share(encoder, images.shards, view, unfinished, world, options)
+            world.barrier()
+            if world.is_main:
+                _finish(unfinished, encoder.num_features, images.shards.manifest.num_samples)
+                shutil.rmtree(path, ignore_errors=True)
+                unfinished.rename(path)
+        found = _open(path, images) if world.is_main else None
+    if found:
+        found.moments()
+    return found
+
+
+def _key(encoder: Encoder, shards: ShardSet, view: ViewSpec) -> str:
+    digest = xxhash.xxh3_128(f"{_VERSION} {shards.manifest.fingerprint} {view.model_dump_json()}".encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _write_share(
+    encoder: Encoder, shards: ShardSet, view: ViewSpec, folder: Path, world: World, options: dict[str, Any]
+) -> None:
+    """This rank's: the samples from ``rank * n / W`` up to ``(rank + 1) * n / W``."""
+    first, last = (rank * shards.manifest.num_samples // world.size for rank in (world.rank, world.rank + 1))
+    order = Sequential(np.arange(first, last), _BATCH)
+    encoder.to(world.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    (folder / "h").touch()
+    decoded: list[int] = []
+    loader = Loader(shards, (view,), seed=0, order=order, **options)
+    with loader, (folder / "h").open("r+b") as file, torch.inference_mode():
+        what = f"features of {shards.directory}"
+        for batch in track(loader, what, total=order.num_steps, transient=True, disable=not world.is_main):
+            for sample, h in zip(batch.ids.tolist(), encoder(batch.views[0]).float().cpu().numpy(), strict=True):
+                file.seek(sample * h.nbytes)
+                file.write(h)
+                decoded.append(sample)
+    np.save(folder / f"ids-{world.rank}.npy", np.array(decoded, dtype=np.int64))
+
+
+def _finish(folder: Path, num_features: int, num_samples: int) -> None:
+    os.truncate(folder / "h", 4 * num_features * num_samples)  # also where the last ones could not be decoded
+    meta = {"shape": [num_samples, num_features], "checksum": _checksum(folder)}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _ids(folder: Path) -> Ints:
+    return np.sort(np.concatenate([np.load(path) for path in folder.glob("ids-*.npy")]))
+
+
+def _checksum(folder: Path) -> str:
+    with (folder / "h").open("rb") as file:
+        return checksum(file) + xxhash.xxh3_64_hexdigest(_ids(folder).tobytes())
+
+
+def _open(folder: Path, images: Images) -> Features | None:
+    """None where there are none, or damaged ones."""
+    if not folder.exists():
+        return None
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta["checksum"] != _checksum(folder):
+            raise ValueError("its checksum differs")
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        log.warning("%s: these features are damaged, and are made again (%s)", folder, error)
+        return None
+    ids = np.intersect1d(_ids(folder), images.ids)
+    # "c": copy on write, because torch has no tensors that cannot be written to.
+    h = torch.from_numpy(np.memmap(folder / "h", np.float32, "c", shape=tuple(meta["shape"])))
+    return Features(h, torch.from_numpy(ids), torch.from_numpy(images.shards.index.label[ids].astype(np.int64)))

@@ -1,39 +1,84 @@
 """The weighted k-nearest-neighbour classifier of Wu et al., "Unsupervised feature learning via non-parametric
-instance discrimination", 2018, section 3.4."""
+instance discrimination", 2018, section 3.4: each of the k training images of highest cosine similarity s votes for its
+class with exp(s / temperature)."""
+
+from itertools import product
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 
 from sharding.command import UserError
+from train.evaluate import Counts, Protocol, Rates, Values
 from train.evaluate.features import Features
 
-_CHUNK = 1024
+_PRESETS: dict[str, dict[str, Any]] = {
+    "wu": {"k": (200,), "temperature": (0.07,)},
+    "lightly": {"k": (200,), "temperature": (0.1,)},  # lightly-ai/lightly, benchmarks/imagenet
+    "dinov3": {"k": (10, 20, 100, 200), "temperature": (0.07,)},  # facebookresearch/dinov3, eval
+}
 
 
-def knn_predict(train: Features, test: Features, *, k: int = 20, temperature: float = 0.07) -> torch.Tensor:
-    """Predicted labels (n,) of the test representations.
+class KNN(Protocol):
+    preset: Literal["wu", "lightly", "dinov3"] | None = Field(None, description="k and temperature of a published one")
+    k: Counts = Field((20,), description="neighbours, one number or several")
+    temperature: Rates = Field((0.07,), description="of the votes, one number or several")
 
-    Each of the ``k`` training neighbours of highest cosine similarity s votes for its class with exp(s / temperature).
-    """
-    check_neighbours(k, len(train))
-    keys = F.normalize(train.h, dim=1)
-    num_classes = int(train.labels.max()) + 1
-    predictions = []
-    for queries in F.normalize(test.h, dim=1).split(_CHUNK):
-        similarity, neighbours = (queries @ keys.T).topk(k, dim=1)
-        votes = torch.zeros(len(queries), num_classes, device=queries.device)
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # the nearest counts 1: nothing overflows
-        votes.scatter_add_(1, train.labels[neighbours], weights)
-        predictions.append(votes.argmax(1))
-    return torch.cat(predictions)
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return _PRESETS.get(str(given.get("preset")), {}) | given
 
-
-def check_neighbours(k: int, num_train: int) -> None:
-    """Raises `UserError` unless there are ``k`` training images."""
-    if not 1 <= k <= num_train:
-        raise UserError(f"k: expected 1 to {num_train} neighbours (the training set's size), found {k}")
+    def __call__(self, train: Features, test: Features, device: torch.device) -> Values:
+        similarity, neighbours = nearest(test, train, max(self.k), device)
+        classes, num_classes = train.labels[neighbours], int(train.labels.max()) + 1
+        for k, temperature in product(self.k, self.temperature):
+            most, best = votes(similarity[:, :k], classes[:, :k], num_classes, temperature).topk(min(5, num_classes))
+            correct = (best == test.labels[:, None]) & (most > 0)
+            for count in (1, 5) if num_classes > 5 else (1,):
+                share = correct[:, :count].any(1).double().mean().item()
+                yield f"k={k} T={temperature:g} top-{count} %", 100 * share
 
 
-def accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of equal entries, percent."""
-    return 100 * (predicted == labels).float().mean().item()
+class Retrieve(Protocol):
+    """recall@k: the share of test images that have one of their class among the k nearest other test images (Oh Song et
+    al., "Deep metric learning via lifted structured feature embedding", 2016)."""
+
+    k: Counts = Field((1, 5, 10), description="neighbours, one number or several")
+
+    def __call__(self, train: Features, test: Features, device: torch.device) -> Values:
+        _, found = nearest(test, test, max(self.k) + 1, device)
+        others = found != torch.arange(len(test))[:, None]  # an image finds itself, as a rule first
+        right = others & (test.labels[found] == test.labels[:, None])
+        for k in self.k:
+            yield f"recall@{k} %", 100 * (right & (others.cumsum(1) <= k)).any(1).double().mean().item()
+
+
+def votes(similarity: torch.Tensor, classes: torch.Tensor, num_classes: int, temperature: float) -> torch.Tensor:
+    """Votes (n, C) of neighbours (n, k), the nearest first."""
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()  # the nearest counts 1: nothing overflows
+    return weights.new_zeros(len(weights), num_classes).scatter_add_(1, classes, weights)
+
+
+def nearest(queries: Features, keys: Features, k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine similarities (n, k) of the ``k`` nearest keys of each query, and their positions (n, k), nearest first.
+    Exact; a tile of the queries meets a tile of the keys at a time. Raises `UserError` where there are fewer keys."""
+    if k > len(keys):
+        raise UserError(f"k: expected at most {len(keys)} neighbours, as many as there are images, found {k}")
+    found = [_nearest_of(F.normalize(tile, dim=1), keys, k) for tile, _ in queries.tiles(device)]
+    similarity, positions = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+    return similarity, positions
+
+
+def _nearest_of(queries: torch.Tensor, keys: Features, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    similarity = queries.new_zeros(len(queries), 0)
+    positions = similarity.long()
+    start = 0
+    for tile, _ in keys.tiles(queries.device):
+        here = torch.arange(start, start + len(tile), device=queries.device).expand(len(queries), -1)
+        similarity = torch.cat([similarity, queries @ F.normalize(tile, dim=1).T], dim=1)
+        similarity, order = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        positions = torch.cat([positions, here], dim=1).gather(1, order)
+        start += len(tile)
+    return similarity, positions

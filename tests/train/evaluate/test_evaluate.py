@@ -1,11 +1,12 @@
 """`python -m train.evaluate` on checkpoints of a small encoder: what it records, and what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,10 +14,11 @@ from pipeline.views import preset
 from sharding.build import main as build_shards
 from sharding.demo import load_demo
 from sharding.manifest import ShardSet
+from tests.processes import NO_GPU
 from train.config import load_config
 from train.engine import checkpoint
-from train.evaluate.__main__ import evaluation_view, main
-from train.evaluate.features import extract
+from train.evaluate.__main__ import main
+from train.evaluate.data import choose_images, evaluation_view
 from train.methods import build_method
 from train.processes.distributed import World
 
@@ -57,34 +59,64 @@ def records(run: Path) -> list[dict]:
 
 
 def test_every_evaluation_is_recorded_with_all_that_it_depends_on(run: Path, shard_set: ShardSet) -> None:
-    assert main(["--checkpoint", str(run), "--k", "5", "--temperature", "0.1", "--untrained"]) == 0
-    assert main(["--checkpoint", str(run), "--protocol", "linear", "--weight-decay", "0.5"]) == 0
+    assert main(["--checkpoint", str(run), "knn.k=5", "knn.temperature=0.1", "--untrained"]) == 0
+    assert main(["--checkpoint", str(run), "--protocol", "linear", "linear.weight_decay=0.5"]) == 0
     first, second = records(run)
-    assert first["settings"] == {"knn": {"k": 5, "temperature": 0.1}, "linear": {"weight_decay": 0.001}}
-    assert second["settings"] == {"linear": {"weight_decay": 0.5}}
-    assert set(first["accuracy_percent"]) == {"pretrained", "untrained"}
+    assert first["settings"]["knn"] == {"preset": None, "k": [5], "temperature": [0.1]}
+    assert second["settings"] == {"linear": {"weight_decay": [0.5], "iterations": 200}}
+    assert set(first["results"]) == {"pretrained", "untrained"}
+    assert set(first["results"]["untrained"]) == {"knn", "linear"}
     assert (first["step"], first["held_out"]) == (1, True)
     for part, count in (("train", 73), ("test", 19)):
         expected = {"shards": str(shard_set.directory), "fingerprint": shard_set.manifest.fingerprint}
         assert first[part] == {**expected, "num_images": count}
 
 
-def test_only_one_process_of_several_works(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert main(["--checkpoint", str(run), "--k", "5"]) == 0
-    assert not (run / "evaluation.jsonl").exists()
+ALL = ["knn", "linear", "retrieve", "cluster"]
+
+
+def test_three_processes_have_the_results_of_one(run: Path, tmp_path: Path) -> None:
+    """Also where the representations are made anew."""
+    assert main(["--checkpoint", str(run), "--protocol", *ALL, "knn.k=5", "--features", str(tmp_path / "alone")]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    command += ["-m", "train.evaluate", "--checkpoint", str(run), "--protocol", *ALL, "knn.k=5"]
+    done = subprocess.run(command, env={**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("recall@10") == 1, "one table"
+    alone, many = (record["results"]["pretrained"] for record in records(run))
+    assert list(alone) == ALL
+    for protocol, values in alone.items():
+        assert many[protocol] == pytest.approx(values, abs=0.01), protocol
+
+
+def test_settings_must_belong_to_something(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in {
+        ("--protocol", "knn", "linear.iterations=5"): "linear is not among the protocols knn",
+        ("--protocol", "kn"): "expected some of knn, linear",
+        ("knn.k=0",): "knn.k.0: Input should be greater than or equal to 1, found 0",
+        ("knn.kk=5",): "knn.kk: Extra inputs are not permitted, found 5 (settings of knn: preset, k, temperature)",
+        ("encoder.width=64",): "encoder.width=64: expected settings of data, views or protocols",
+        ("data.num_thread=1",): "did you mean 'num_threads'?",
+    }.items():
+        assert message in refusal(capsys, run, *words)
+
+
+def test_protocols_that_need_no_labels_take_unlabelled_images(tmp_path: Path) -> None:
+    unlabelled = str(demo_shards(tmp_path / "unlabelled", labels=None))
+    found = choose_images(unlabelled, None, labelled=False)
+    assert [len(images.ids) for images in found] == [38, 10]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(run: Path, shard_set: ShardSet) -> None:
     save(run, shard_set, 2)
     newest = checkpoint.checkpoints(run)[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
-    assert main(["--checkpoint", str(run), "--k", "5"]) == 0
+    assert main(["--checkpoint", str(run), "knn.k=5"]) == 0
     assert [record["step"] for record in records(run)] == [1]
 
 
 def refusal(capsys: pytest.CaptureFixture[str], run: Path, *arguments: str) -> str:
-    assert main(["--checkpoint", str(run), "--k", "5", *arguments]) == 2
+    assert main(["--checkpoint", str(run), *(arguments or ["knn.k=5"])]) == 2
     assert not (run / "evaluation.jsonl").exists()
     return capsys.readouterr().err
 
@@ -97,11 +129,12 @@ def test_meaningless_images_are_refused(run: Path, tmp_path: Path, capsys: pytes
     unlabelled = str(demo_shards(tmp_path / "unlabelled", labels=None))
     assert "without a label" in refusal(capsys, run, "--train", unlabelled)
     single = str(demo_shards(tmp_path / "single", labels=[3], split="train"))
-    assert "training images of 2 classes or more, found 1" in refusal(capsys, run, "--train", single, "--test", other)
+    error = refusal(capsys, run, "--train", single, "--test", other)
+    assert "expected labelled images of 2 classes or more, found 0 of 5 without a label" in error
 
 
 def test_too_many_neighbours_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "k: expected 1 to 73 neighbours" in refusal(capsys, run, "--k", "74")
+    assert "k: expected at most 73 neighbours" in refusal(capsys, run, "--protocol", "knn", "knn.k=74")
 
 
 @pytest.mark.parametrize(
@@ -118,21 +151,8 @@ def test_an_undecodable_image_is_left_out_and_named(
     run: Path, damage: Callable[[int], ShardSet], caplog: pytest.LogCaptureFixture
 ) -> None:
     shards = damage(17)
-    assert main(["--checkpoint", str(run), "--train", str(shards.root), "--protocol", "knn", "--k", "5"]) == 0
+    assert main(["--checkpoint", str(run), "--train", str(shards.root), "--protocol", "knn", "knn.k=5"]) == 0
     assert [record.message.split(" (")[0] for record in caplog.records] == ["left out sample 17"]
-
-
-def test_features_come_in_the_order_of_the_samples(shard_set: ShardSet) -> None:
-    """Of all, or of some, with their labels, also where the last batch is short."""
-    spec = evaluation_view(preset("simclr", size=32, kernel=5), shard_set)
-    mean: Any = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    device = torch.device("cpu")
-    everything = extract(mean, shard_set, spec, device=device, batch_size=20)
-    assert everything.labels.tolist() == shard_set.index.label.tolist()
-    ids = np.array([90, 3, 17, 44, 45])
-    some = extract(mean, shard_set, spec, device=device, ids=ids, batch_size=2)
-    torch.testing.assert_close(some.h, everything.h[ids])
-    assert some.labels.tolist() == shard_set.index.label[ids].tolist()
 
 
 def test_small_images_are_evaluated_whole(shard_set: ShardSet) -> None:
