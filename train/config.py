@@ -69,13 +69,12 @@ class RunConfig(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
         "auto", description="auto: bf16 on a GPU, fp32 elsewhere; fp64: on a CPU, to verify"
     )
-    batchnorm: str = Field(
-        "global",
-        pattern=r"^(local|node|global|[1-9]\d*)$",
-        coerce_numbers_to_str=True,
-        description="statistics over the images of all processes, of one (local), of a node, or of so many",
+    batchnorm: Annotated[str, Field(pattern=r"^(local|node|global|[1-9]\d*)$", coerce_numbers_to_str=True)] = Field(
+        "global", description="statistics over the images of all processes, of one (local), of a node, or of so many"
     )
-    gradient_compression: Literal["none", "bf16", "fp16"] = Field("none", description="of what processes send")
+    gradient_compression: Literal["none", "bf16", "fp16"] = Field(
+        "none", description="dtype that gradients are sent in"
+    )
     bucket_mb: int = Field(25, ge=1, description="gradients that DDP sends together, in MiB")
     noise_scale: bool = Field(False, description="log the gradient noise scale and the critical batch size")
     compile: bool = Field(False, description="torch.compile the method's forward")
