@@ -106,15 +106,13 @@ def log_sum_exp(
     numbers are in ``excluded`` (A, E). Where there are many logits, those of few anchors are held at a time, and made
     once more for the gradient."""
     if len(anchors) * len(others) <= _WHOLE:
-        return _log_sum_exp(anchors, others, excluded, temperature)
-    tile, made_twice = max(1, _TILE // len(others)), partial(checkpoint, _log_sum_exp, use_reentrant=False)
+        return _at_once(anchors, others, excluded, temperature)
+    tile, made_twice = max(1, _TILE // len(others)), partial(checkpoint, _at_once, use_reentrant=False)
     pairs = zip(anchors.split(tile), excluded.split(tile), strict=True)
     return torch.cat([made_twice(a, others, e, temperature, preserve_rng_state=False) for a, e in pairs])
 
 
-def _log_sum_exp(
-    anchors: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor, temperature: float
-) -> torch.Tensor:
+def _at_once(anchors: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor, temperature: float) -> torch.Tensor:
     logits = (anchors / temperature) @ others.T
     return logits.scatter_(1, excluded, float("-inf")).logsumexp(1)
 

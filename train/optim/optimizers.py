@@ -83,10 +83,8 @@ def _is_excluded(name: str, parameter: nn.Parameter, rules: tuple[str, ...]) -> 
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the state but keep the settings of this ``optimizer``: torch would put the saved ones in their place.
-
-    Raises UserError where the saved groups are of other parameters.
-    """
+    """Load the state but keep the settings of this ``optimizer``: torch would put the saved ones in their place. Raises
+    UserError where the saved groups are of other parameters."""
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     sizes, saved = ([len(g["params"]) for g in groups] for groups in (optimizer.param_groups, state["param_groups"]))
     if sizes != saved:
