@@ -205,10 +205,10 @@ def _source(dataset: "Dataset", spec: SourceSpec, names: tuple[str, ...], revisi
         if not found:
             no_labels = "no labels: neither a label column nor names like n01440764_18.JPEG; --labels can give them"
         names = tuple(sorted({*map(_class_name, found), *by_file.values()}))
-        if len(names) > max(100, len(dataset) // 2):
+        if len(names) > max(100, len(dataset) // 2) and sum(name.count(" ") for name in names) > 2 * len(names):
             raise SourceError(
-                f"{spec.dataset}: column {label!r} has {len(names)} different strings for {len(dataset)} images: "
-                "captions or names, not classes; choose a different --label-column"
+                f"{spec.dataset}: column {label!r} has {len(names)} different strings of several words for "
+                f"{len(dataset)} images: captions, not classes; choose a different --label-column"
             )
     return Source(dataset.with_format("arrow"), names, revision, "" if by_file else no_labels, by_file)
 
