@@ -150,9 +150,8 @@ def _without_pils_limit() -> Iterator[None]:
 def _check_range(image: Image.Image) -> None:
     """PIL has floats as mode F, and 32 bits as mode I, as which it also has the 16 bits of PGM."""
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-        raise BadImageError(
-            f"{image.format} of 32-bit {'floats' if image.mode == 'F' else 'integers'}: no agreed range"
-        )
+        kind = "floats" if image.mode == "F" else "integers"
+        raise BadImageError(f"{image.format} of 32-bit {kind}: no agreed range")
 
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:

@@ -76,7 +76,9 @@ def finish(
         index=write_index(context.out, shards),
         libraries={name: metadata.version(name) for name in _LIBRARIES},
     )
-    _reconcile(manifest, context.out)
+    accounted = manifest.num_samples + manifest.num_quarantined + manifest.num_surplus
+    assert manifest.num_read == accounted, f"{manifest.num_read} images were read, {accounted} are accounted for"
+    assert manifest.num_samples % manifest.num_lanes == 0, "the lanes are not equal"
     manifest.save(context.out)
     return manifest
 
@@ -148,8 +150,8 @@ def write_quarantine(out: Directory, records: Sequence[PartRecord]) -> None:
 def _write_tails(context: BuildContext, tails: list[TailShard], engine: Engine) -> list[PartRecord]:
     names = {f"{_TAIL}/{shard_name(context.prefix, t.lane, t.number)}.arrow": t for t in tails}
     if not context.out.exists(TAIL_READY):
-        done = {name for name in names if context.out.exists(name)}
-        for _ in engine(write_tail, context, [tail for name, tail in names.items() if name not in done]):
+        todo = [tail for name, tail in names.items() if not context.out.exists(name)]
+        for _ in engine(write_tail, context, todo):
             pass
         context.out.write(TAIL_READY, b"{}\n")
     return [PartRecord.from_bytes(context.out.read(name)) for name in names]
@@ -178,13 +180,7 @@ def write_index(out: Directory, records: Sequence[PartRecord]) -> IndexFile:
     ]
     table = pa.concat_tables(tables).cast(INDEX_SCHEMA).combine_chunks()
     with out.publish(INDEX_FILE) as path:
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
+        with pa.ipc.new_file(path, INDEX_SCHEMA) as writer:
             writer.write_table(table)
         with path.open("rb") as file:
             return IndexFile(path.stat().st_size, checksum(file))
-
-
-def _reconcile(manifest: Manifest, out: Directory) -> None:
-    accounted = manifest.num_samples + manifest.num_quarantined + manifest.num_surplus
-    if manifest.num_read != accounted or manifest.num_samples % manifest.num_lanes:
-        raise AssertionError(f"{out}: read {manifest.num_read} images but account for {accounted}: a bug")

@@ -256,7 +256,5 @@ def test_videos_and_captions_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="column 'clip' holds videos, which are not supported"):
         open_folder(tmp_path / "videos")
     captions = write_labels(tmp_path / "captions", [f"a picture of {i}" for i in range(101)], datasets.Value("string"))
-    with pytest.raises(
-        SourceError, match="101 different strings of several words for 101 images: captions"
-    ):
+    with pytest.raises(SourceError, match="101 different strings of several words for 101 images: captions"):
         open_folder(captions)
