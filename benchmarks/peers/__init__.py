@@ -44,8 +44,8 @@ class Peer(Protocol):
 
 # name -> "module:builder", imported when chosen; a builder takes PeerOptions and returns a Peer
 PEERS = {
-    "decode-only": "benchmarks.peers.decode:DecodeOnly",
-    "decode-only-dali": "benchmarks.peers.decode:DaliDecodeOnly",
+    "decode-only": "benchmarks.peers.decode:build_cpu",
+    "decode-only-dali": "benchmarks.peers.decode:build_dali",
     "imagefolder": "benchmarks.peers.imagefolder:build",
     "webdataset": "benchmarks.peers.webdataset:build",
     "dali-native": "benchmarks.peers.dali:build",
