@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.measure import Rate, Results, Turn, interleave, rate_of
 from benchmarks.peers import PEERS, PeerOptions, build_peer
-from benchmarks.report import chart, save, show
+from benchmarks.report import chart, environment, save, show
 from benchmarks.stages import Training, add_arguments, finish, load, parse, read_config
 from pipeline.backends import BACKENDS
 from pipeline.loader import Loader
@@ -44,7 +44,7 @@ _NO_LOADER = ("decode-only", "synthetic")  # how the names of contestants begin 
 
 @command("benchmarks.throughput")
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(_parser(), arguments)
+    options, start = parse(_parser(), arguments), environment()
     with ExitStack() as stack:
         config = read_config(options, stack)
         shards = open_shards(config.data.shards)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out:
         kinds = {"loader": loaders, "run": run}
         lines = [{"kind": kind, "contestant": name, **turn} for kind in kinds for name, turn in kinds[kind].items()]
-        save(options.out, arguments, lines)
+        save(options.out, start, lines)
     if options.picture:
         bars = {name: {"loader": turn["images_per_second"]} for name, turn in loaders.items()}
         chart(options.picture, f"loaders, {len(flatten(config.views))} views an image", "images/s", bars)
