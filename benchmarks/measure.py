@@ -54,7 +54,7 @@ class Rate:
         return f"too noisy (± {self.margin:.2g})" if len(self.rounds) > 1 else f"{self.mean:.2f} (one round)"
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g} ± {self.margin:.2g}"
+        return f"{float(f'{self.mean:.4g}'):g} ± {float(f'{self.margin:.2g}'):g}"
 
 
 Turn = Mapping[str, float]  # what a contestant reports of its turn, by quantity

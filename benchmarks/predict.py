@@ -30,6 +30,9 @@ class Link:
     latency_seconds: float
     bytes_per_second: float
 
+    def __str__(self) -> str:
+        return f"{1e6 * self.latency_seconds:.3g} us a hop, {self.bytes_per_second / 1e9:.3g} GB/s"
+
     def gather(self, size: int, num_bytes: float, messages: float) -> float:
         """Seconds of ``messages`` all-gathers of together ``num_bytes`` of each of ``size`` processes."""
         return messages * self.latency_seconds * math.log2(size) + (size - 1) * num_bytes / self.bytes_per_second

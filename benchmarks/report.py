@@ -42,11 +42,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def save(path: Path, arguments: Sequence[str] | None, records: Iterable[Mapping[str, Any]]) -> None:
-    """JSON lines: the command and its environment, then the records, in which a `Rate` is the list of its rounds."""
+def save(path: Path, start: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> None:
+    """JSON lines: the command with the `environment` that it was started in, then the records, in which a `Rate` is
+    the list of its rounds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join([Path(sys.argv[0]).stem, *(sys.argv[1:] if arguments is None else arguments)])
-    lines = [{"command": f"python -m benchmarks.{command}", "environment": environment()}, *records]
+    command = " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]])
+    lines = [{"command": f"python -m benchmarks.{command}", "environment": start}, *records]
     path.write_text("".join(json.dumps(line, default=lambda rate: rate.rounds) + "\n" for line in lines))
 
 

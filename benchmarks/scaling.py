@@ -30,7 +30,7 @@ import torch
 from benchmarks.measure import Rate, Results, Turn, interleave
 from benchmarks.predict import Link, predict
 from benchmarks.rank import MESSAGES
-from benchmarks.report import chart, save, show
+from benchmarks.report import chart, environment, save, show
 from benchmarks.stages import add_arguments, parse, read_config
 from sharding.command import UserError, command
 from sharding.manifest import Manifest
@@ -43,7 +43,7 @@ STAGES = ("loader", "step", "end to end")
 
 @command("benchmarks.scaling")
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(_parser(), arguments)
+    options, start = parse(_parser(), arguments), environment()
     sizes = sorted({1, *options.world_sizes})
     with ExitStack() as stack:
         config = read_config(options, stack)
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.predict:
         predict(results, Link(1e-6 * options.link[0], 1e9 * options.link[1]))
     if options.out:
-        save(options.out, arguments, ({"contestant": name, **turn} for name, turn in results.items()))
+        save(options.out, start, ({"contestant": name, **turn} for name, turn in results.items()))
     if options.picture:
         bars = {name: {stage: turn[stage] for stage in STAGES} for name, turn in results.items()}
         chart(options.picture, title, "images/s of all processes", bars)

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.measure import Rate, Results, Turn, interleave, rate_of
 from benchmarks.peers import PEERS, PeerOptions, build_peer
-from benchmarks.report import chart, save, show
+from benchmarks.report import chart, environment, save, show
 from benchmarks.stages import Training, add_arguments, finish, load, parse, read_config
 from pipeline.backends import BACKENDS
 from pipeline.loader import Loader
@@ -44,7 +44,7 @@ _NO_LOADER = ("decode-only", "synthetic")  # how the names of contestants begin 
 
 @command("benchmarks.throughput")
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(_parser(), arguments)
+    options, start = parse(_parser(), arguments), environment()
     with ExitStack() as stack:
         config = read_config(options, stack)
         shards = open_shards(config.data.shards)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out:
         kinds = {"loader": loaders, "run": run}
         lines = [{"kind": kind, "contestant": name, **turn} for kind in kinds for name, turn in kinds[kind].items()]
-        save(options.out, arguments, lines)
+        save(options.out, start, lines)
     if options.picture:
         bars = {name: {"loader": turn["images_per_second"]} for name, turn in loaders.items()}
         chart(options.picture, f"loaders, {len(flatten(config.views))} views an image", "images/s", bars)
@@ -129,7 +129,7 @@ def _show_loaders(title: str, results: Results) -> None:
     rows = []
     for name, turn in results.items():
         cpu, rate = turn["cpu_percent"], rates[name]
-        cells = [str(rate), str(cpu.by_round(_per_core, rate)), f"{cpu.mean:.0f}"]
+        cells = [str(rate), str(cpu.by_round(lambda c, r: 100 * r / c if c else math.nan, rate)), f"{cpu.mean:.0f}"]
         cells += [f"{max(turn['gpu_gigabytes'].rounds):.1f}"] if torch.cuda.is_available() else []
         rows.append([name, *cells, *(rate.ratio(other).decided() for other in against.values())])
     gpu = ["GPU GB"] if torch.cuda.is_available() else []
@@ -138,10 +138,6 @@ def _show_loaders(title: str, results: Results) -> None:
     print(f"peer: {peer or 'none'}; decoding: {ceiling or 'not measured'}; CPU: 100 % is one core")
     if (best := _fastest(ours, rates)) and (other := _fastest([name for name in loaders if name != best], rates)):
         print(_verdict(best, other, rates[best].ratio(rates[other])))
-
-
-def _per_core(cpu_percent: float, images_per_second: float) -> float:
-    return 100 * images_per_second / cpu_percent if cpu_percent else math.nan  # below a tick of the clock
 
 
 def _fastest(names: Sequence[str], rates: dict[str, Rate]) -> str | None:

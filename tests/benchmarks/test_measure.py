@@ -32,6 +32,7 @@ def test_the_margin_is_that_of_students_t(rounds: tuple[float, ...]) -> None:
 def test_a_machine_too_noisy_to_decide_says_so_instead_of_a_number() -> None:
     assert Rate((1.0, 1.01, 0.99)).decided() == "1.00 ± 0.02"
     assert Rate((0.5, 1.0, 1.5)).decided() == "too noisy (± 1.2)"
+    assert str(Rate((12000.0, 13000.0))) == "12500 ± 6400"
     assert Rate((1.0,)).decided() == "1.00 (one round)"
 
 
