@@ -109,8 +109,8 @@ def verify(config: Config, world: World, images: int | None = None) -> Iterator[
     exact = _changed(small, precision="fp64") if config.run.precision == "auto" else small
     peak, alone = plan_run(small, shards.manifest).peak, World(device=world.device)
     batches = []
-    for rank_or_all, start in ((world, 0), (alone, 0), (world, 1)):
-        with build_loader(exact, shards, rank_or_all, start) as loader:
+    for who, start in ((world, 0), (alone, 0), (world, 1)):
+        with build_loader(exact, shards, who, start) as loader:
             batches.append([next(loader), next(loader)])
     own, whole, resumed = batches
     size = len(own[0].ids)
@@ -160,7 +160,7 @@ def _compare(
         a, b = _outcome(many, ours, state, trains), _outcome(one, theirs, state, trains)
         exact = _outcome(truth, theirs, state, trains) if truth else b
         for name in b:
-            # Two that rounding takes so far from float64 are at most twice as far apart; thrice, as no two are alike.
+            # Two that are each e from float64 are at most 2 e apart; the third e is for roundings that are not alike.
             limit = max(1e-6, 3 * deviation(b[name], exact[name]).norm) if truth else _EXACT
             everyone = world.gather_objects(deviation(a[name], b[name], limit))
             found[name] = max(*everyone, found.get(name, everyone[0]))
@@ -258,10 +258,10 @@ def _launch(arguments: Sequence[str]) -> int:
 
 
 def _report(path: Path, config: Config, world: World, checks: list[Check]) -> None:
-    report = {
-        "passed": all(check.status != "FAIL" for check in checks),
-        "checks": [check._asdict() for check in checks],
-    }
+    report: dict[str, Any] = {"passed": all(check.status != "FAIL" for check in checks), "checks": []}
+    for check in checks:  # without what JSON cannot say
+        figures = {k: v for k, v in check.figures.items() if isinstance(v, str) or math.isfinite(v)}
+        report["checks"].append(check._replace(figures=figures)._asdict())
     report |= {"processes": world.size, "device": world.device.type, "torch": torch.__version__}
     report |= {"code": automatic.code_version(), "config": config.model_dump(mode="json")}
     path.parent.mkdir(parents=True, exist_ok=True)
