@@ -1,6 +1,5 @@
 """Methods of self-supervised learning, one file each, and what they have in common."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, ClassVar, NamedTuple
@@ -43,15 +42,14 @@ class MethodConfig(Settings):
     name: str = ""
 
 
-@dataclass(frozen=True)
 class Recipe:
     """How the paper trains a method: defaults of a configuration that chooses the method and says nothing else.
 
     ``views`` is a preset of `pipeline.views`; ``sections`` are fields of the other sections, as YAML would have them.
     """
 
-    views: str
-    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    def __init__(self, views: str, **sections: dict[str, Any]) -> None:
+        self.views, self.sections = views, sections
 
 
 class Loss(NamedTuple):

@@ -28,10 +28,8 @@ class BYOL(WithTeacher):
     Config = BYOLConfig
     recipe = Recipe(
         "byol",
-        {
-            "optim": {"learning_rate": 0.2, "weight_decay": 1.5e-6, "epochs": 1000, "warmup_epochs": 10},
-            "run": {"dir": "runs/byol", "global_batch_size": 4096},
-        },
+        optim={"learning_rate": 0.2, "weight_decay": 1.5e-6, "epochs": 1000, "warmup_epochs": 10},
+        run={"dir": "runs/byol", "global_batch_size": 4096},
     )
     images_meet = False
 

@@ -69,19 +69,10 @@ class DINO(Method):
     Config = DINOConfig
     recipe = Recipe(
         "dino",
-        {
-            "encoder": {"name": "timm:vit_small_patch16_224"},
-            "optim": {
-                "name": "adamw",
-                "learning_rate": 5e-4,
-                "final_learning_rate": 5e-4,
-                "weight_decay": 0.04,
-                "weight_decay_end": 0.4,
-                "epochs": 800,
-                "warmup_epochs": 10,
-            },
-            "run": {"dir": "runs/dino", "global_batch_size": 1024},
-        },
+        encoder={"name": "timm:vit_small_patch16_224"},
+        optim={"name": "adamw", "learning_rate": 5e-4, "final_learning_rate": 5e-4}
+        | {"weight_decay": 0.04, "weight_decay_end": 0.4, "epochs": 800, "warmup_epochs": 10},
+        run={"dir": "runs/dino", "global_batch_size": 1024},
     )
     images_meet = False
     centre: torch.Tensor

@@ -52,12 +52,10 @@ class Distill(Method):
     Config = DistillConfig
     recipe = Recipe(
         "mocov2",
-        {
-            "encoder": {"name": "resnet18"},
-            "optim": {"name": "sgd", "learning_rate": 0.03, "weight_decay": 1e-4, "exclude": []}
-            | {"epochs": 200, "warmup_epochs": 0},
-            "run": {"dir": "runs/distill", "global_batch_size": 256},
-        },
+        encoder={"name": "resnet18"},
+        optim={"name": "sgd", "learning_rate": 0.03, "weight_decay": 1e-4, "exclude": []}
+        | {"epochs": 200, "warmup_epochs": 0},
+        run={"dir": "runs/distill", "global_batch_size": 256},
     )
     images_meet = False  # but those of former batches
 

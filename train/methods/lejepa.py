@@ -35,18 +35,9 @@ class LeJEPA(Predicted):
     head: ClassVar = {"last_norm": False}
     recipe = Recipe(
         "lejepa",
-        {
-            "optim": {
-                "name": "adamw",
-                "learning_rate": 2.5e-4,
-                "final_learning_rate": 0.001,
-                "exclude": [],
-                "weight_decay": 5e-4,
-                "epochs": 100,
-                "warmup_epochs": 1,
-            },
-            "run": {"dir": "runs/lejepa", "global_batch_size": 512},
-        },
+        optim={"name": "adamw", "learning_rate": 2.5e-4, "final_learning_rate": 0.001, "weight_decay": 5e-4}
+        | {"exclude": [], "epochs": 100, "warmup_epochs": 1},
+        run={"dir": "runs/lejepa", "global_batch_size": 512},
     )
 
     def loss(self, e: Centred, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:

@@ -51,12 +51,10 @@ class MAE(Method):
     Config = MAEConfig
     recipe = Recipe(
         "mae",
-        {
-            "encoder": {"name": "timm:vit_base_patch16_224"},
-            "optim": {"name": "adamw", "learning_rate": 1.5e-4, "weight_decay": 0.05, "beta2": 0.95}
-            | {"epochs": 800, "warmup_epochs": 40},
-            "run": {"dir": "runs/mae", "global_batch_size": 4096},
-        },
+        encoder={"name": "timm:vit_base_patch16_224"},
+        optim={"name": "adamw", "learning_rate": 1.5e-4, "weight_decay": 0.05, "beta2": 0.95}
+        | {"epochs": 800, "warmup_epochs": 40},
+        run={"dir": "runs/mae", "global_batch_size": 4096},
     )
     images_meet = False
 

@@ -45,11 +45,9 @@ class MoCoV2(Method):
     Config = MoCoV2Config
     recipe = Recipe(
         "mocov2",
-        {
-            "optim": {"name": "sgd", "learning_rate": 0.03, "weight_decay": 1e-4, "exclude": []}
-            | {"epochs": 200, "warmup_epochs": 0},
-            "run": {"dir": "runs/mocov2", "global_batch_size": 256},
-        },
+        optim={"name": "sgd", "learning_rate": 0.03, "weight_decay": 1e-4, "exclude": []}
+        | {"epochs": 200, "warmup_epochs": 0},
+        run={"dir": "runs/mocov2", "global_batch_size": 256},
     )
     images_meet: ClassVar[bool] = False  # but those of former batches
 

@@ -34,10 +34,8 @@ class MoCoV3(WithTeacher):
     Config = MoCoV3Config
     recipe = Recipe(
         "mocov3",
-        {
-            "optim": {"name": "lars", "learning_rate": 0.6, "weight_decay": 1e-6, "epochs": 100, "warmup_epochs": 10},
-            "run": {"dir": "runs/mocov3", "global_batch_size": 4096},
-        },
+        optim={"name": "lars", "learning_rate": 0.6, "weight_decay": 1e-6, "epochs": 100, "warmup_epochs": 10},
+        run={"dir": "runs/mocov3", "global_batch_size": 4096},
     )
 
     head: ClassVar = {}

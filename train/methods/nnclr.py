@@ -35,10 +35,8 @@ class NNCLR(WithPredictor):
     Config = NNCLRConfig
     recipe = Recipe(
         "simclr",
-        {
-            "optim": {"name": "lars", "learning_rate": 0.3, "weight_decay": 1e-6, "epochs": 1000, "warmup_epochs": 10},
-            "run": {"dir": "runs/nnclr", "global_batch_size": 4096},
-        },
+        optim={"name": "lars", "learning_rate": 0.3, "weight_decay": 1e-6, "epochs": 1000, "warmup_epochs": 10},
+        run={"dir": "runs/nnclr", "global_batch_size": 4096},
     )
 
     def __init__(self, config: NNCLRConfig, encoder: Encoder, world: World) -> None:

@@ -32,7 +32,7 @@ class SimCLRConfig(ProjectorConfig):
 
 class SimCLR(Projected):
     Config = SimCLRConfig
-    recipe = Recipe("simclr", {"run": {"dir": "runs/simclr"}})
+    recipe = Recipe("simclr", run={"dir": "runs/simclr"})
 
     def __init__(self, config: SimCLRConfig, encoder: Encoder, world: World) -> None:
         super().__init__(config, encoder, world)

@@ -31,11 +31,9 @@ class SimSiam(WithPredictor):
     Config = SimSiamConfig
     recipe = Recipe(
         "mocov2",
-        {
-            "optim": {"name": "sgd", "learning_rate": 0.05, "weight_decay": 1e-4, "exclude": []}
-            | {"epochs": 100, "warmup_epochs": 0},
-            "run": {"dir": "runs/simsiam", "global_batch_size": 512},
-        },
+        optim={"name": "sgd", "learning_rate": 0.05, "weight_decay": 1e-4, "exclude": []}
+        | {"epochs": 100, "warmup_epochs": 0},
+        run={"dir": "runs/simsiam", "global_batch_size": 512},
     )
     images_meet = False
 

@@ -37,10 +37,8 @@ class SSLHSIC(WithTeacher):
     Config = SSLHSICConfig
     recipe = Recipe(
         "byol",
-        {
-            "optim": {"name": "lars", "learning_rate": 0.4, "weight_decay": 1e-6, "epochs": 1000, "warmup_epochs": 10},
-            "run": {"dir": "runs/ssl-hsic", "global_batch_size": 4096},
-        },
+        optim={"name": "lars", "learning_rate": 0.4, "weight_decay": 1e-6, "epochs": 1000, "warmup_epochs": 10},
+        run={"dir": "runs/ssl-hsic", "global_batch_size": 4096},
     )
 
     def loss(self, e: Matches, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:

@@ -28,7 +28,7 @@ class SupCon(Projected):
     Config = SupConConfig
     head: ClassVar = {"norm": "none"}
     recipe = Recipe(
-        "simclr", {"optim": {"name": "lars", "epochs": 350}, "run": {"dir": "runs/supcon", "global_batch_size": 6144}}
+        "simclr", optim={"name": "lars", "epochs": 350}, run={"dir": "runs/supcon", "global_batch_size": 6144}
     )
     takes_labels = True
 

@@ -36,11 +36,9 @@ class Supervised(Method):
     Config = SupervisedConfig
     recipe = Recipe(
         "supervised",
-        {
-            "optim": {"name": "sgd", "learning_rate": 0.1, "weight_decay": 1e-4, "epochs": 90, "warmup_epochs": 5}
-            | {"schedule": "step", "milestones": [1 / 3, 2 / 3, 8 / 9]},
-            "run": {"dir": "runs/supervised", "global_batch_size": 8192, "batchnorm": "local"},
-        },
+        optim={"name": "sgd", "learning_rate": 0.1, "weight_decay": 1e-4, "epochs": 90, "warmup_epochs": 5}
+        | {"schedule": "step", "milestones": [1 / 3, 2 / 3, 8 / 9]},
+        run={"dir": "runs/supervised", "global_batch_size": 8192, "batchnorm": "local"},
     )
     images_meet = False
     takes_labels = True

@@ -52,11 +52,9 @@ class SwAV(Method):
     Config = SwAVConfig
     recipe = Recipe(
         "multicrop-2x224+6x96",
-        {
-            "optim": {"name": "lars", "learning_rate": 0.3, "final_learning_rate": 0.001, "weight_decay": 1e-6}
-            | {"exclude": [], "epochs": 800, "warmup_epochs": 10},
-            "run": {"dir": "runs/swav", "global_batch_size": 4096},
-        },
+        optim={"name": "lars", "learning_rate": 0.3, "final_learning_rate": 0.001, "weight_decay": 1e-6}
+        | {"exclude": [], "epochs": 800, "warmup_epochs": 10},
+        run={"dir": "runs/swav", "global_batch_size": 4096},
     )
     progress: torch.Tensor
     queued: torch.Tensor

@@ -38,11 +38,9 @@ class VICReg(Projected):
     head: ClassVar = {"last_norm": False}
     recipe = Recipe(
         "vicreg",
-        {
-            "optim": {"name": "lars", "learning_rate": 0.2, "final_learning_rate": 0.001, "weight_decay": 1e-6}
-            | {"epochs": 1000, "warmup_epochs": 10},
-            "run": {"dir": "runs/vicreg", "global_batch_size": 2048},
-        },
+        optim={"name": "lars", "learning_rate": 0.2, "final_learning_rate": 0.001, "weight_decay": 1e-6}
+        | {"epochs": 1000, "warmup_epochs": 10},
+        run={"dir": "runs/vicreg", "global_batch_size": 2048},
     )
 
     def loss(self, e: Embeddings, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:

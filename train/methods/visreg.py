@@ -41,18 +41,9 @@ class VISReg(Predicted):
     head: ClassVar = {"last_norm": False, "activation": nn.GELU}
     recipe = Recipe(
         "visreg",
-        {
-            "optim": {
-                "name": "adamw",
-                "learning_rate": 4.5e-4,
-                "final_learning_rate": 0.001,
-                "weight_decay": 5e-2,
-                "epochs": 100,
-                "warmup_epochs": 5,
-                "clip_norm": 1.0,
-            },
-            "run": {"dir": "runs/visreg", "global_batch_size": 512},
-        },
+        optim={"name": "adamw", "learning_rate": 4.5e-4, "final_learning_rate": 0.001, "weight_decay": 5e-2}
+        | {"epochs": 100, "warmup_epochs": 5, "clip_norm": 1.0},
+        run={"dir": "runs/visreg", "global_batch_size": 512},
     )
 
     def loss(self, e: Centred, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:

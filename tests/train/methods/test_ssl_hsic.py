@@ -80,6 +80,14 @@ def test_at_collapse_there_is_no_dependence_and_the_gradient_is_finite() -> None
     assert ssl_hsic().loss(Matches(apart, apart, apart), None, DRAWS).metrics["hsic_image"].item() > 0.25
 
 
+def test_where_embeddings_are_exactly_equal_the_root_has_a_gradient() -> None:
+    """Of two equal rows the mean is exact, HSIC(Z, Z) is 0, and the root's own slope would be infinite."""
+    online = torch.ones(1, 1, 8, dtype=torch.float64, requires_grad=True)
+    loss = ssl_hsic().loss(Matches(online, online.detach(), online), None, DRAWS)
+    assert loss.metrics["hsic_self"] == 0
+    assert torch.autograd.grad(loss.value, online)[0].isfinite().all()
+
+
 def test_target_follows_the_online_network() -> None:
     method = ssl_hsic(tau=0.5)
     online, target = next(method.projector.parameters()), next(method.teacher_projector.parameters())
