@@ -10,6 +10,7 @@ What the stream of batches depends on (`Identity`) is stored and must agree on r
 import logging
 import threading
 import zipfile
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from sharding.command import UserError
 from sharding.storage import rename_durably
 from train.config import Config, load_config, validate
+from train.engine.foreign import encoder_weights
 from train.methods import build_method
 from train.model.encoder import Encoder
 from train.overrides import apply
@@ -250,15 +252,16 @@ def load_encoder(path: str | Path) -> Encoder:
 
 
 def initialize(encoder: Encoder, path: Path, field: str = "run.init_from") -> None:
-    """Give the encoder the weights of ``path``: a run, one of its checkpoints, or a torch or safetensors file by our
-    names, torchvision's or timm's (whose classifier is left out). Raises `CheckpointError`, naming the ``field`` of the
-    configuration and what does not fit."""
+    """Give the encoder the weights of ``path``: a run, one of its checkpoints, or a torch or safetensors file of
+    other people (see `train.engine.foreign`), whose heads are left out. Raises `CheckpointError`, naming the ``field``
+    of the configuration and what does not fit."""
     if path.is_dir() or "identity" in (content := _content(path, field)):
         weights = load_pretrained(path).encoder.state_dict()
     else:
-        weights = {f"backbone.{name.removeprefix('backbone.')}": value for name, value in content.items()}
+        weights = {f"backbone.{name}": value for name, value in encoder_weights(content).items()}
     own = encoder.state_dict()
     weights = {n: w for n, w in weights.items() if n in own or not n.startswith(_CLASSIFIERS)}
+    weights |= {n: w for n, w in own.items() if n.endswith("num_batches_tracked") and n not in weights}  # old files
     for name in sorted(own.keys() | weights.keys()):
         expected, found = (tuple(d[name].shape) if name in d else "nothing" for d in (own, weights))
         if expected != found:
@@ -276,7 +279,8 @@ def _content(path: Path, field: str) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        with torch.serialization.safe_globals([Namespace]):  # DINO and MAE save their arguments
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         raise CheckpointError(f"{field}: {path}: cannot be read ({str(error).splitlines()[0]})") from None
 

@@ -15,8 +15,10 @@ from train.evaluate.features import Features
 PROTOCOLS = {
     "knn": "train.evaluate.knn:KNN",
     "linear": "train.evaluate.linear:Linear",
+    "linear-sgd": "train.evaluate.linear_sgd:LinearSGD",
     "retrieve": "train.evaluate.knn:Retrieve",
     "cluster": "train.evaluate.cluster:Cluster",
+    "health": "train.evaluate.health:Health",
 }
 
 Values = Iterator[tuple[str, float]]

@@ -1,0 +1,103 @@
+"""What is exported is read by timm and torchvision, with the same representations."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+
+from sharding.manifest import ShardSet
+from train.config import load_config
+from train.engine import checkpoint
+from train.evaluate.__main__ import main as evaluate
+from train.export import main
+from train.methods import build_method
+from train.processes.distributed import World
+
+
+def trained(run: Path, *overrides: str) -> Path:
+    """A run of a method whose encoder is not as it was initialised, BatchNorm's statistics included."""
+    config = load_config(None, ["views.size=64", "views.kernel=5", *overrides])
+    torch.manual_seed(1)
+    method = build_method(config.method, config.encoder, World())
+    encoder = method.exported().train()
+    with torch.no_grad():
+        for _ in range(2):
+            encoder(torch.randn(4, 3, 64, 64) * 2 + 1)
+        for parameter in encoder.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    plain = {"step": 7, "config": config.model_dump(mode="json"), "identity": {"data": "abc"}, "optimizer": {}}
+    checkpoint.save(run, 7, {**plain, "method": method.state_dict()})
+    return run
+
+
+def same(model: Any, run: Path, size: int = 64) -> None:
+    images = torch.randn(2, 3, size, size)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.eval()(images), checkpoint.load_encoder(run)(images), rtol=1e-5, atol=1e-5)
+
+
+def exported(run: Path, out: Path) -> dict[str, Any]:
+    assert main(["--checkpoint", str(run), "--out", str(out)]) == 0
+    content: dict[str, Any] = json.loads((out / "config.json").read_text())
+    return content
+
+
+def test_a_resnet_is_read_by_timm_and_torchvision(tmp_path: Path) -> None:
+    import timm
+
+    run = trained(tmp_path / "run", "encoder=resnet50", "method=byol", "views.interpolation=bicubic")
+    config = exported(run, tmp_path / "out")
+    same(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True), run)
+    theirs = torchvision.models.resnet50()
+    missing, unexpected = theirs.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=False)
+    assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
+    theirs.fc = torch.nn.Identity()
+    same(theirs, run)
+    scaling = config["pretrained_cfg"]
+    assert (scaling["input_size"], scaling["interpolation"], scaling["mean"]) == (
+        [3, 64, 64],
+        "bicubic",
+        [0.485, 0.456, 0.406],
+    )
+    assert config["parallax"]["data"] == "abc"
+    assert config["parallax"]["step"] == 7
+    assert config["parallax"]["config"]["method"]["name"] == "byol"
+    assert "pretrained by byol" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_vit_of_any_size_is_read_by_timm(tmp_path: Path) -> None:
+    import timm
+
+    run = trained(tmp_path / "run", "encoder=timm:vit_tiny_patch16_224", "encoder.image_size=64")
+    exported(run, tmp_path / "out")
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    same(model, run)
+    same(model, run, size=96)
+
+
+def test_the_exported_file_is_evaluated_again(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", "encoder=resnet18")
+    exported(run, tmp_path / "out")
+    again = checkpoint.load_pretrained(tmp_path / "out" / "model.safetensors", ["encoder=resnet18"])
+    same(again.encoder, run)
+
+
+def test_the_card_and_the_scaling_are_those_of_the_newest_evaluation(tmp_path: Path, shard_set: ShardSet) -> None:
+    run = trained(tmp_path / "run", "encoder=resnet18", "views.size=32", f"data.shards={shard_set.root}")
+    assert evaluate(["--checkpoint", str(run), "--protocol", "knn", "knn.k=5"]) == 0
+    config = exported(run, tmp_path / "out")
+    record = json.loads((run / "evaluation.jsonl").read_text())
+    assert config["pretrained_cfg"]["crop_pct"] == pytest.approx(32 / record["view"]["resize"])
+    value = record["results"]["pretrained"]["knn"]["k=5 T=0.07 top-1 %"]
+    assert f"| knn | k=5 T=0.07 top-1 % | {value:.4g} |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_encoder_that_timm_has_not_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(tmp_path / "run", "encoder=resnet18", "encoder.stem=cifar")
+    assert main(["--checkpoint", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert "timm has resnet18 with 64 channels" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
