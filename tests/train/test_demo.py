@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 _DEMO = """
-import sys
+import signal, sys
 from train.demo import _run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 print("code", _run([sys.executable, "-c", sys.argv[1]]), flush=True)
 """
 _COMMAND = """
