@@ -149,6 +149,8 @@ def checks(world: World, shards: Path, run: Path, fault: str) -> list[list[str]]
         METHODS["simclr"] = f"{__name__}:{kind}"
     elif planted:
         vars(train.verify)["build_loader"] = planted
+    if kind == "compressed":
+        more += ["run.gradient_compression=bf16"]
     if kind == "other settings" and world.rank == 1:
         more += ["method.temperature=0.7"]
     if method == "dino":
@@ -162,7 +164,7 @@ def checks(world: World, shards: Path, run: Path, fault: str) -> list[list[str]]
 
 
 def all_checks(world: World, shards: Path, run: Path) -> dict[str, list[list[str]]]:
-    return {fault: checks(world, shards, run, fault) for fault in ["none", "none, fp32", *FOUND]}
+    return {fault: checks(world, shards, run, fault) for fault in ["none", "none, fp32", "compressed", *FOUND]}
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +185,16 @@ def test_without_a_fault_everything_passes(precision: str, found: dict[str, list
     assert {SETTINGS, SLICES, RESUMED, STATISTICS, LOSS, GRADIENT, WEIGHTS, RANKS, TWICE} < set(names)
     (measured,) = [name for name, status, _ in found[precision] if status == "MEASURED"]
     assert measured == "averaged gradient, GradCache of 2 pieces"
+
+
+def test_what_compression_changes_is_measured_and_the_rest_is_verified_without(
+    found: dict[str, list[list[str]]],
+) -> None:
+    assert failures(found["compressed"]) == {}
+    (sent,) = [detail for name, status, detail in found["compressed"] if (name, status) == (GRADIENT, "MEASURED")]
+    assert sent.endswith("; sent as bf16")
+    off = float(sent.removeprefix("off by ").split(",")[0])
+    assert 1e-4 < off < 2**-8, "bf16 rounds by at most a 256th"
 
 
 @pytest.mark.parametrize("fault", FOUND)
