@@ -10,21 +10,20 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
 from fsspec.callbacks import Callback
 
 from pipeline.stats import Stats
 from pipeline.workers import Watch, Workers
 from sharding.command import UserError
 from sharding.manifest import Shard, ShardSet
+from sharding.storage import checksum
 
 _NUM_FETCHERS = 4  # shards at a time: one stream of an object store is far slower than the network
-_CHUNK_BYTES = 1 << 24
 _NUM_ATTEMPTS = 8
 _RETRY_SECONDS = 1.0  # before the second attempt, and twice as long before each further one: two minutes in all
 
@@ -116,7 +115,7 @@ class ShardCache:
         for attempt in range(_NUM_ATTEMPTS):
             try:
                 with self._watch.watching(source) as progress:
-                    blocks = _Blocks(progress)
+                    blocks = Callback(hooks={"progress": lambda *_, **__: progress()})  # called in any thread
                     self._source.fs.get_file(self._source.path(shard.path), str(part), callback=blocks)
                 return
             except Exception as error:
@@ -128,7 +127,8 @@ class ShardCache:
                 self._closing.wait(seconds)
 
     def _check(self, part: Path, shard: Shard) -> None:
-        found = (part.stat().st_size, _checksum(part))
+        with part.open("rb") as file:
+            found = part.stat().st_size, checksum(file)
         if found != (shard.num_bytes, shard.xxh3_128):
             raise OSError(
                 f"{self._source}/{shard.path}: expected {shard.num_bytes} bytes with checksum {shard.xxh3_128}, "
@@ -167,17 +167,6 @@ class ShardCache:
                     yield status.st_mtime, self._sizes.get(path.stem, status.st_size), path
 
 
-class _Blocks(Callback):
-    """fsspec tells it of each block that arrives, some stores in a thread of their own."""
-
-    def __init__(self, progress: Callable[[], None]) -> None:
-        super().__init__()
-        self._progress = progress
-
-    def call(self, *_: object, **__: object) -> None:
-        self._progress()
-
-
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[Path]:
     """A file that one process at a time writes; it is gone at the end, unless renamed. Killed, it can be taken over."""
@@ -208,11 +197,3 @@ def _is_open(path: Path, descriptor: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
