@@ -81,7 +81,7 @@ class Reader:
             return
         for shard in shards:
             if shard not in self._advised:
-                self._adviser.submit(self._advise_whole, shard)
+                self._adviser.submit(self._advise_part, shard, 0, 0)  # all of it
         self._advised = set(shards)
 
     def describe(self, sample: int) -> str:
@@ -107,15 +107,12 @@ class Reader:
     def _advise(self, samples: NDArray[np.int64]) -> None:
         index = self.shards.index
         for sample in samples.tolist():
-            file = self._file(int(index.shard[sample]))
-            offset, size = int(index.offset[sample]), int(index.size[sample])
-            with self._watching(int(index.shard[sample])):
-                os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+            self._advise_part(int(index.shard[sample]), int(index.offset[sample]), int(index.size[sample]))
 
-    def _advise_whole(self, shard: int) -> None:
+    def _advise_part(self, shard: int, offset: int, size: int) -> None:
         file = self._file(shard)
         with self._watching(shard):
-            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def _file(self, shard: int) -> "_File":
         with self._lock:
