@@ -82,14 +82,13 @@ def _enter_peer(
     options: argparse.Namespace, config: Config, shards: ShardSet, name: str, threads: int, stack: ExitStack
 ) -> dict[str, Callable[[], Turn]]:
     """A contestant, or none where the peer is not installed."""
-    batch = config.run.global_batch_size
+    peer_options = PeerOptions(shards, flatten(config.views), config.run.global_batch_size, threads, prefetch=2)
     try:
-        peer = build_peer(name, PeerOptions(shards, flatten(config.views), batch, threads, 2))
+        peer = build_peer(name, peer_options, stack)
     except ImportError as error:
         print(f"left out {name}: {error}")
         return {}
-    stack.callback(peer.close)
-    return {_label(name, threads): _turn(peer.next_batch, options.seconds, peer.num_ahead + 1)}
+    return {_label(name, threads): _turn(peer, options.seconds, peer_options.num_ahead + 1)}
 
 
 def _turn(work: Callable[[], int], seconds: float, warmup: int) -> Callable[[], Turn]:

@@ -5,7 +5,7 @@ The manifest is written last, so a directory that has one is complete.
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,12 +18,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from sharding.command import UserError, say
 from sharding.storage import STATE, Directory
 
-FORMAT_VERSION = 2  # version 1, whose fingerprint leaves the class names out, is read too
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 MANIFEST_COPY = "manifest.copy.json"
 INDEX_FILE = "index.arrow"
 QUARANTINE_FILE = "quarantine.jsonl"
-_DOUBLED = ("seed", "num_lanes")  # fields that `layout` has too, of manifests written before 2026-11-24
 SAMPLE_SCHEMA = pa.schema(
     [
         pa.field("offset", pa.int64(), nullable=False),  # of the JPEG's data in its archive, bytes
@@ -36,6 +35,7 @@ SAMPLE_SCHEMA = pa.schema(
     ]
 )
 INDEX_SCHEMA = SAMPLE_SCHEMA.insert(0, pa.field("shard", pa.int32(), nullable=False))
+_STRICT = ConfigDict(extra="forbid")
 
 
 class ShardError(UserError):
@@ -44,7 +44,7 @@ class ShardError(UserError):
 
 @dataclass(frozen=True)
 class Shard:
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar = _STRICT
 
     path: str  # relative, "lane-00/train-000000.tar"; its DALI index has the suffix .idx
     lane: int
@@ -55,7 +55,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class IndexFile:
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar = _STRICT
 
     num_bytes: int
     xxh3_128: str
@@ -65,6 +65,8 @@ class IndexFile:
 @dataclass(frozen=True)
 class Manifest:
     """`num_read == num_samples + num_quarantined + num_surplus`; lanes are exactly equal."""
+
+    __pydantic_config__: ClassVar = _STRICT
 
     version: int
     fingerprint: str  # of everything that decides order and content; not of paths, dates or library versions
@@ -80,7 +82,7 @@ class Manifest:
     class_names: tuple[str, ...]  # by label; empty for unlabelled data
     shards: tuple[Shard, ...]  # by lane, then by number
     index: IndexFile
-    libraries: dict[str, str] = field(default_factory=dict)
+    libraries: dict[str, str]
 
     @property
     def num_lanes(self) -> int:
@@ -106,10 +108,8 @@ class Manifest:
             if not out.exists(MANIFEST_COPY):
                 raise
             manifest = cls.read(out, MANIFEST_COPY)
-            say(
-                "sharding",
-                f"{out}/{MANIFEST_FILE}: is damaged or missing, its copy is used; {repair_command(out)} restores it",
-            )
+            where = f"{out}/{MANIFEST_FILE}"
+            say("sharding", f"{where}: is damaged or missing, its copy is used; {repair_command(out)} restores it")
             return manifest
 
     def save(self, root: str | Path | Directory) -> None:
@@ -122,34 +122,19 @@ class Manifest:
         """One of the two files, checked."""
         if not out.exists(name):
             raise ShardError(_why_no_manifest(out))
+        where = f"{out}/{name}"
         try:
             raw = json.loads(out.read(name))
         except ValueError as error:
-            raise ShardError(f"{out}/{name}: is not JSON ({error}); rebuild the shards") from None
-        manifest = cls._from_json(raw, f"{out}/{name}")
-        found = fingerprint(
-            manifest.shards, manifest.num_lanes, manifest.policy, manifest.class_names, manifest.version
-        )
-        if found != manifest.fingerprint:
-            raise ShardError(
-                f"{out}/{name}: expected the fingerprint {manifest.fingerprint} of its build, its shards have {found}: "
-                "it is damaged or was changed; put the original back, or build the shards again"
-            )
-        return manifest
-
-    @classmethod
-    def _from_json(cls, raw: Any, where: str) -> Self:
+            raise ShardError(f"{where}: is not JSON ({error}); rebuild the shards") from None
         version = raw.get("version") if isinstance(raw, dict) else None
-        if version not in (1, FORMAT_VERSION):
+        if version != FORMAT_VERSION:
             raise ShardError(
-                f"{where}: format version {version!r}, this program reads versions 1 to {FORMAT_VERSION}; "
+                f"{where}: format version {version!r}, this program reads version {FORMAT_VERSION}; "
                 "build the shards again with this program, or read them with the one that made them"
             )
-        raw = {name: value for name, value in raw.items() if name not in _DOUBLED}
-        if difference := {f.name for f in fields(cls)} ^ set(raw):
-            raise ShardError(f"{where}: fields missing or unknown: {', '.join(sorted(difference))}")
         try:
-            return TypeAdapter(cls).validate_json(json.dumps(raw), strict=True)
+            manifest = TypeAdapter(cls).validate_json(json.dumps(raw), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
@@ -157,6 +142,13 @@ class Manifest:
                 f"{where}: is damaged at {field}: {first['msg']}, found {first['input']!r}; "
                 "put the original back, or build the shards again"
             ) from None
+        found = fingerprint(manifest.shards, manifest.num_lanes, manifest.policy, manifest.class_names)
+        if found != manifest.fingerprint:
+            raise ShardError(
+                f"{where}: expected the fingerprint {manifest.fingerprint} of its build, its shards have {found}: "
+                "it is damaged or was changed; put the original back, or build the shards again"
+            )
+        return manifest
 
 
 @dataclass(frozen=True)
@@ -266,22 +258,15 @@ def check_index(out: Directory, manifest: Manifest, index: Index) -> None:
         )
 
 
-def fingerprint(
-    shards: Sequence[Shard],
-    num_lanes: int,
-    policy: dict[str, Any],
-    class_names: Sequence[str],
-    version: int = FORMAT_VERSION,
-) -> str:
+def fingerprint(shards: Sequence[Shard], num_lanes: int, policy: dict[str, Any], class_names: Sequence[str]) -> str:
     """xxh3_128 over everything that decides the samples, their bytes, their order and what their labels mean."""
-    content: dict[str, Any] = {
-        "version": version,
+    content = {
+        "version": FORMAT_VERSION,
         "num_lanes": num_lanes,
         "policy": policy,
         "shards": [(shard.lane, shard.num_samples, shard.xxh3_128) for shard in shards],
+        "class_names": list(class_names),
     }
-    if version > 1:
-        content["class_names"] = list(class_names)
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 

@@ -6,9 +6,9 @@ them end with normalised float32 views (b, 3, size, size).
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import Protocol
 
 from pipeline.views import ViewSpec
 from sharding.command import UserError
@@ -25,24 +25,13 @@ class PeerOptions:
 
     @property
     def num_ahead(self) -> int:
-        """Batches that all of them together may make ahead."""
+        """Batches that all of them may have ready when none has been taken for a while: a measurement discards them."""
         return self.num_threads * self.prefetch
 
 
-class Peer(Protocol):
-    """An endless stream of batches in an order of its own."""
+Peer = Callable[[], int]  # waits for the next of endless batches, in an order of its own; returns the images in it
 
-    num_ahead: int
-    """Batches that may be ready, or nearly, when none has been taken for a while: what a measurement discards."""
-
-    def next_batch(self) -> int:
-        """Wait for a batch; returns the number of images in it."""
-        ...
-
-    def close(self) -> None: ...
-
-
-# name -> "module:builder", imported when chosen; a builder takes PeerOptions and returns a Peer
+# name -> "module:builder", imported when chosen; a builder gets PeerOptions and the stack that ends it
 PEERS = {
     "decode-only": "benchmarks.peers.decode:build_cpu",
     "decode-only-dali": "benchmarks.peers.decode:build_dali",
@@ -53,12 +42,11 @@ PEERS = {
 }
 
 
-def build_peer(name: str, options: PeerOptions) -> Peer:
+def build_peer(name: str, options: PeerOptions, stack: ExitStack) -> Peer:
     """Raises ValueError for an unknown name, and ImportError for one that is not installed; the extra has its name."""
     if name not in PEERS:
         raise UserError(f"peer: expected one of {', '.join(PEERS)}, found {name!r}")
     try:
-        build: Callable[[PeerOptions], Peer] = resolve_name(PEERS[name])
-        return build(options)
+        return resolve_name(PEERS[name])(options, stack)
     except ImportError as error:
         raise ImportError(f"{error}; it comes with the extra {name!r}, see pyproject.toml") from error

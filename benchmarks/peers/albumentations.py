@@ -7,13 +7,14 @@ but for rounding and borders.
 """
 
 import os
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torchvision.datasets import ImageFolder
 
-from benchmarks.peers import PeerOptions
-from benchmarks.peers.dataloader import IteratorPeer, name_of, over, temporary_directory
+from benchmarks.peers import Peer, PeerOptions
+from benchmarks.peers.dataloader import batches_of, over
 from benchmarks.peers.imagefolder import unpack
 from pipeline.views import ViewSpec
 
@@ -22,11 +23,10 @@ import albumentations as A
 import cv2
 
 
-def build(options: PeerOptions) -> IteratorPeer:
-    directory = temporary_directory(options)
-    unpack(options.shards, name_of(directory))
-    dataset = ImageFolder(directory.name, transform=MakeViews(options), loader=_read)
-    return IteratorPeer(over(dataset, options), options.num_ahead, directory)
+def build(options: PeerOptions, stack: ExitStack) -> Peer:
+    folder = unpack(options, stack)
+    dataset = ImageFolder(folder, transform=MakeViews(options), loader=_read)
+    return batches_of(over(dataset, options), stack)
 
 
 class MakeViews:

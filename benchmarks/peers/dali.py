@@ -4,6 +4,7 @@ https://docs.nvidia.com/deeplearning/dali/user-guide/docs/examples/general/data_
 Its jitter is not torchvision's: fixed order, contrast about 128, hue by a linear approximation.
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,36 +13,29 @@ from nvidia.dali.pipeline import pipeline_def
 from nvidia.dali.plugin.base_iterator import LastBatchPolicy
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-from benchmarks.peers import PeerOptions
+from benchmarks.peers import Peer, PeerOptions
+from benchmarks.peers.dataloader import batches_of
 from pipeline.views import ViewSpec
 
 
-class DaliPeer:
-    def __init__(self, options: PeerOptions) -> None:
-        self.num_ahead = options.num_ahead
-        on_gpu = torch.cuda.is_available()
-        root, shards = options.shards.root, options.shards.manifest.shards
-        archives = [str(root / shard.path) for shard in shards]
-        pipeline: Any = _graph(
-            archives,
-            [archive.removesuffix(".tar") + ".idx" for archive in archives],
-            options.specs,
-            on_gpu,
-            batch_size=options.batch_size,
-            num_threads=options.num_threads,
-            device_id=0 if on_gpu else None,
-            prefetch_queue_depth=options.prefetch,
-        )
-        names = [f"view{number}" for number in range(len(options.specs))]
-        self._batches = DALIGenericIterator(
-            [pipeline], [*names, "label"], size=-1, auto_reset=True, last_batch_policy=LastBatchPolicy.PARTIAL
-        )
-
-    def next_batch(self) -> int:
-        return len(next(self._batches)[0]["view0"])
-
-    def close(self) -> None:
-        del self._batches
+def build(options: PeerOptions, stack: ExitStack) -> Peer:
+    on_gpu = torch.cuda.is_available()
+    archives = [str(options.shards.root / shard.path) for shard in options.shards.manifest.shards]
+    pipeline: Any = _graph(
+        archives,
+        [archive.removesuffix(".tar") + ".idx" for archive in archives],
+        options.specs,
+        on_gpu,
+        batch_size=options.batch_size,
+        num_threads=options.num_threads,
+        device_id=0 if on_gpu else None,
+        prefetch_queue_depth=options.prefetch,
+    )
+    names = [f"view{number}" for number in range(len(options.specs))]
+    batches = DALIGenericIterator(
+        [pipeline], [*names, "label"], size=-1, auto_reset=True, last_batch_policy=LastBatchPolicy.PARTIAL
+    )
+    return batches_of((([batch[name] for name in names], batch["label"]) for [batch] in batches), stack)
 
 
 @pipeline_def
@@ -93,6 +87,3 @@ def _coin(probability: float) -> Any:
 
 def _uniform(low: float, high: float) -> Any:
     return fn.random.uniform(range=[low, high])
-
-
-build = DaliPeer

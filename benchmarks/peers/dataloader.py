@@ -1,6 +1,8 @@
 """An iterator as a peer, and `torch.utils.data.DataLoader` as an iterator."""
 
+import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -8,28 +10,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from benchmarks.peers import PeerOptions
+from benchmarks.peers import Peer, PeerOptions
 
 _ENDLESS = 10**12  # samples
 
 
-class IteratorPeer:
-    """``batches`` yields (list of views, labels), and ends what it has started when it is no longer referred to."""
-
-    def __init__(
-        self, batches: Iterator[Any], num_ahead: int, directory: "TemporaryDirectory[str] | None" = None
-    ) -> None:
-        self.num_ahead = num_ahead
-        self._batches, self._directory = batches, directory
-
-    def next_batch(self) -> int:
-        views, _ = next(self._batches)
-        return len(views[0])
-
-    def close(self) -> None:
-        del self._batches  # the last reference: ends its threads or worker processes
-        if self._directory:
-            self._directory.cleanup()
+def batches_of(batches: Iterator[Any], stack: ExitStack) -> Peer:
+    """Of an iterator over (list of views, labels) that ends what it has started when nothing refers to it."""
+    held = [batches]
+    stack.callback(held.clear)
+    return lambda: len(next(held[0])[0][0])
 
 
 def over(dataset: Dataset, options: PeerOptions) -> Iterator[Any]:
@@ -54,14 +44,8 @@ def worker_options(options: PeerOptions) -> dict[str, Any]:
     }
 
 
-def temporary_directory(options: PeerOptions) -> "TemporaryDirectory[str]":
+def temporary_directory(options: PeerOptions, stack: ExitStack) -> Path:
     """Beside the shards, so that all contestants read from the same disk; elsewhere if that is not allowed."""
     root = options.shards.root.parent
-    try:
-        return TemporaryDirectory(prefix="peer-", dir=root)
-    except PermissionError:
-        return TemporaryDirectory(prefix="peer-")
-
-
-def name_of(directory: "TemporaryDirectory[str]") -> Path:
-    return Path(directory.name)
+    where = root if os.access(root, os.W_OK) else None
+    return Path(stack.enter_context(TemporaryDirectory(prefix="peer-", dir=where)))

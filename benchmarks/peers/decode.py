@@ -2,11 +2,13 @@
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack, closing
+from itertools import count
 from typing import Any
 
 import torch
 
-from benchmarks.peers import PeerOptions
+from benchmarks.peers import Peer, PeerOptions
 from pipeline.backends import Backend, BackendContext, Pending, Views
 from pipeline.backends.cpu import Decoder
 from pipeline.backends.dali.backend import DaliBackend
@@ -21,29 +23,25 @@ _CPU = torch.device("cpu")
 _WHOLE = ViewSpec(size=1, crop="center", resize=1, blur=0)  # a view that would need the whole image
 
 
-class DecodeOnly:
+def _decode_only(
+    options: PeerOptions, stack: ExitStack, build: Callable[[BackendContext], Backend], device: torch.device
+) -> Peer:
     """The batches of a backend that makes no view of what it has decoded."""
+    lanes = options.shards.manifest.num_lanes
+    order = Shuffled(lane_shard_sizes(options.shards), 0, -(-options.batch_size // lanes) * lanes)
+    reader = stack.enter_context(closing(Reader(options.shards)))
+    backend = build(BackendContext(reader, order.global_batch_size, options.num_threads, device))
+    stack.callback(backend.close)
+    steps, pending = count(), deque[Pending]()
 
-    def __init__(self, options: PeerOptions, build: Callable[[BackendContext], Backend], device: torch.device) -> None:
-        self._shards, self._prefetch, self.num_ahead = options.shards, options.prefetch, options.num_ahead
-        lanes = options.shards.manifest.num_lanes
-        self._order = Shuffled(lane_shard_sizes(options.shards), 0, -(-options.batch_size // lanes) * lanes)
-        self._reader = Reader(options.shards)
-        self._backend = build(BackendContext(self._reader, self._order.global_batch_size, options.num_threads, device))
-        self._pending: deque[Pending] = deque()
-        self._step = 0
+    def next_batch() -> int:
+        while len(pending) < options.prefetch:
+            step = next(steps)
+            pending.append(backend.submit(plan_samples(options.shards, [_WHOLE], 0, step, *order.batch(step))))
+        pending.popleft().result()
+        return order.global_batch_size
 
-    def next_batch(self) -> int:
-        while len(self._pending) < self._prefetch:
-            plan = plan_samples(self._shards, [_WHOLE], 0, self._step, *self._order.batch(self._step))
-            self._pending.append(self._backend.submit(plan))
-            self._step += 1
-        self._pending.popleft().result()
-        return self._order.global_batch_size
-
-    def close(self) -> None:
-        self._backend.close()
-        self._reader.close()
+    return next_batch
 
 
 class _NoRenderer:
@@ -60,12 +58,14 @@ class _NoRenderer:
     def close(self) -> None: ...
 
 
-def build_cpu(options: PeerOptions) -> DecodeOnly:
+def build_cpu(options: PeerOptions, stack: ExitStack) -> Peer:
     """By libjpeg-turbo, in threads."""
-    return DecodeOnly(options, lambda context: ThreadedBackend(context, Decoder(), lambda *_: (0.0, 0.0)), _CPU)
+    return _decode_only(
+        options, stack, lambda context: ThreadedBackend(context, Decoder(), lambda *_: (0.0, 0.0)), _CPU
+    )
 
 
-def build_dali(options: PeerOptions) -> DecodeOnly:
+def build_dali(options: PeerOptions, stack: ExitStack) -> Peer:
     """By DALI, on a GPU if there is one."""
     device = torch.device("cuda") if torch.cuda.is_available() else _CPU
-    return DecodeOnly(options, lambda context: DaliBackend(context, _NoRenderer()), device)
+    return _decode_only(options, stack, lambda context: DaliBackend(context, _NoRenderer()), device)

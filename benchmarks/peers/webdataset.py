@@ -3,17 +3,19 @@
 https://webdataset.github.io/webdataset/
 """
 
+from contextlib import ExitStack
+
 import torch
 import webdataset as wds
 
-from benchmarks.peers import PeerOptions
-from benchmarks.peers.dataloader import IteratorPeer, worker_options
+from benchmarks.peers import Peer, PeerOptions
+from benchmarks.peers.dataloader import batches_of, worker_options
 from benchmarks.peers.transforms import MakeViews
 
 _SHUFFLE_BUFFER = 1000  # samples, as in the library's examples
 
 
-def build(options: PeerOptions) -> IteratorPeer:
+def build(options: PeerOptions, stack: ExitStack) -> Peer:
     urls = [str(options.shards.root / shard.path) for shard in options.shards.manifest.shards]
     dataset = (
         wds.WebDataset(urls, resampled=True, shardshuffle=False, nodesplitter=wds.split_by_node)
@@ -24,7 +26,7 @@ def build(options: PeerOptions) -> IteratorPeer:
         .batched(options.batch_size, collation_fn=_collate)
     )
     loader = wds.WebLoader(dataset, batch_size=None, **worker_options(options))
-    return IteratorPeer(iter(loader), options.num_ahead)
+    return batches_of(iter(loader), stack)
 
 
 def _collate(samples: list[tuple[list[torch.Tensor], int]]) -> tuple[list[torch.Tensor], torch.Tensor]:

@@ -1,3 +1,5 @@
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 import torch
@@ -19,13 +21,12 @@ def options(shards: ShardSet) -> PeerOptions:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_a_peer_makes_batches_without_end_and_leaves_nothing(name: str, shard_set: ShardSet) -> None:
     before, files, torch_threads = census(), sorted(shard_set.root.parent.iterdir()), torch.get_num_threads()
-    try:
-        peer = build_peer(name, options(shard_set))
-    except ImportError as error:
-        pytest.skip(str(error))
-    assert [peer.next_batch() for _ in range(14)] == 14 * [8]  # more than a pass over 92 samples
-    peer.close()
-    del peer
+    with ExitStack() as stack:
+        try:
+            peer = build_peer(name, options(shard_set), stack)
+        except ImportError as error:
+            pytest.skip(str(error))
+        assert [peer() for _ in range(14)] == 14 * [8]  # more than a pass over 92 samples
     wait_until(lambda: census() <= before)  # queues' feeder threads end by themselves
     assert sorted(shard_set.root.parent.iterdir()) == files
     assert torch.get_num_threads() == torch_threads
@@ -33,7 +34,7 @@ def test_a_peer_makes_batches_without_end_and_leaves_nothing(name: str, shard_se
 
 def test_an_unknown_peer_is_refused(shard_set: ShardSet) -> None:
     with pytest.raises(ValueError, match="one of decode-only, decode-only-dali, imagefolder"):
-        build_peer("magic", options(shard_set))
+        build_peer("magic", options(shard_set), ExitStack())
 
 
 def test_a_peer_that_is_not_installed_is_named_with_its_extra(
@@ -41,7 +42,7 @@ def test_a_peer_that_is_not_installed_is_named_with_its_extra(
 ) -> None:
     monkeypatch.setitem(PEERS, "absent", "absent.module:build")
     with pytest.raises(ImportError, match=r"No module named 'absent'; it comes with the extra 'absent'"):
-        build_peer("absent", options(shard_set))
+        build_peer("absent", options(shard_set), ExitStack())
 
 
 def test_torchvisions_views_are_normalised_tensors_of_the_specs_sizes() -> None:
