@@ -15,7 +15,13 @@ CONFIG = Path("configs/demo.yaml")
 
 @command("train.demo")
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m train.demo", description="Shard, pretrain, evaluate: everything, on generated images."
+    )
+    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="shards go here (default: data/demo)")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="the run goes here (default: runs/demo)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
+    options = parser.parse_args(arguments)
     data, run = options.data, options.run
     commands = [
         *(f"sharding.build --dataset demo --split {split} --out {data}/{split}" for split in ("train", "test")),
@@ -29,13 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code := _run([sys.executable, "-m", *shlex.split(step)]):
             print(f"train.demo: this command failed with exit code {code}", file=sys.stderr)
             return code
-    _summarise(run)
+    print("\nThe table above: percent of the test images; chance is 10.")
+    print(f"Look at {run}/views.png (the views) and {run}/curves.png (the curves).")
+    print(f"TensorBoard: tensorboard --logdir {run}/tensorboard")
     return 0
 
 
 def _run(command: Sequence[str]) -> int:
     """Its exit code. Ctrl-C reaches the command as well, which then saves and ends, and is waited for."""
-    with subprocess.Popen(command, env=_environment()) as process:
+    one_thread_each = {"OMP_NUM_THREADS": "1", **os.environ}  # on a laptop's cores, unless the user decided otherwise
+    with subprocess.Popen(command, env=one_thread_each) as process:
         while True:
             try:
                 return process.wait()
@@ -48,27 +57,6 @@ def num_processes() -> int:
     import torch
 
     return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
-
-
-def _environment() -> dict[str, str]:
-    """Two processes on a laptop's cores get one thread each unless the user decided otherwise."""
-    return {"OMP_NUM_THREADS": "1", **os.environ}
-
-
-def _summarise(run: Path) -> None:
-    print("\nThe table above: percent of the test images; chance is 10.")
-    print(f"Look at {run}/views.png (the views) and {run}/curves.png (the curves).")
-    print(f"TensorBoard: tensorboard --logdir {run}/tensorboard")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.demo", description="Shard, pretrain, evaluate: everything, on generated images."
-    )
-    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="shards go here (default: data/demo)")
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="the run goes here (default: runs/demo)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
-    return parser
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def pretrain(config: Config, world: World) -> bool:
     shards = open_shards(config.data.shards, lanes_of_rank(num_lanes, world.rank, world.size))
     check_batch(config, shards.manifest, world.size)
     plan = plan_run(config, shards.manifest)
-    identity = checkpoint.Identity.of(config, shards.manifest.fingerprint)
+    identity = checkpoint.identity_of(config, shards.manifest.fingerprint)
     with ExitStack() as stack:
         if world.is_main:
             stack.enter_context(run_directory(config.run.dir))
@@ -88,13 +88,14 @@ def pretrain(config: Config, world: World) -> bool:
         if world.is_main:
             _introduce(config, state, plan)
         loader = stack.enter_context(build_loader(config, shards, world, start_step))
-        clock = Clock()
-        monitor = stack.enter_context(_monitor(config, plan, start_step, world))
-        writer = stack.enter_context(_writer(config, world))
+        clock, monitor, writer, run = Clock(), None, None, config.run
+        if world.is_main:
+            monitor = stack.enter_context(Monitor(run.dir, start_step, plan.total_steps, run.global_batch_size))
+            writer = stack.enter_context(checkpoint.Writer(run.dir, run.keep_checkpoints, run.keep_every))
         hooks: list[Hook] = [
             *([online] if online else []),
             Log(config, world, task, loader, clock, monitor, online),
-            Save(config, world, task, clock, writer, asdict(identity), online),
+            Save(config, world, task, clock, writer, identity, online),
         ]
         done = fit(task, loader, plan.total_steps, hooks, lambda: any_rank(request.requested), start_step)
     world.barrier()
@@ -144,7 +145,7 @@ class Pretraining:
         labels = batch.labels if self.method.takes_labels else None
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self._plan.weight_decay(step) if group["adapt"] else 0.0
-        rate, progress = self._plan.learning_rate(step), self._plan.progress(step + 1)
+        rate, progress = self._plan.learning_rate(step), (step + 1) / self._plan.total_steps
         twice = self.world if self._run.replay_every and step % self._run.replay_every == 0 else None
         loss = self.step(batch.views, draws, rate, progress, labels, twice)
         noise = self._noise(loss.metrics["gradient_norm"], 2 if twice else 1) if self._noise else {}
@@ -209,11 +210,11 @@ class Save:
             return
         self.task.step.check(self.config.run.dir)
         with self.clock.pausing():
-            tensors = self.world.full_state(self.task.method, self.task.optimizer)
-            if self.writer and tensors:
+            if self.writer:
+                tensors = {"method": self.task.method.state_dict(), "optimizer": self.task.optimizer.state_dict()}
+                tensors |= {"online": self.online.state_dict()} if self.online else {}
                 plain = {"step": state.done, "identity": self.identity, "config": self.config.model_dump(mode="json")}
-                more = {"online": self.online.state_dict()} if self.online else {}
-                self.writer.save(state.done, {**tensors, **more, **plain})
+                self.writer.save(state.done, tensors | plain)
 
 
 def build_loader(config: Config, shards: ShardSet, world: World, start_step: int) -> Loader:
@@ -270,7 +271,7 @@ def run_facts(config: Config, shards: ShardSet, start_step: int) -> dict[str, ob
     return facts
 
 
-def _resumed(config: Config, identity: checkpoint.Identity) -> checkpoint.State | None:
+def _resumed(config: Config, identity: dict[str, Any]) -> checkpoint.State | None:
     if not config.run.resume and checkpoint.checkpoints(config.run.dir):
         raise UserError(f"run.dir: {config.run.dir} holds checkpoints and run.resume is false; choose a new run.dir")
     state = checkpoint.load_latest(config.run.dir)
@@ -288,16 +289,6 @@ def _introduce(config: Config, state: checkpoint.State | None, plan: RunPlan) ->
         print(f"continuing at step {state['step']} of {plan.total_steps}")
         for change in checkpoint.changed_settings(state, config):
             print(f"from here on {change}")
-
-
-def _monitor(config: Config, plan: RunPlan, start_step: int, world: World) -> Any:
-    batch = config.run.global_batch_size
-    return Monitor(config.run.dir, start_step, plan.total_steps, batch) if world.is_main else nullcontext()
-
-
-def _writer(config: Config, world: World) -> Any:
-    run = config.run
-    return checkpoint.Writer(run.dir, run.keep_checkpoints, run.keep_every) if world.is_main else nullcontext()
 
 
 def _nothing_to_do(config: Config, step: int, plan: RunPlan, world: World) -> bool:

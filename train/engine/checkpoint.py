@@ -3,18 +3,17 @@
 A file is a zip archive as torch writes it, with the xxh3_128 of everything before it as the archive's comment. So any
 damage is noticed, and ``torch.load(path, weights_only=True)`` still reads it.
 
-What the stream of batches depends on (`Identity`) is stored and must agree on resume; what it does not depend on
+What the stream of batches depends on (`identity_of`) is stored and must agree on resume; what it does not depend on
 (world size, backend, threads) may change.
 """
 
 import logging
-import threading
 import zipfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import xxhash
@@ -42,24 +41,16 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message names the file or the field that differs."""
 
 
-@dataclass(frozen=True)
-class Identity:
+def identity_of(config: Config, fingerprint: str) -> dict[str, Any]:
     """All that decides the batches and the meaning of the weights. Two runs of equal identity are one run."""
-
-    data: str
-    seed: int
-    global_batch_size: int
-    window: int | None
-    views: list[dict[str, Any]]
-    encoder: dict[str, Any]
-    method: dict[str, Any]
-    optimizer: str
-
-    @classmethod
-    def of(cls, config: Config, fingerprint: str) -> "Identity":
-        plain, run = config.model_dump(mode="json"), config.run
-        parts = plain["views"], plain["encoder"], plain["method"], config.optim.name
-        return cls(fingerprint, run.seed, run.global_batch_size, config.data.window, *parts)
+    plain = config.model_dump(mode="json")
+    return {
+        "data": fingerprint,
+        **{name: plain["run"][name] for name in ("seed", "global_batch_size")},
+        "window": config.data.window,
+        **{name: plain[name] for name in ("views", "encoder", "method")},
+        "optimizer": config.optim.name,
+    }
 
 
 class Writer:
@@ -68,42 +59,31 @@ class Writer:
 
     def __init__(self, directory: Path, keep: int, keep_every: int | None = None) -> None:
         self._directory, self._keep, self._keep_every = directory, keep, keep_every
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._executor = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
 
     def save(self, step: int, state: State) -> None:
         """Start writing ``state``, of which a copy is made here. Raises the error of the write before, if it failed."""
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(step, _copy(state)), name="checkpoint")
-        self._thread.start()
+        self._writing = self._executor.submit(self._write, step, _copy(state))
 
     def wait(self) -> None:
         """Until nothing is being written. Raises what prevented it: OSError, or UserError for values that are not
         finite; the earlier checkpoints are then untouched."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        if self._error:
-            error, self._error = self._error, None
-            raise error
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._executor.shutdown()
         if error is None:
             self.wait()
-        elif self._thread:
-            self._thread.join()
 
     def _write(self, step: int, state: State) -> None:
-        try:
-            save(self._directory, step, state)
-            self._drop_old()
-        except Exception as error:  # the loop's, at its next checkpoint
-            self._error = error
-
-    def _drop_old(self) -> None:
+        save(self._directory, step, state)
         for path in checkpoints(self._directory)[: -self._keep]:
             if not self._keep_every or step_of(path) % self._keep_every:
                 path.unlink()
@@ -176,14 +156,14 @@ def load_latest(directory: Path) -> State | None:
     return None
 
 
-def check_identity(state: State, expected: Identity, where: Path) -> None:
+def check_identity(state: State, expected: dict[str, Any], where: Path) -> None:
     """Raises `CheckpointError`, naming the field, unless the checkpoint belongs to a run of this identity.
 
     The stored configuration is read by today's models, so that a field that is new and has a default is equal.
     """
     fingerprint = state["identity"]["data"]
-    found = asdict(Identity.of(validate(state["config"], f"{where}: its configuration"), fingerprint))
-    for field, value in asdict(expected).items():
+    found = identity_of(validate(state["config"], f"{where}: its configuration"), fingerprint)
+    for field, value in expected.items():
         if found[field] != value:
             raise CheckpointError(
                 f"{where}: the checkpoint was made with a different {_FIELD_NAMES.get(field, field)}: expected "
@@ -235,14 +215,13 @@ def load_pretrained(path: Path, overrides: Sequence[str] = ()) -> Pretrained:
     state = load(path) if path.is_file() else load_latest(path)
     if state is None:
         raise CheckpointError(f"{path}: expected a checkpoint or a run directory with step-*.pt files")
-    config = validate(state["config"], str(path))
-    method = build_method(config.method, config.encoder, World())
-    method.load_state_dict(state["method"])
     for override in overrides:
         if not override.startswith(("data.", "views.")):
             raise CheckpointError(f"{override}: expected settings of data, views or protocols; the run has the others")
         apply(state["config"], override)
     config = validate(state["config"], str(path), overrides)
+    method = build_method(config.method, config.encoder, World())
+    method.load_state_dict(state["method"])
     return Pretrained(method.exported().float().eval(), config, state["step"], state["identity"].get("data"), directory)
 
 
@@ -308,26 +287,26 @@ def _seal(path: Path) -> None:
         file.seek(-2, 2)
         file.write(_SEAL_BYTES.to_bytes(2, "little"))
         file.seek(0)
-        digest = xxhash.xxh3_128()
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-        file.write(_MARK + digest.hexdigest().encode())
+        file.write(_checksum(file, path.stat().st_size))
 
 
 def _check(path: Path) -> None:
     """Raises `CheckpointError` for any damage. Files of before there was a seal have checksums of their contents."""
-    size = path.stat().st_size
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        left = max(0, size - _SEAL_BYTES)
-        while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
-            digest.update(chunk)
-            left -= len(chunk)
-        seal = file.read()
-    if seal != _MARK + digest.hexdigest().encode():
+        expected, seal = _checksum(file, max(0, path.stat().st_size - _SEAL_BYTES)), file.read()
+    if seal != expected:
         if not _is_unsealed(path, seal):
             raise CheckpointError(f"{path}: damaged (its checksum differs); use an earlier checkpoint")
         log.info("%s is of an earlier version, without a checksum of the whole file", path)
+
+
+def _checksum(file: BinaryIO, size: int) -> bytes:
+    """The seal of the next ``size`` bytes."""
+    digest = xxhash.xxh3_128()
+    while size and (chunk := file.read(min(size, _CHUNK_BYTES))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return _MARK + digest.hexdigest().encode()
 
 
 def _is_unsealed(path: Path, end: bytes) -> bool:

@@ -1,10 +1,9 @@
 """The training loop: the only one. What is trained is a task, what happens between steps are hooks."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 from pipeline.loader import Batch
 from train.methods import Loss
@@ -12,36 +11,17 @@ from train.methods import Loss
 
 @dataclass(frozen=True)
 class StepDone:
-    """What hooks are told after an update.
+    """What hooks are told after an update."""
 
-    done    updates of the run so far
-    last    whether the run ends here, finished or stopped
-    batch   that the step was made with, of this rank
-    loss    of this step and rank, on the device
-    """
-
-    done: int
-    last: bool
-    batch: Batch
-    loss: Loss
+    done: int  # updates of the run so far
+    last: bool  # whether the run ends here, finished or stopped
+    batch: Batch  # that the step was made with, of this rank
+    loss: Loss  # of this step and rank, on the device
 
 
-class Task(Protocol):
-    """Updates something with a batch. Called with consecutive steps; waits for nothing."""
-
-    def __call__(self, batch: Batch, step: int) -> Loss: ...
-
-
-class Hook(Protocol):
-    """Called after every update, in order. Must be called on all ranks if it communicates."""
-
-    def __call__(self, state: StepDone) -> None: ...
-
-
-class Stop(Protocol):
-    """Whether to end after this update: the same answer on all ranks."""
-
-    def __call__(self) -> bool: ...
+Task = Callable[[Batch, int], Loss]  # updates with the batch of a step, of consecutive ones; waits for nothing
+Hook = Callable[[StepDone], None]  # called after every update, in order; on all ranks if it communicates
+Stop = Callable[[], bool]  # whether to end after this update: the same answer on all ranks
 
 
 class Clock:

@@ -10,7 +10,6 @@ a collapsed run has ``collapse``, the name of the sign (`train.engine.health`).
 import json
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -63,9 +62,7 @@ class Monitor:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
         self._board.close()
         self._file.close()

@@ -34,10 +34,6 @@ class RunPlan:
         start, end = self.optim.weight_decay, self.optim.weight_decay_end
         return start if end is None else schedule.cosine(step / self.total_steps, start, end)
 
-    def progress(self, done: int) -> float:
-        """The fraction of the run that is finished after ``done`` updates, in (0, 1]."""
-        return done / self.total_steps
-
     def __str__(self) -> str:
         """What follows from the configuration and the data."""
         first, last = self.weight_decay(0), self.weight_decay(self.total_steps)

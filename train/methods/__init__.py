@@ -63,16 +63,11 @@ class Loss(NamedTuple):
 
 
 class Update(NamedTuple):
-    """An update that was made, or refused because of its gradient.
+    """An update that was made, or refused because of its gradient."""
 
-    progress   the fraction of the run that is finished after it, in (0, 1]
-    accepted   1.0, or 0.0 where it was refused: a scalar on the device, since the host does not wait to know
-    e          E of this rank's images, all pieces of the batch together, without gradient
-    """
-
-    progress: float
-    accepted: torch.Tensor
-    e: Any
+    progress: float  # the fraction of the run that is finished after it, in (0, 1]
+    accepted: torch.Tensor  # 1.0, or 0.0 where it was refused: on the device, since the host does not wait to know
+    e: Any  # E of this rank's images, all pieces of the batch together, without gradient
 
 
 class Method(nn.Module):

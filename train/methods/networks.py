@@ -80,7 +80,7 @@ class WithPredictor(Projected):
         return Predictions(z, self.predictor(z), h)
 
 
-class TeacherConfig(MethodConfig):
+class TeacherConfig(ProjectorConfig):
     tau: float = Field(0.996, ge=0, le=1, description="share of the teacher that an update keeps, at the start")
     hidden: int = Field(4096, ge=1, description="width of the projector's and predictor's hidden layer")
     out: int = Field(256, ge=1, description="dimensions of projection and prediction")
@@ -93,20 +93,16 @@ class Matches(NamedTuple):
     h: torch.Tensor  # (V, b, F)
 
 
-class WithTeacher(Method):
+class WithTeacher(Projected):
     """``predictor(projector(encoder(view)))``, and a teacher's ``projector(encoder(view))``. The teacher follows by a
     moving average, whose tau goes from ``tau`` to 1 along a cosine."""
 
-    head: ClassVar[dict[str, Any]] = {"last_norm": False}
+    head: ClassVar = {"last_norm": False}
 
     def __init__(self, config: TeacherConfig, encoder: Encoder, world: World) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.projector = mlp(encoder.num_features, config.hidden, config.out, config.layers, **self.head)
+        super().__init__(config, encoder, world)
         self.predictor = mlp(config.out, config.hidden, config.out, last_norm=False)
         self.teacher_encoder, self.teacher_projector = teacher_of(self.encoder), teacher_of(self.projector)
-        self._config: Any = config  # the method's own kind
-        self._world = world
 
     def forward(self, views: list[torch.Tensor], draws: Draws) -> Matches:
         h = encode(self.encoder, views)

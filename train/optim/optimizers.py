@@ -66,10 +66,8 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optim
         {"params": excluded, "weight_decay": 0.0, "adapt": False, "lr_scale": config.excluded_rate},
     ]
     betas = config.momentum, config.beta2
-    if config.name == "lars":
-        return LARS(groups, momentum=config.momentum, eta=config.eta)
-    if config.name == "larc":
-        return LARC(groups, momentum=config.momentum, eta=config.eta)
+    if config.name in ("lars", "larc"):
+        return (LARS if config.name == "lars" else LARC)(groups, momentum=config.momentum, eta=config.eta)
     if config.name == "lamb":
         return LAMB(groups, betas=betas)
     if config.name == "sgd":

@@ -81,10 +81,6 @@ class World:
                         "processes with the same command and the same code"
                     )
 
-    def full_state(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """The state of both on rank 0, None on the others. To be called on all ranks: it may be gathered."""
-        return {"method": method.state_dict(), "optimizer": optimizer.state_dict()} if self.is_main else None
-
     def subgroup(self, size: int, name: str) -> Any:
         """The group of ``size`` consecutive ranks that this one is in, or None for that of all. Synchronises ranks.
 
@@ -141,7 +137,8 @@ def session(command: str) -> Iterator[World]:
     is destroyed at the end of the block, but not after an error: NCCL would first wait for collectives that the other
     ranks never join.
     """
-    rank, size, local_rank = (int(os.environ.get(name, d)) for name, d in _VARIABLES.items())
+    given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | os.environ
+    rank, size, local_rank = (int(given[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = _device(local_rank)
     if size == 1:
         yield World(device=device)
@@ -178,9 +175,6 @@ def _device(local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 class _Gather(torch.autograd.Function):

@@ -3,7 +3,6 @@ import resource
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from train.config import load_config
 from train.engine import checkpoint
 from train.engine.checkpoint import (
     CheckpointError,
-    Identity,
     Writer,
     check_identity,
     checkpoints,
+    identity_of,
     load,
     load_latest,
     save,
@@ -25,7 +24,7 @@ from train.engine.checkpoint import (
 
 OLD = Path(__file__).parent / "data" / "checkpoint-of-version-0.pt"  # made at commit f50895e, without a seal
 CONFIG = load_config(None, ["encoder.name=resnet18", "run.global_batch_size=64"])
-IDENTITY = Identity.of(CONFIG, "fp")
+IDENTITY = identity_of(CONFIG, "fp")
 
 
 def state(step: int) -> dict[str, Any]:
@@ -99,7 +98,7 @@ def test_a_checkpoint_of_the_first_version_is_read_and_continues(tmp_path: Path)
             *("run.global_batch_size=24", f"run.dir={tmp_path}"),
         ],
     )
-    check_identity(found, Identity.of(config, found["identity"]["data"]), OLD)
+    check_identity(found, identity_of(config, found["identity"]["data"]), OLD)
     assert checkpoint.load_encoder(OLD)(torch.zeros(1, 3, 32, 32)).shape == (1, 8)
 
 
@@ -127,7 +126,7 @@ def test_values_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 def test_a_different_identity_is_refused_by_field(field: str, value: Any, named: str) -> None:
     check_identity(state(1), IDENTITY, Path("run"))
     with pytest.raises(CheckpointError, match=named):
-        check_identity(state(1), replace(IDENTITY, **{field: value}), Path("run"))
+        check_identity(state(1), IDENTITY | {field: value}, Path("run"))
 
 
 def test_a_field_that_the_checkpoint_does_not_know_has_its_default() -> None:
