@@ -210,8 +210,8 @@ class Save:
             return
         self.task.step.check(self.config.run.dir)
         with self.clock.pausing():
-            if self.writer:
-                tensors = {"method": self.task.method.state_dict(), "optimizer": self.task.optimizer.state_dict()}
+            tensors = self.world.full_state(self.task.method, self.task.optimizer)
+            if self.writer and tensors:
                 tensors |= {"online": self.online.state_dict()} if self.online else {}
                 plain = {"step": state.done, "identity": self.identity, "config": self.config.model_dump(mode="json")}
                 self.writer.save(state.done, tensors | plain)

@@ -81,6 +81,10 @@ class World:
                         "processes with the same command and the same code"
                     )
 
+    def full_state(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """The state of both on rank 0, None on the others. To be called on all ranks: it may be gathered."""
+        return {"method": method.state_dict(), "optimizer": optimizer.state_dict()} if self.is_main else None
+
     def subgroup(self, size: int, name: str) -> Any:
         """The group of ``size`` consecutive ranks that this one is in, or None for that of all. Synchronises ranks.
 
