@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test lint types docs unit clean
+.PHONY: install demo test lint types docs unit unit-train unit-others clean
 
 install: $(INSTALLED)
 
@@ -30,8 +30,15 @@ types: $(INSTALLED)
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Two halves at once, whose dots mingle; each prints its own summary.
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(MAKE) --jobs=2 --keep-going unit-train unit-others
+
+unit-train: $(INSTALLED)
+	$(BIN)/python -m pytest -p no:cacheprovider tests/train
+
+unit-others: $(INSTALLED)
+	$(BIN)/python -m pytest -p no:cacheprovider tests --ignore=tests/train
 
 clean:
 	rm -rf .venv build data/demo runs/demo
