@@ -1,5 +1,6 @@
 """What every section of a configuration has in common."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
@@ -30,3 +31,9 @@ class Settings(BaseModel):
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError(f"expected a number or a name, found {str(value).lower()}")
         return value
+
+
+def problem(error: Mapping[str, Any]) -> str:
+    """One of a ValidationError's ``errors()`` in words, with what was found (our own validators say that)."""
+    own = error["msg"].removeprefix("Value error, ")
+    return own if own != error["msg"] else f"{own}, found {error['input']!r}"

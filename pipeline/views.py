@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from pipeline.settings import Settings
+from pipeline.settings import Settings, problem
 from sharding.command import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -154,13 +154,8 @@ def parse(groups: Sequence[Mapping[str, Any]]) -> tuple[ViewSpec, ...]:
     try:
         return _GROUPS.validate_python(groups)
     except ValidationError as error:
-        raise UserError("; ".join(_explain(**problem) for problem in error.errors())) from None
-
-
-def _explain(loc: tuple[int | str, ...], msg: str, input: object, **_: object) -> str:  # noqa: A002  # pydantic's names
-    where = ".".join(str(part) for part in ("views", *loc))
-    own = msg.removeprefix("Value error, ")
-    return f"{where}: {own}" if own != msg else f"{where}: {msg}, found {input!r}"
+        lines = [f"{'.'.join(map(str, ('views', *e['loc'])))}: {problem(e)}" for e in error.errors()]
+        raise UserError("; ".join(lines)) from None
 
 
 _GROUPS = TypeAdapter(tuple[ViewSpec, ...])

@@ -12,7 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, create_model, model_validator
 
 from pipeline.backends import BACKENDS
-from pipeline.settings import Settings
+from pipeline.settings import Settings, problem
 from pipeline.views import PRESETS, ViewSpec
 from train.methods import METHODS, MethodConfig, method_class
 from train.model.encoder import EncoderConfig
@@ -223,9 +223,7 @@ def _explain(error: dict[str, Any], model: type[Config]) -> str:
     field = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{field}: unknown{_suggestion(error['loc'], model)}"
-    own = error["msg"].removeprefix("Value error, ")
-    text = own if own != error["msg"] else f"{own}, found {error['input']!r}"
-    return f"{field}: {text}" if field else text
+    return f"{field}: {problem(error)}" if field else problem(error)
 
 
 def _suggestion(location: tuple[Any, ...], config: type[Config]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import BeforeValidator, Field, ValidationError
 
-from pipeline.settings import Settings
+from pipeline.settings import Settings, problem
 from sharding.command import UserError
 from train.evaluate.features import Features
 
@@ -47,5 +47,5 @@ def build_protocol(name: str, settings: dict[str, Any]) -> Protocol:
     try:
         return kind(**settings)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, (name, *e['loc'])))}: {e['msg']}, found {e['input']!r}" for e in error.errors()]
+        lines = [f"{'.'.join(map(str, (name, *e['loc'])))}: {problem(e)}" for e in error.errors()]
         raise UserError(f"{'; '.join(lines)} (settings of {name}: {', '.join(kind.model_fields)})") from None
