@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from sharding.manifest import ShardSet
 from train.engine.loop import StepDone
 from train.evaluate.knn import votes
+from train.evaluate.linear import logits
 from train.processes.distributed import World
 
 _LEARNING_RATE = 1e-3  # Adam's
@@ -38,12 +39,12 @@ class Online:
 
     def __call__(self, state: StepDone) -> None:
         h, labels = _standardised(state), state.batch.labels
-        logits = F.linear(h, self._probe[:, :-1], self._probe[:, -1])
-        F.cross_entropy(logits, labels).backward()
+        scores = logits(h, self._probe)
+        F.cross_entropy(scores, labels).backward()
         self._probe.grad = self._world.mean(self._probe.grad)  # type: ignore[arg-type]
         self._optimizer.step()
         self._optimizer.zero_grad()
-        right = (logits.argmax(1) == labels).sum()
+        right = (scores.argmax(1) == labels).sum()
         self._hits += torch.stack([right, torch.full_like(right, len(labels))])
 
     def measure(self, state: StepDone) -> dict[str, torch.Tensor]:
