@@ -91,8 +91,7 @@ def extract(
     """
     path = folder / _key(encoder, images.shards, view)
     world.require_agreement({"the encoder, the images or the view to evaluate": path.name})
-    found = _open(path, images) if world.is_main else None
-    if not world.broadcast(found is not None):
+    if not world.broadcast(world.is_main and _is_sound(path)):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="tmp-", dir=folder) if world.is_main else nullcontext() as made:
             unfinished = Path(str(world.broadcast(made)))
@@ -102,9 +101,10 @@ def extract(
                 _finish(unfinished, encoder.num_features, images.shards.manifest.num_samples)
                 shutil.rmtree(path, ignore_errors=True)
                 unfinished.rename(path)
-        found = _open(path, images) if world.is_main else None
-    if found:
-        found.moments()
+    if not world.is_main:
+        return None
+    found = _open(path, images)
+    found.moments()
     return found
 
 
@@ -151,18 +151,21 @@ def _checksum(folder: Path) -> str:
         return checksum(file) + xxhash.xxh3_64_hexdigest(_ids(folder).tobytes())
 
 
-def _open(folder: Path, images: Images) -> Features | None:
-    """None where there are none, or damaged ones."""
+def _is_sound(folder: Path) -> bool:
+    """Whether there are features; reads all of them."""
     if not folder.exists():
-        return None
+        return False
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta["checksum"] != _checksum(folder):
+        if json.loads((folder / "meta.json").read_text())["checksum"] != _checksum(folder):
             raise ValueError("its checksum differs")
     except (OSError, EOFError, ValueError, KeyError) as error:
         log.warning("%s: these features are damaged, and are made again (%s)", folder, error)
-        return None
-    ids = np.intersect1d(_ids(folder), images.ids)
+        return False
+    return True
+
+
+def _open(folder: Path, images: Images) -> Features:
+    ids, shape = np.intersect1d(_ids(folder), images.ids), json.loads((folder / "meta.json").read_text())["shape"]
     # "c": copy on write, because torch has no tensors that cannot be written to.
-    h = torch.from_numpy(np.memmap(folder / "h", np.float32, "c", shape=tuple(meta["shape"])))
+    h = torch.from_numpy(np.memmap(folder / "h", np.float32, "c", shape=tuple(shape)))
     return Features(h, torch.from_numpy(ids), torch.from_numpy(images.shards.index.label[ids].astype(np.int64)))
