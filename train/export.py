@@ -16,6 +16,7 @@ from sharding.command import UserError, command
 from train.engine import automatic
 from train.engine.checkpoint import Pretrained, load_pretrained
 from train.evaluate.__main__ import RESULTS
+from train.evaluate.data import enlarged
 from train.model.encoder import TIMM, Encoder
 
 _CARD = """---
@@ -52,7 +53,7 @@ def export(pretrained: Pretrained, out: Path) -> None:
     records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     evaluation = next((record for record in reversed(records) if "results" in record), None)
     view = max(config.views, key=lambda view: view.size)
-    view = ViewSpec(**evaluation["view"]) if evaluation else view.model_copy(update={"resize": view.size * 8 // 7})
+    view = ViewSpec(**evaluation["view"]) if evaluation else view.model_copy(update={"resize": enlarged(view.size)})
     scaling = {
         "input_size": (3, view.size, view.size),
         "mean": view.mean,

@@ -65,14 +65,19 @@ def _check_labels(train: Images, test: Images) -> None:
             )
 
 
+def enlarged(size: int) -> int:
+    """What an image's short side is resized to before the centre crop of ``size``: 256 for 224, as on ImageNet."""
+    return round(size * 256 / 224)
+
+
 def evaluation_view(views: Sequence[ViewSpec], shards: ShardSet) -> ViewSpec:
     """The centre crop to evaluate with, of the largest view's size and interpolation.
 
-    The image is resized to 8/7 of it first, as is usual on ImageNet, but small images (at least half of them no larger
-    than the view) to the size itself, so that square ones are seen whole, as is usual on CIFAR.
+    Small images (at least half of them no larger than the view) are resized to its size itself, so that square ones are
+    seen whole, as is usual on CIFAR; others are `enlarged`.
     """
     largest = max(views, key=lambda view: view.size)
     small = np.median(np.minimum(shards.index.height, shards.index.width)) <= largest.size
-    resize = largest.size if small else round(largest.size * 256 / 224)
+    resize = largest.size if small else enlarged(largest.size)
     how = {name: getattr(largest, name) for name in ("size", "interpolation", "mean", "std")}
     return preset("eval", resize=resize, **how)[0]
