@@ -17,10 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.report import environment
+from benchmarks.report import environment, show
 from sharding.build import main as build_shards
 from sharding.command import UserError, command
 from train.curves import read_metrics
@@ -42,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(measured(method, seed, options))
             with options.out.open("a") as file:
                 file.write(json.dumps({**rows[-1], "environment": environment()}) + "\n")
-    show(rows)
+    columns = ["method", "seed", *_COLUMNS]
+    show("accuracies: pretrained (untrained), percent", columns, map(_cells, rows))
     return 0
 
 
@@ -81,13 +79,10 @@ def _run(arguments: Sequence[str]) -> float:
     return usage.ru_maxrss / 1024
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table("method", "seed", *_COLUMNS, title="accuracies: pretrained (untrained), percent")
-    for row in rows:
-        before, after = row["accuracy_percent"]["untrained"], row["accuracy_percent"]["pretrained"]
-        cells = [f"{after[name]:.1f} ({before[name]:.1f})" for name in ("knn", "linear")]
-        table.add_row(row["method"], str(row["seed"]), *cells, *(f"{row[name]:.3g}" for name in _COLUMNS[2:]))
-    Console().print(table)
+def _cells(row: dict[str, Any]) -> list[str]:
+    before, after = row["accuracy_percent"]["untrained"], row["accuracy_percent"]["pretrained"]
+    accuracies = [f"{after[name]:.1f} ({before[name]:.1f})" for name in ("knn", "linear")]
+    return [row["method"], str(row["seed"]), *accuracies, *(f"{row[name]:.3g}" for name in _COLUMNS[2:])]
 
 
 def _parser() -> argparse.ArgumentParser:

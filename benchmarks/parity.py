@@ -19,6 +19,7 @@ import torch
 from rich.progress import track
 
 from benchmarks.generated import generated_shards
+from benchmarks.report import show
 from pipeline.backends import BACKENDS
 from pipeline.canary import CHAIN_TOLERANCE, WORST_IMAGE_TOLERANCE
 from pipeline.loader import Loader
@@ -140,20 +141,16 @@ def _loader(shards: ShardSet, order: Sequential, backend: str) -> Loader:
 
 
 def _report(results: Mapping[Case, Mapping[str, Difference]], backends: Sequence[str]) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    title = "difference to torchvision, levels of 255: mean, worst image, largest of a value"
-    table = Table("", "tolerance", *backends, title=title, title_justify="left")
-    failed = False
+    failed, rows = False, []
     for case, differences in results.items():
         cells = []
         for difference in differences.values():
             over = difference.exceeds(case.tolerance)
             failed |= over
             cells.append(f"[red]{difference} over[/red]" if over else str(difference))
-        table.add_row(case.name, f"{case.tolerance}  {WORST_IMAGE_TOLERANCE}", *cells)
-    Console().print(table)
+        rows.append([case.name, f"{case.tolerance}  {WORST_IMAGE_TOLERANCE}", *cells])
+    title = "difference to torchvision, levels of 255: mean, worst image, largest of a value"
+    show(title, ["", "tolerance", *backends], rows)
     if failed:
         print("benchmarks.parity: over tolerance", file=sys.stderr)
     return int(failed)
