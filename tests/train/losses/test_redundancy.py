@@ -5,11 +5,8 @@ import math
 import pytest
 import torch
 
+from tests.train.methods.steps import embeddings
 from train.losses.redundancy import barlow_twins, covariance, cross_correlation, variance_hinge
-
-
-def embeddings(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def whitened(z: torch.Tensor) -> torch.Tensor:

@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.train.methods.steps import STEPS, assert_steps, batch, descend, embeddings, sgd
 from train.engine.step import TrainStep
 from train.losses.contrastive import queue_info_nce
 from train.methods import build_method
 from train.methods.mocov2 import MoCoV2, MoCoV2Config
 from train.model.draws import Draws
 from train.model.encoder import EncoderConfig
-from train.optim.optimizers import OptimConfig, build_optimizer
 from train.processes.distributed import World
 
-_SIZE, _MOMENTUM, _STEPS, _TAU = 10, 0.7, 4, 0.3
+_SIZE, _MOMENTUM, _TAU = 10, 0.7, 0.3
 
 
 def build() -> MoCoV2:
@@ -26,21 +26,13 @@ def build() -> MoCoV2:
     return method.double()
 
 
-def embeddings(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def batch(step: int) -> list[torch.Tensor]:
-    return [embeddings(6, 3, 16, 16, seed=2 * step + view) for view in range(2)]
-
-
 def transcribed(method: MoCoV2) -> tuple[list[torch.Tensor], nn.Module, list[torch.Tensor]]:
     """Algorithm 1 of MoCo, with a list for the queue and the teacher moved before it is used."""
     f_q = nn.Sequential(copy.deepcopy(method.encoder), copy.deepcopy(method.projector))
     f_k, queue = copy.deepcopy(f_q), list(method.queue.rows.clone())
-    optimizer = build_optimizer(OptimConfig(name="sgd"), f_q)
+    optimizer = sgd(f_q)
     losses = []
-    for step in range(_STEPS):
+    for step in range(STEPS):
         with torch.no_grad():
             for k, q in zip(f_k.parameters(), f_q.parameters(), strict=True):
                 k.copy_(_MOMENTUM * k + (1 - _MOMENTUM) * q)
@@ -50,26 +42,15 @@ def transcribed(method: MoCoV2) -> tuple[list[torch.Tensor], nn.Module, list[tor
         for q, k in zip(queries, keys, strict=True):
             logits = torch.stack([q @ k, *[q @ n for n in queue]]) / _TAU
             loss = loss + F.cross_entropy(logits[None], torch.tensor([0])) / len(queries)
-        optimizer.zero_grad()
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 0.05
-        optimizer.step()
+        losses.append(descend(optimizer, loss))
         queue = (queue + list(keys))[len(keys) :]
-        losses.append(loss.detach())
     return losses, f_q, queue
 
 
 def test_steps_are_the_papers() -> None:
     method = build()
     losses, f_q, queue = transcribed(method)
-    train = TrainStep(method, method, build_optimizer(OptimConfig(name="sgd"), method), torch.float64)
-    for step in range(_STEPS):
-        found = train(batch(step), Draws(0, step, torch.arange(6)), 0.05, (step + 1) / _STEPS).value
-        torch.testing.assert_close(found, losses[step], rtol=1e-9, atol=0)
-    trained = nn.Sequential(method.encoder, method.projector)
-    for name, value in trained.state_dict().items():
-        torch.testing.assert_close(value, f_q.state_dict()[name], rtol=1e-8, atol=1e-10)
+    assert_steps(method, [method.encoder, method.projector], losses, f_q)
     rows = method.queue.rows.roll(-int(method.queue.position), 0)
     torch.testing.assert_close(rows, torch.stack(queue), rtol=1e-8, atol=1e-10)
 
@@ -78,8 +59,7 @@ def test_pieces_keys_enter_the_queue_in_the_order_of_the_batch() -> None:
     queues = []
     for pieces in (1, 3):
         method = build().eval()  # BatchNorm does not tell pieces from batches
-        optimizer = build_optimizer(OptimConfig(name="sgd"), method)
-        train = TrainStep(method, method, optimizer, torch.float64, micro_batch_size=6 // pieces)
+        train = TrainStep(method, method, sgd(method), torch.float64, micro_batch_size=6 // pieces)
         train(batch(0), Draws(0, 0, torch.arange(6)), 0.05, 0.1)
         queues.append(method.queue.rows)
     torch.testing.assert_close(queues[0], queues[1], rtol=1e-12, atol=1e-12)

@@ -6,16 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from train.engine.step import TrainStep
+from tests.train.methods.steps import STEPS, assert_steps, batch, descend, embeddings, sgd
 from train.methods import build_method
 from train.methods.mocov3 import MoCoV3, MoCoV3Config
 from train.methods.networks import Matches
 from train.model.draws import Draws
 from train.model.encoder import EncoderConfig
-from train.optim.optimizers import OptimConfig, build_optimizer
 from train.processes.distributed import World
 
-_MOMENTUM, _STEPS, _TAU = 0.7, 4, 0.3
+_MOMENTUM, _TAU = 0.7, 0.3
 
 
 def build() -> MoCoV3:
@@ -24,14 +23,6 @@ def build() -> MoCoV3:
     method = build_method(config, EncoderConfig(name="resnet18", width=8, stem="cifar"), World())
     assert isinstance(method, MoCoV3)
     return method.double()
-
-
-def embeddings(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def batch(step: int) -> list[torch.Tensor]:
-    return [embeddings(6, 3, 16, 16, seed=2 * step + view) for view in range(2)]
 
 
 def contrast(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -44,35 +35,24 @@ def transcribed(method: MoCoV3) -> tuple[list[torch.Tensor], nn.Module]:
     """Algorithm 1, with facebookresearch/moco-v3's cosine of the momentum and its order: teacher first."""
     f_q = nn.Sequential(*(copy.deepcopy(m) for m in (method.encoder, method.projector, method.predictor)))
     f_k = copy.deepcopy(f_q[:2])
-    optimizer = build_optimizer(OptimConfig(name="sgd"), f_q)
+    optimizer = sgd(f_q)
     losses = []
-    for step in range(_STEPS):
-        m = 1 - 0.5 * (1 + math.cos(math.pi * step / _STEPS)) * (1 - _MOMENTUM)
+    for step in range(STEPS):
+        m = 1 - 0.5 * (1 + math.cos(math.pi * step / STEPS)) * (1 - _MOMENTUM)
         with torch.no_grad():
             for k, q in zip(f_k.parameters(), f_q[:2].parameters(), strict=True):
                 k.copy_(m * k + (1 - m) * q)
             both = f_k(torch.cat(batch(step))).chunk(2)
         q1, q2 = f_q(torch.cat(batch(step))).chunk(2)
         loss = contrast(q1, both[1]) + contrast(q2, both[0])
-        optimizer.zero_grad()
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 0.05
-        optimizer.step()
-        losses.append(loss.detach())
+        losses.append(descend(optimizer, loss))
     return losses, f_q
 
 
 def test_steps_are_the_papers() -> None:
     method = build()
     losses, f_q = transcribed(method)
-    train = TrainStep(method, method, build_optimizer(OptimConfig(name="sgd"), method), torch.float64)
-    for step in range(_STEPS):
-        found = train(batch(step), Draws(0, step, torch.arange(6)), 0.05, (step + 1) / _STEPS).value
-        torch.testing.assert_close(found, losses[step], rtol=1e-9, atol=0)
-    trained = nn.Sequential(method.encoder, method.projector, method.predictor)
-    for name, value in trained.state_dict().items():
-        torch.testing.assert_close(value, f_q.state_dict()[name], rtol=1e-8, atol=1e-10)
+    assert_steps(method, [method.encoder, method.projector, method.predictor], losses, f_q)
 
 
 def test_more_views_are_all_ordered_pairs() -> None:

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.train.methods.steps import embeddings
 from train.methods import build_method
 from train.methods.networks import Predictions
 from train.methods.simsiam import SimSiam, SimSiamConfig, negative_cosine
@@ -10,10 +11,6 @@ from train.model.encoder import EncoderConfig
 from train.processes.distributed import World
 
 NO_DRAWS = Draws(0, 0, torch.arange(6))
-
-
-def embeddings(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def build() -> SimSiam:
