@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -17,6 +18,9 @@ from pipeline.workers import Workers
 
 Bytes = NDArray[np.uint8]
 Image = TypeVar("Image")  # decoded, as a backend wants it
+# Makes a row of a view's plan of some image, into (size, size, 3) uint8; returns the seconds of geometry and of
+# photometric operations.
+Render = Callable[[ViewPlan, int, Bytes], tuple[float, float]]
 
 _CHUNKS_PER_THREAD = 4  # so that the last thread of a batch is not far behind the others
 
@@ -29,6 +33,13 @@ class ChunkReport:
     decode_seconds: float = 0.0
     geometry_seconds: float = 0.0
     photometric_seconds: float = 0.0
+
+    def render(self, plan: BatchPlan, row: int, outs: list[Bytes], render: Render) -> None:
+        """A row of all views, by ``render``."""
+        for view, out in zip(plan.views, outs, strict=True):
+            geometry, photometric = render(view, row, out[row])
+            self.geometry_seconds += geometry
+            self.photometric_seconds += photometric
 
     def stats(self) -> Stats:
         return Stats(
@@ -71,8 +82,8 @@ class PooledBatch:
 class ThreadedBackend(Generic[Image]):
     """See `pipeline.backends.Backend`.
 
-    ``decode`` makes an image of JPEG bytes, a height and a width, or raises ValueError. ``render`` makes of it a row of
-    a view's plan, into (size, size, 3) uint8, and returns the seconds of geometry and of photometric operations.
+    ``decode`` makes an image of JPEG bytes, a height and a width, or raises ValueError. ``render`` is a `Render` that
+    takes the image first.
     """
 
     def __init__(
@@ -110,8 +121,5 @@ class ThreadedBackend(Generic[Image]):
                 report.reasons[sample] = str(error)
                 continue
             report.decode_seconds += time.perf_counter() - start
-            for view, out in zip(plan.views, outs, strict=True):
-                geometry, photometric = self._render(image, view, row, out[row])
-                report.geometry_seconds += geometry
-                report.photometric_seconds += photometric
+            report.render(plan, row, outs, partial(self._render, image))
         return report

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -229,10 +230,7 @@ def _render_rows(
         image = _pack(np.asarray(images[row]))
         report.geometry_seconds += time.perf_counter() - start
         top, left = regions[row, :2].tolist()
-        for view, out in zip(plan.views, outs, strict=True):
-            geometry, photometric = render(image, view, row, out[row], top, left)
-            report.geometry_seconds += geometry
-            report.photometric_seconds += photometric
+        report.render(plan, row, outs, partial(render, image, top=top, left=left))
     return report
 
 
