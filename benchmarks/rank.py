@@ -22,6 +22,7 @@ from sharding.manifest import ShardSet, open_shards
 from train.config import Config, load_config
 from train.pretrain import build_loader
 from train.processes.distributed import World, session
+from train.processes.neighbours import Neighbours
 
 _REPEATS = 10  # of messages that are sent alone, and of steps whose times are compared over ranks
 _FLOAT = 4  # bytes
@@ -117,12 +118,14 @@ def _messages(training: Training, step: Callable[[], int], world: Counting) -> d
 def _alone(sent: dict[str, float], world: World) -> dict[str, float]:
     """Seconds that the average of such messages takes when nothing else is done; ``latency``: of the shortest."""
 
-    def seconds(count: float, num_bytes: float) -> float:
+    def seconds(send: Callable[[torch.Tensor], object], count: float, num_bytes: float) -> float:
         message = torch.zeros(max(1, round(num_bytes / max(1, count) / _FLOAT)), device=world.device)
-        return statistics.median(_times(lambda: [world.mean(message) for _ in range(round(count))], world))
+        return statistics.median(_times(lambda: [send(message) for _ in range(round(count))], world))
 
-    found = {f"{what}_seconds": seconds(sent[f"{what}_messages"], sent[f"{what}_bytes"]) for what in MESSAGES}
-    return found | {"latency_seconds": seconds(10, 0) / 10}
+    statistics_by = world.mean if world.device.type == "cuda" else Neighbours().gather
+    by = {what: statistics_by if what == "batchnorm" else world.mean for what in MESSAGES}
+    found = {f"{what}_seconds": seconds(by[what], sent[f"{what}_messages"], sent[f"{what}_bytes"]) for what in MESSAGES}
+    return found | {"latency_seconds": seconds(world.mean, 10, 0) / 10}
 
 
 def _lead(step: Callable[[], int], world: World) -> float:
