@@ -86,6 +86,9 @@ class RunConfig(Settings):
     )
     resume: bool = Field(True, description="continue from the newest checkpoint in dir, if there is one")
     online: bool = Field(True, description="log a linear probe and kNN where there are labels; training is the same")
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",), description="where records go beside metrics.jsonl"
+    )
     log_every: int = Field(10, ge=1, description="steps between log lines")
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints; the last step always makes one")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints to keep")

@@ -90,7 +90,8 @@ def pretrain(config: Config, world: World) -> bool:
         loader = stack.enter_context(build_loader(config, shards, world, start_step))
         clock, monitor, writer, run = Clock(), None, None, config.run
         if world.is_main:
-            monitor = stack.enter_context(Monitor(run.dir, start_step, plan.total_steps, run.global_batch_size))
+            sizes = plan.total_steps, run.global_batch_size
+            monitor = stack.enter_context(Monitor(run.dir, start_step, *sizes, run.loggers))
             writer = stack.enter_context(checkpoint.Writer(run.dir, run.keep_checkpoints, run.keep_every))
         hooks: list[Hook] = [
             *([online] if online else []),

@@ -1,4 +1,4 @@
-"""What a run shows and records: progress bar, ``metrics.jsonl``, TensorBoard.
+"""What a run shows and records: progress bar, ``metrics.jsonl``, and what `train.engine.loggers` has.
 
 How to read the numbers: ``images_per_second`` counts source images over all processes since the previous line, in the
 time of training; ``pause_seconds`` is the time since that line that was not training (checkpoints, evaluation).
@@ -9,15 +9,16 @@ a collapsed run has ``collapse``, the name of the sign (`train.engine.health`).
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
-from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.stats import Stats
+from train.engine.loggers import open_loggers
 
 # What matters most comes first: a narrow terminal cuts the end off.
 _TEXT = "loss {loss:.3f}  {images_per_second:.1f} images/s  wait {data_wait_percent:.1f}%  lr {learning_rate:.3g}"
@@ -43,13 +44,13 @@ def _open_for_lines(path: Path) -> TextIO:
 class Monitor:
     """Use as a context on the main process only. Nothing here asks the device for a value."""
 
-    def __init__(self, directory: Path, start_step: int, total_steps: int, global_batch_size: int) -> None:
+    def __init__(
+        self, directory: Path, start_step: int, total_steps: int, global_batch_size: int, loggers: Sequence[str]
+    ) -> None:
         self._total_steps, self._global_batch_size = total_steps, global_batch_size
         directory.mkdir(parents=True, exist_ok=True)
         self._file = _open_for_lines(directory / "metrics.jsonl")
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
-        if (config := directory / "config.yaml").exists():
-            self._board.add_text("config", f"```yaml\n{config.read_text()}```", start_step + 1)
+        self._loggers = open_loggers(loggers, directory, start_step)
         self._resumed_at: dict[str, float] = {"resumed_at": start_step} if start_step else {}
         self._progress = progress_bar(Console())
         self._console = self._progress.console
@@ -64,7 +65,8 @@ class Monitor:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        self._board.close()
+        for logger in self._loggers:
+            logger.close()
         self._file.close()
 
     def advance(self, step: int) -> None:
@@ -88,9 +90,9 @@ class Monitor:
         self._last_step, self._last_time, self._last_wait = step, now, loader.wait_seconds
         self._last_pause = pause_seconds
         self._file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("step", "resumed_at", "collapse"):
-                self._board.add_scalar(name, value, step)
+        values = {name: v for name, v in record.items() if name not in ("step", "resumed_at", "collapse")}
+        for logger in self._loggers:
+            logger.log(step, values)
         text = _TEXT.format(**record)
         self._progress.update(self._task, text=text)
         if not self._console.is_terminal:

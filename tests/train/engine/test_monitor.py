@@ -15,7 +15,7 @@ _METRICS = {"loss": 4.123, "learning_rate": 0.0312}
 
 
 def run_from(directory: Path, start: int, stop: int) -> None:
-    with Monitor(directory, start, 100, 128) as monitor:
+    with Monitor(directory, start, 100, 128, ["tensorboard"]) as monitor:
         for step in range(start + 1, stop + 1):
             monitor.log(step, _METRICS, _LOADER, 0.0)
 
