@@ -18,8 +18,7 @@ from sharding.command import UserError
 from sharding.manifest import MANIFEST_FILE, ShardSet
 from train.config import Config, load_config
 from train.engine.plan import plan_run
-from train.optim.optimizers import build_optimizer
-from train.pretrain import Pretraining, build
+from train.pretrain import Pretraining, build, optimizer_of
 from train.processes.distributed import World
 
 _NUM_CACHED = 3  # batches on the device for the step alone
@@ -66,7 +65,7 @@ class Training:
     def __init__(self, config: Config, shards: ShardSet, world: World) -> None:
         plan = plan_run(config, shards.manifest)
         self.method = build(config, world)
-        self._task = Pretraining(config, world, plan, self.method, build_optimizer(config.optim, self.method))
+        self._task = Pretraining(config, world, plan, self.method, optimizer_of(config, self.method, world))
         self._steps = cycle(range(plan.total_steps))
         self._waits: list[tuple[Any, Any]] = []
 

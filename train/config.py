@@ -76,6 +76,7 @@ class RunConfig(Settings):
         "none", description="dtype that gradients are sent in"
     )
     bucket_mb: int = Field(25, ge=1, description="gradients that DDP sends together, in MiB")
+    shard_optimizer: bool = Field(False, description="each process has the optimizer's state of a share only (ZeRO-1)")
     noise_scale: bool = Field(False, description="log the gradient noise scale and the critical batch size")
     compile: bool = Field(False, description="torch.compile the method's forward")
     init_from: HomePath | None = Field(

@@ -77,7 +77,7 @@ def pretrain(config: Config, world: World) -> bool:
             return _nothing_to_do(config, start_step, plan, world)
 
         method = build(config, world)
-        optimizer = build_optimizer(config.optim, method)
+        optimizer = optimizer_of(config, method, world)
         if state:
             method.load_state_dict(state["method"])
             restore(optimizer, state["optimizer"])
@@ -119,6 +119,10 @@ def build(config: Config, world: World) -> Method:
     dtype = torch.float64 if config.run.precision == "fp64" else torch.float32
     method.to(world.device, dtype).to(memory_format=torch.channels_last)
     return synchronize_batchnorm(method, world, config.run.batchnorm)
+
+
+def optimizer_of(config: Config, method: Method, world: World) -> torch.optim.Optimizer:
+    return build_optimizer(config.optim, method, *([world.shard] if config.run.shard_optimizer else []))
 
 
 class Pretraining:

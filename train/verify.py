@@ -28,8 +28,7 @@ from train.engine import automatic
 from train.engine.plan import RunPlan, plan_run
 from train.engine.repeat import StepDiffersError, unequal_ranks
 from train.methods import Method
-from train.optim.optimizers import build_optimizer
-from train.pretrain import Pretraining, build, build_loader, parser, run_facts
+from train.pretrain import Pretraining, build, build_loader, optimizer_of, parser, run_facts
 from train.processes.distributed import World, launch, session
 
 _LEAST_IMAGES = 16
@@ -193,7 +192,7 @@ def _compare(
 
 def _task(config: Config, world: World, peak: float) -> Pretraining:
     method = build(config, world)
-    return Pretraining(config, world, RunPlan(4, 0, peak, config.optim), method, build_optimizer(config.optim, method))
+    return Pretraining(config, world, RunPlan(4, 0, peak, config.optim), method, optimizer_of(config, method, world))
 
 
 def _outcome(task: Pretraining, batch: Batch, state: Tensors, trains: bool) -> dict[str, Tensors]:

@@ -48,8 +48,9 @@ class TrainStep:
         self._device_type = device.type
         self._stopped = torch.zeros((), device=device)
         self._bad_step = torch.full((), -1, device=device)
-        optimizer.found_inf = self._stopped  # type: ignore[attr-defined]  # read by fused optimizers and LARS
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        acting: Any = getattr(optimizer, "optim", optimizer)  # of a sharded one, that of this rank's share
+        acting.found_inf = self._stopped  # read by fused optimizers and LARS
+        acting.grad_scale = None
 
     def __call__(
         self,

@@ -17,6 +17,7 @@ from pipeline.settings import Settings
 from sharding.command import UserError
 
 Zeros = Callable[[torch.Tensor], torch.Tensor]
+Make = Callable[..., torch.optim.Optimizer]
 
 _LARC_EPS = 1e-8  # apex's and solo-learn's
 _LAMB_EPS = 1e-6  # the paper's
@@ -54,9 +55,14 @@ class OptimConfig(Settings):
         return self
 
 
-def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
+def _plain(kind: type[torch.optim.Optimizer], groups: Any, **options: Any) -> torch.optim.Optimizer:
+    return kind(groups, **options)
+
+
+def build_optimizer(config: OptimConfig, module: nn.Module, make: Make = _plain) -> torch.optim.Optimizer:
     """The optimizer of all trainable parameters in two groups, of which the second (``config.exclude``) is neither
-    decayed nor adapted. Learning rates are set by the train step: its own times the group's ``lr_scale``."""
+    decayed nor adapted. Learning rates are set by the train step: its own times the group's ``lr_scale``. ``make`` is
+    given its class, the groups and options; `World.shard` is one."""
     chosen, excluded = (
         [p for n, p in module.named_parameters() if p.requires_grad and _is_excluded(n, p, config.exclude) == wanted]
         for wanted in (False, True)
@@ -67,12 +73,12 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optim
     ]
     betas = config.momentum, config.beta2
     if config.name in ("lars", "larc"):
-        return (LARS if config.name == "lars" else LARC)(groups, momentum=config.momentum, eta=config.eta)
+        return make(LARS if config.name == "lars" else LARC, groups, momentum=config.momentum, eta=config.eta)
     if config.name == "lamb":
-        return LAMB(groups, betas=betas)
+        return make(LAMB, groups, betas=betas)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+        return make(torch.optim.SGD, groups, lr=0.0, momentum=config.momentum, fused=True)
+    return make(torch.optim.AdamW, groups, lr=0.0, betas=betas, fused=True)
 
 
 def _is_excluded(name: str, parameter: nn.Parameter, rules: tuple[str, ...]) -> bool:
@@ -91,6 +97,11 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
             f"{saved[1]} of {sum(saved)}; set optim.exclude as it was, or choose a new run.dir"
         )
     optimizer.load_state_dict(state)
+    if acting := getattr(
+        optimizer, "optim", None
+    ):  # a sharded one keeps a second copy, and counts of updates on the host
+        acting.load_state_dict(acting.state_dict())
+        optimizer.state.clear()
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group |= own
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from sharding.command import UserError
@@ -83,7 +84,14 @@ class World:
 
     def full_state(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """The state of both on rank 0, None on the others. To be called on all ranks: it may be gathered."""
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            optimizer.consolidate_state_dict()
         return {"method": method.state_dict(), "optimizer": optimizer.state_dict()} if self.is_main else None
+
+    def shard(self, kind: type[torch.optim.Optimizer], groups: Any, **options: Any) -> torch.optim.Optimizer:
+        """An optimizer of which each rank has the state of its share of the parameters, which it updates and sends to
+        the others: ZeRO's first stage (Rajbhandari et al., 2020). To be called on all ranks."""
+        return kind(groups, **options) if self.size == 1 else ZeroRedundancyOptimizer(groups, kind, **options)
 
     def subgroup(self, size: int, name: str) -> Any:
         """The group of ``size`` consecutive ranks that this one is in, or None for that of all. Synchronises ranks.
