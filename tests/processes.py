@@ -1,16 +1,20 @@
 """Real processes over gloo, for tests of what several ranks do together, also where there are fewer GPUs than ranks."""
 
+import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from train.processes.distributed import session
+
+# Ranks are forked by a server that has imported these; it takes seconds.
+multiprocessing.set_forkserver_preload(["train.pretrain", "tests.processes"])
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # environment in which torch finds none
 
@@ -22,15 +26,25 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
     """
     with tempfile.TemporaryDirectory() as directory:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port, as torchrun's
-        spawn(_rank, (world_size, store.port, directory, function, arguments), nprocs=world_size)
+        environment = {**os.environ, **NO_GPU}
+        given = (environment, world_size, store.port, directory, function, arguments)
+        start_processes(_rank, given, nprocs=world_size, start_method="forkserver")
         return [torch.load(Path(directory) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
 def _rank(
-    rank: int, world_size: int, port: int, directory: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    environment: Mapping[str, str],
+    world_size: int,
+    port: int,
+    directory: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
+    os.environ.clear()  # the server's, of when it was started
+    os.environ |= environment
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **NO_GPU}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # rank 0 opens no store of its own
     torch.set_num_threads(1)
     with session("tests") as world:
