@@ -4,7 +4,7 @@
 projector; the loss is ``2 tau`` times InfoNCE of q among the other view's keys of the global batch, both ways
 (equation 1, algorithm 1). The share that the average keeps goes to 1 by a cosine.
 
-Substituted: the predictor's last layer has a bias; torch's initialisation. Beyond the paper: more than two views, as
+Substituted: LARS with the learning rate inside the momentum. Beyond the paper: more than two views, as
 the mean over ordered pairs. For a ViT the paper freezes the patch projection and uses AdamW and tau 0.2, which the
 encoder and the recipe here do not.
 """

@@ -95,13 +95,13 @@ class Matches(NamedTuple):
 
 class WithTeacher(Projected):
     """``predictor(projector(encoder(view)))``, and a teacher's ``projector(encoder(view))``. The teacher follows by a
-    moving average, whose tau goes from ``tau`` to 1 along a cosine."""
+    moving average, whose tau goes from ``tau`` to 1 along a cosine. The last layers have no bias, as by the authors."""
 
-    head: ClassVar = {"last_norm": False}
+    head: ClassVar = {"last_norm": False, "last_bias": False}
 
     def __init__(self, config: TeacherConfig, encoder: Encoder, world: World) -> None:
         super().__init__(config, encoder, world)
-        self.predictor = mlp(config.out, config.hidden, config.out, last_norm=False)
+        self.predictor = mlp(config.out, config.hidden, config.out, last_norm=False, last_bias=False)
         self.teacher_encoder, self.teacher_projector = teacher_of(self.encoder), teacher_of(self.projector)
 
     def forward(self, views: list[torch.Tensor], draws: Draws) -> Matches:

@@ -7,8 +7,8 @@ kernel of Z is the inverse multiquadric ``c / sqrt(c^2 + |x - y|^2)``, approxima
 new each step and the same on all processes. The M = 2 V embeddings of an image are BYOL's: predictions of the online
 network, and projections of a target that follows it (without gradient).
 
-Substituted: features are drawn from the kernel's exact spectrum (google-deepmind/ssl_hsic: from a grid of 10,000
-frequencies); c is fixed, not tuned by an optimizer of its own for the kernel's largest gradient. That tuning has its
+Substituted: features are drawn from the kernel's exact spectrum (deepmind/ssl_hsic: from a grid of 10,000 frequencies);
+c stays at 1, where theirs starts before Adam (3e-4) tunes it for the kernel's largest gradient. That tuning has its
 fixed point at ``c^2 = |x - y|^2 / 2``, so at 1 for embeddings that are spread out. The target starts as a copy (there:
 by itself); evaluation takes the online encoder (there: its moving average with decay 0.999).
 """

@@ -35,7 +35,7 @@ class VICRegConfig(ProjectorConfig):
 
 class VICReg(Projected):
     Config = VICRegConfig
-    head: ClassVar = {"last_norm": False}
+    head: ClassVar = {"last_norm": False, "last_bias": False}
     recipe = Recipe(
         "vicreg",
         optim={"name": "lars", "learning_rate": 0.2, "final_learning_rate": 0.001, "weight_decay": 1e-6}

@@ -18,20 +18,21 @@ def mlp(
     *,
     norm: Norm = "batch",
     last_norm: bool = True,
+    last_bias: bool = True,
     activation: type[nn.Module] = nn.ReLU,
 ) -> "MLP":
     """``layers`` linear layers, ``hidden`` wide, each followed by a ``norm`` and all but the last by an ``activation``.
 
     ``last_norm`` says whether the last layer has a norm too, as SimCLR's has (google-research/simclr; two details of
     theirs are not here: that BatchNorm has no bias, and linear layers start at N(0, 0.01) where these start as torch's
-    do). Layers that are followed by a norm have no bias.
+    do). Layers that are followed by a norm have no bias, nor has the last one without ``last_bias``.
     """
     modules: list[nn.Module] = []
     widths = [num_features, *[hidden] * (layers - 1), out]
     for number in range(layers):
         last = number == layers - 1
         normed = norm != "none" and (last_norm or not last)
-        modules.append(nn.Linear(widths[number], widths[number + 1], bias=not normed))
+        modules.append(nn.Linear(widths[number], widths[number + 1], bias=not normed and (last_bias or not last)))
         modules += [_NORMS[norm](widths[number + 1])] if normed else []
         modules += [] if last else [activation()]
     return MLP(*modules)

@@ -1,10 +1,12 @@
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from train.config import load_config
-from train.methods import Update, build_method
+from train.methods import Update, build_method, method_class
 from train.methods.byol import BYOL, BYOLConfig
 from train.methods.networks import Matches
 from train.model.draws import Draws
@@ -90,3 +92,11 @@ def test_its_name_alone_is_its_recipe() -> None:
     assert (config.optim.name, config.optim.learning_rate, config.optim.epochs) == ("lars", 0.2, 1000)
     assert (str(config.run.dir), config.run.global_batch_size) == ("runs/byol", 4096)
     assert load_config(None, ["method=byol", "optim.epochs=300", "views=simclr"]).optim.weight_decay == 1.5e-6
+
+
+@pytest.mark.parametrize("name", ["byol", "mocov3", "ssl-hsic"])
+def test_the_last_layers_of_heads_have_no_bias_in_the_authors_code(name: str) -> None:
+    config = method_class(name).Config.model_validate({"hidden": 16, "out": 8})
+    method: Any = build_method(config, EncoderConfig(name="resnet18", width=8), World())
+    for head in (method.projector, method.predictor):
+        assert [layer.bias for layer in head if isinstance(layer, nn.Linear)][-1] is None
