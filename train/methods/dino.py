@@ -5,7 +5,8 @@ first two, global views. Each view predicts, by ``softmax(s / 0.1)``, the teache
 every other global view (equations 2 and 3); the centre follows the mean of t over the global batch (equation 4).
 
 Frozen and warmed up for fractions of the run. Substituted: timm's ViT and its initialisation without drop path (0.1 in
-the published ViT-S). Left out: the bound of 3.0 on the norm of each tensor's gradient.
+main_dino.py). Left out: main_dino.py's bound of 3.0 on the norm of each tensor's gradient, and gains of the last layer
+that are trained, which it recommends for a ViT-S.
 """
 
 from typing import Literal, NamedTuple
@@ -51,8 +52,12 @@ class Head(nn.Module):
         layers = {"norm": config.norm, "last_norm": False, "activation": nn.GELU}
         self.mlp = mlp(num_features, config.hidden, config.bottleneck, 3, **layers)  # type: ignore[arg-type]
         self.weight = nn.Parameter(torch.empty(config.out, config.bottleneck))
-        for weight in [layer.weight for layer in self.mlp if isinstance(layer, nn.Linear)] + [self.weight]:
-            nn.init.trunc_normal_(weight, std=0.02)
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        for name, parameter in self.mlp.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, h: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
         weight = torch.where(frozen, self.weight.detach(), self.weight)

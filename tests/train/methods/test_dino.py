@@ -164,3 +164,11 @@ def test_batchnorm_of_the_teacher_is_synchronised_too() -> None:
     for found in run_ranks(trained, 2):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_the_heads_biases_start_at_zero() -> None:
+    """As in the authors' vision_transformer.py; with BatchNorm the hidden layers have none."""
+    for norm in ("none", "batch"):
+        linear = [layer for layer in build(norm=norm).head.mlp if isinstance(layer, nn.Linear)]
+        assert [layer.bias is None for layer in linear] == [norm == "batch"] * 2 + [False]
+        assert not any(layer.bias.any() for layer in linear if layer.bias is not None)
