@@ -4,10 +4,7 @@ A ViT sees a quarter of an image's patches, drawn uniformly for each image (and 
 in the places of the other patches, a mask token, and predicts their pixels. The loss is the mean squared error over
 masked patches alone, each of them standardised (section 3).
 
-Kept: masks; position embeddings of sines and cosines, not trained, in both; class token; decoder; its Xavier
-initialisation; standardised targets; one view; AdamW with beta_2 0.95, which decays class and mask token as the
-authors' code does. Substituted: timm's initialisation of the encoder (Xavier); its class token is what evaluation
-takes.
+All as in facebookresearch/mae, down to initialisation and decay of both tokens; evaluation takes the class token.
 """
 
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -63,10 +60,10 @@ class MAE(Method):
         self.encoder = encoder
         vit = _vit(encoder)
         self._patch, self._grid = vit.patch_embed.patch_size[0], vit.patch_embed.grid_size
-        height, width = self._grid
-        positions = sines_and_cosines(height, width, encoder.num_features)
+        positions = sines_and_cosines(self._grid[0], self._grid[1], encoder.num_features)
         vit.pos_embed.requires_grad_(False).zero_()[0, -len(positions) :] = positions  # none of the class token
         self.decoder = Decoder(config, encoder.num_features, self._grid, 3 * self._patch**2)
+        _initialise(self, vit)
         self._config = config
         self._num_kept = max(1, int(len(positions) * (1 - config.masked)))
 
@@ -75,8 +72,7 @@ class MAE(Method):
         return Reconstruction(*(torch.stack(tensors) for tensors in zip(*made, strict=True)))
 
     def loss(self, e: Reconstruction, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
-        value = masked_error(e.predictions, e.targets)
-        return Loss(value, {"prediction_std": e.predictions.detach().std(-1).mean()})
+        return Loss(masked_error(e.predictions, e.targets), {"prediction_std": e.predictions.detach().std(-1).mean()})
 
     def _reconstruct(self, images: torch.Tensor, draws: Draws, number: int) -> tuple[torch.Tensor, ...]:
         size = tuple(side * self._patch for side in self._grid)
@@ -115,13 +111,9 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(num_features, config.width)
         self.mask = nn.Parameter(0.02 * torch.randn(1, 1, config.width))
         blocks = (Block(config.width, config.heads, qkv_bias=True) for _ in range(config.depth))
-        self.blocks = nn.Sequential(*blocks, nn.LayerNorm(config.width))
+        self.blocks = nn.Sequential(*blocks, nn.LayerNorm(config.width, eps=1e-6))  # as in all blocks
         self.predict = nn.Linear(config.width, values)
         self.register_buffer("positions", sines_and_cosines(*grid, config.width), persistent=False)
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
 
     def forward(self, tokens: torch.Tensor, order: torch.Tensor, num_kept: int) -> torch.Tensor:
         """Tokens (b, prefix + K, D), the first K of ``order`` (b, N) -> predictions (b, N - K, P) of the others."""
@@ -131,6 +123,15 @@ class Decoder(nn.Module):
         places = torch.cat([tokens.new_zeros(len(tokens), num_prefix, tokens.shape[2]), self.positions[order]], dim=1)
         predictions: torch.Tensor = self.predict(self.blocks(tokens + places)[:, -num_masked:])
         return predictions
+
+
+def _initialise(method: nn.Module, vit: Any) -> None:
+    """As facebookresearch/mae does; patches are embedded by what counts as a linear layer."""
+    for parameter in (p for layer in method.modules() if isinstance(layer, nn.Linear) for p in layer.parameters()):
+        (nn.init.xavier_uniform_ if parameter.ndim > 1 else nn.init.zeros_)(parameter)
+    nn.init.xavier_uniform_(vit.patch_embed.proj.weight.view(vit.embed_dim, -1))
+    if vit.cls_token is not None:
+        nn.init.normal_(vit.cls_token, std=0.02)
 
 
 def _rows(tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from sharding.command import UserError
 from train.methods import build_method
@@ -56,6 +57,20 @@ def test_value_and_gradient_are_the_papers() -> None:
     pairs = zip(torch.autograd.grad(value, trained), torch.autograd.grad(expected, trained), strict=True)
     for found, wanted in pairs:
         torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-10)
+
+
+def test_it_starts_as_the_authors_does() -> None:
+    """models_mae.py: Xavier's bounds for linear layers and patch embedding, N(0, 0.02^2) for tokens, epsilon 1e-6."""
+    method = build()
+    for layer in (layer for layer in method.modules() if isinstance(layer, nn.Linear)):
+        bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
+        assert bound * 0.99 < layer.weight.abs().max() <= bound
+        assert not layer.bias.any()
+    patches = method.encoder.backbone.patch_embed.proj.weight.flatten(1)
+    bound = (6 / sum(patches.shape)) ** 0.5
+    assert bound * 0.99 < patches.abs().max() <= bound
+    assert method.encoder.backbone.cls_token.std().item() == pytest.approx(0.02, rel=0.3)
+    assert {layer.eps for layer in method.modules() if isinstance(layer, nn.LayerNorm)} == {1e-6}
 
 
 def test_the_encoder_does_not_see_what_is_masked() -> None:
