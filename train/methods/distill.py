@@ -7,8 +7,8 @@
               similarities with t and with a queue of former t are to be distributed as t's are
 
 Substituted: t is what the teacher exports, where the authors keep its projector too; the projector ends in as many
-dimensions (there 128); two views of an image (there one), whose losses are averaged. The queue takes the first view's
-t.
+dimensions (there 128); two views of an image (there one), whose losses are averaged; a cosine from the first step
+(there the peak for 5 epochs first). The queue takes the first view's t.
 """
 
 from pathlib import Path

@@ -4,7 +4,7 @@
 one of those that were proposed in its place: DCL, DCLW, spectral contrastive, alignment + uniformity.
 
 Substituted: the projector's last BatchNorm keeps its bias (google-research/simclr has none); torch's initialisation of
-linear layers.
+linear layers. The loss is the paper's mean; their code's is twice that, which LARS sees for biases and BatchNorm.
 """
 
 from collections.abc import Callable

@@ -3,9 +3,9 @@
 ``z = projector(encoder(view))``, ``p = predictor(z)``; each view's prediction is compared with the other views' z,
 which count as constants (equations 2 and 3, algorithm 1).
 
-Substituted: the paper keeps the predictor's learning rate constant, here it moves as all do; the linear layer before
-the last BatchNorm has no bias (the paper's is not trained). Beyond the paper: more than two views, the mean over all
-ordered pairs.
+Substituted: the predictor's learning rate moves as all do (table 1: 67.7 %; the paper's constant one: 68.1 %); the
+linear layer before the last BatchNorm has no bias (the paper's is not trained). Beyond the paper: more than two views,
+the mean over all ordered pairs.
 """
 
 from typing import Literal

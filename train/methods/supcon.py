@@ -2,9 +2,9 @@
 
 ``z = projector(encoder(view))``; a view's positives are all views of its class in the global batch (L_out, equation 2).
 
-Substituted: SimCLR's views (the paper's best are AutoAugment's, which are not available); SimCLR's learning rate, decay
-and warm-up, since the paper gives none; the loss is not multiplied by a ratio of temperatures as in the authors' code,
-which LARS would not see.
+Kept (section 4.5): temperature 0.1, batches of 6144, 350 epochs (a ResNet-200's: 700), LARS with a cosine. Substituted:
+SimCLR's views (the paper's best are AutoAugment's, which are not available); SimCLR's learning rate, decay and warm-up,
+since the paper gives none; the loss is not multiplied by the temperature as in the paper, which LARS would not see.
 """
 
 from typing import ClassVar, Literal
