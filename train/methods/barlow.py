@@ -4,14 +4,10 @@
 the identity (equation 1): equal views, and dimensions that do not repeat one another. More than two views: the mean
 over their pairs.
 
-Kept (facebookresearch/barlowtwins): the projector 8192-8192-8192 without BatchNorm at its end, lambda 0.0051 (the paper
-says 0.005), correlations over the global batch with the biased variance and BatchNorm's epsilon, LARS without decay and
-adaptation of biases and BatchNorm, 0.2 x B/256, 10 epochs of warm-up, cosine to 0.001 of the peak, BYOL's two views.
-Substituted: LARS with the learning rate inside the momentum. Each process computes its share of the matrix's rows.
-
-Their code's gradient is 1/W of its loss's on W processes: the summed matrix passes it to a process's own part only, and
-DDP averages. LARS undoes that for weights. Not for biases and BatchNorm, whose published 0.0048 x B/256 is 0.0003 x
-B/256 of the loss here (W = 16 by their README), nor for the decay, whose 1e-6 (paper: 1.5e-6) is 1.6e-5.
+Substituted: LARS with the learning rate inside the momentum. Each process computes its share of the matrix's rows. The
+gradient of facebookresearch/barlowtwins is 1/W of its loss's on W processes: the summed matrix passes it to a process's
+own part only, and DDP averages. LARS undoes that for weights. Not for biases and BatchNorm, whose published 0.0048 x
+B/256 is 0.0003 x B/256 of the loss here (W = 16 by their README), nor for the decay, whose 1e-6 is 1.6e-5.
 """
 
 from itertools import combinations

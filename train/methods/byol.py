@@ -4,11 +4,8 @@ A predictor on the student's projection of one view is to match the teacher's pr
 both ways round. The teacher follows the student by an exponential moving average whose tau rises from ``tau`` to 1
 along a cosine (section 3.2).
 
-Kept: symmetric loss on normalised vectors; projector and predictor of two layers, 4096 and 256 wide, with BatchNorm
-inside and none at the end; both views' own augmentations; the schedule of tau; LARS without decay and adaptation of
-biases and BatchNorm; last layers without bias (google-deepmind/deepmind-research). Substituted: torch's initialisation
-of linear layers; a teacher that starts as a copy (there: by itself). With more than two views each predicts all others,
-at twice the mean of the pairs' losses, which for two views is the paper's sum.
+Substituted: torch's initialisation of linear layers; a teacher that starts as a copy (there: by itself). With more than
+two views each predicts all others, at twice the mean of the pairs' losses, which for two views is the paper's sum.
 """
 
 from typing import Literal

@@ -52,8 +52,7 @@ class Head(nn.Module):
         layers = {"norm": config.norm, "last_norm": False, "activation": nn.GELU}
         self.mlp = mlp(num_features, config.hidden, config.bottleneck, 3, **layers)  # type: ignore[arg-type]
         self.weight = nn.Parameter(torch.empty(config.out, config.bottleneck))
-        nn.init.trunc_normal_(self.weight, std=0.02)
-        for name, parameter in self.mlp.named_parameters():
+        for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 nn.init.trunc_normal_(parameter, std=0.02)
             elif name.endswith("bias"):

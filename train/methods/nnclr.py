@@ -4,9 +4,8 @@ representations", 2021).
 ``z = projector(encoder(view))``, ``p = predictor(z)``; ``nn(z)`` is the nearest of a queue of former z. The loss is
 InfoNCE of each view's nn(z) among the other view's p of the global batch (equations 3 and 4, algorithm 1).
 
-The authors have released no code: the loss is solo-learn's too, the settings are not checked against the paper.
-Substituted: SimCLR's views; torch's initialisation. Beyond the paper: more than two views, as the mean over ordered
-pairs.
+The authors have released no code: the loss is solo-learn's too, settings are from memory. Substituted: SimCLR's views;
+torch's initialisation. Beyond the paper: more than two views, as the mean over ordered pairs.
 """
 
 from typing import Literal

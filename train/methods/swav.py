@@ -5,8 +5,7 @@ are their scores after Sinkhorn and Knopp's algorithm over the global batch (equ
 by ``softmax(scores / temperature)`` (equations 1 and 2, section 3.2 for multi-crop).
 
 Substituted: LARS with the learning rate inside the momentum, where the authors' LARC has it outside; warm-up starts
-near 0, not at a sixteenth of the peak. A ``queue`` of embeddings of former batches, for codes of small batches (section
-4.1: 3840 at 256), is filled from ``queue_starts`` on and used once it is full, as by the authors.
+near 0, not at a sixteenth of the peak.
 """
 
 from collections.abc import Sequence
