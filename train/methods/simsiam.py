@@ -1,7 +1,7 @@
 """SimSiam (Chen & He, "Exploring simple Siamese representation learning", 2020).
 
 ``z = projector(encoder(view))``, ``p = predictor(z)``; each view's prediction is compared with the other views' z,
-which count as constants (equations 2 and 3, algorithm 1).
+which count as constants (equations 3 and 4, algorithm 1).
 
 Substituted: the predictor's learning rate moves as all do (table 1: 67.7 %; the paper's constant one: 68.1 %); the
 linear layer before the last BatchNorm has no bias (the paper's is not trained). Beyond the paper: more than two views,
