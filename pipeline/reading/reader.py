@@ -20,6 +20,7 @@ from sharding.command import UserError
 from sharding.manifest import ShardSet, repair_command
 
 _MAX_OPEN_FILES = 256  # of the 1024 that many systems allow a process
+_ADVICE_BYTES = 128 << 10  # Linux silently cuts longer advice to the device's read_ahead_kb, by default this
 
 
 class Reader:
@@ -81,7 +82,7 @@ class Reader:
             return
         for shard in shards:
             if shard not in self._advised:
-                self._adviser.submit(self._advise_part, shard, 0, 0)  # all of it
+                self._adviser.submit(self._advise_part, shard, 0, self.shards.manifest.shards[shard].num_bytes)
         self._advised = set(shards)
 
     def describe(self, sample: int) -> str:
@@ -110,9 +111,10 @@ class Reader:
             self._advise_part(int(index.shard[sample]), int(index.offset[sample]), int(index.size[sample]))
 
     def _advise_part(self, shard: int, offset: int, size: int) -> None:
-        file = self._file(shard)
-        with self._watching(shard):
-            os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+        file, end = self._file(shard), offset + size
+        for start in range(offset, end, _ADVICE_BYTES):
+            with self._watching(shard):
+                os.posix_fadvise(file.descriptor, start, min(_ADVICE_BYTES, end - start), os.POSIX_FADV_WILLNEED)
 
     def _file(self, shard: int) -> "_File":
         with self._lock:
