@@ -195,7 +195,7 @@ class Loader:
         while self._pending:
             plan, pending = self._pending[0]
             try:
-                views = self._wait(pending)
+                views = self._wait(plan.step, pending)
             except DamagedSampleError as error:
                 self._report(error)
                 self._rebuild()
@@ -205,14 +205,19 @@ class Loader:
                 return plan, views
         raise StopIteration
 
-    def _wait(self, pending: Pending) -> Views:
+    def _wait(self, step: int, pending: Pending) -> Views:
+        """Says what it waits for, after a tenth of the time that a read may take and twice as long each time."""
+        start, patience = time.monotonic(), self._watch.limit_seconds / 10
         while True:
             try:
-                return pending.result(self._watch.poll_seconds)
+                return pending.result(min(patience, self._watch.poll_seconds))
             except TimeoutError:
                 if pending.done():  # since; or the error is the disk's own
                     return pending.result()
                 self._watch.check()
+            if (seconds := time.monotonic() - start) >= patience:
+                log.warning("step %d: waiting for data for %.0f s; %s", step, seconds, self._watch.describe())
+                patience *= 2
 
     def _rebuild(self) -> None:
         """Plan and submit again what is pending: a failed batch may have taken its successors with it."""

@@ -49,6 +49,11 @@ class Watch:
             if seconds > self.limit_seconds:
                 raise OSError(f"{what}: no answer for {seconds:.0f} s; check the disk or the network, then start again")
 
+    def describe(self) -> str:
+        """How much is being read, and what was begun first."""
+        running = [what for what, _ in list(self._running.values())]
+        return f"reads under way: {len(running)}" + (f", the first of {running[0]}" if running else "")
+
 
 class Workers:
     """A ThreadPoolExecutor whose threads do not keep a process from ending if one of them never returns.
