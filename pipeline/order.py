@@ -159,14 +159,13 @@ class Shuffled:
         key = key_from_seed(self.seed)
         if self.window is None:
             return permute(offsets, self.samples_per_lane, key, ORDER_STREAM + lane, epoch)
-        sizes = self.shard_sizes[lane]
+        sizes = np.array(self.shard_sizes[lane])
         shards = permute(np.arange(len(sizes)), len(sizes), key, ORDER_STREAM + lane, epoch)
-        windows = [shards[i : i + self.window] for i in range(0, len(shards), self.window)]
-        ends = np.cumsum([sum(sizes[s] for s in window) for window in windows])
+        ends = np.cumsum(np.add.reduceat(sizes[shards], np.arange(0, len(shards), self.window)))
         shuffled = np.empty_like(offsets)
         chosen = np.searchsorted(ends, offsets, side="right")
         for w in np.unique(chosen):
-            members = _members(sizes, windows[w])
+            members = _members(sizes, shards[w * self.window :][: self.window])
             inside = chosen == w
             positions = offsets[inside] - (ends[w] - len(members))
             # The lanes' own permutations use streams 0 to L - 1, their windows those above.
@@ -189,7 +188,7 @@ def lanes_of_rank(num_lanes: int, rank: int, world_size: int) -> range:
     return range(rank * num_lanes // world_size, -(-(rank + 1) * num_lanes // world_size))
 
 
-def _members(sizes: tuple[int, ...], shards: Ids) -> Ids:
+def _members(sizes: Ids, shards: Ids) -> Ids:
     """The offsets within the lane of all samples of the given shards."""
-    starts = np.cumsum((0, *sizes))
-    return np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards])
+    ends = np.cumsum(sizes)
+    return np.concatenate([np.arange(ends[s] - sizes[s], ends[s]) for s in shards])

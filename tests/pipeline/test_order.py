@@ -151,3 +151,15 @@ def test_a_sequence_leaves_out_what_cannot_be_decoded(damage: Callable[[int], Sh
         pytest.raises(ValueError, match="all 2 samples cannot be decoded"),
     ):
         next(stream)
+
+
+def test_three_billion_samples_overflow_nothing() -> None:
+    per_lane = 375_000_000
+    order = Shuffled(((100_000_000, 275_000_000),) * 8, 0, 8 * 4096)
+    for step in (0, per_lane // 4096, 10 * per_lane // 4096):
+        ids, epochs = order.batch(step)
+        assert len(np.unique(ids)) == len(ids)
+        assert np.array_equal(ids // per_lane, np.repeat(np.arange(8), 4096))
+        assert ids.max() > 2**31
+        assert epochs.max() == ((step + 1) * 4096 - 1) // per_lane
+    assert abs(ids.mean() / (8 * per_lane) - 0.5) < 0.01
