@@ -2,18 +2,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 import xxhash
+from fsspec.implementations.memory import MemoryFileSystem
 
 from sharding.manifest import open_shards
 from sharding.storage import Directory, checksum
 from tests.sharding.conftest import files
 
 
-@pytest.fixture(params=["local", "memory"])
+class BucketFileSystem(MemoryFileSystem):
+    """Cannot copy, as the hub's buckets (huggingface_hub 2.3)."""
+
+    protocol = "bucket"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("bucket://", "memory://")))
+
+    def cp_file(self, path1: str, path2: str, **_: Any) -> None:
+        raise NotImplementedError(f"{path1} to {path2}")
+
+
+fsspec.register_implementation("bucket", BucketFileSystem, clobber=True)
+
+
+@pytest.fixture(params=["local", "memory", "bucket"])
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Directory:
-    return Directory.at(tmp_path / "a/b" if request.param == "local" else f"memory://{tmp_path.name}")
+    return Directory.at(tmp_path / "a/b" if request.param == "local" else f"{request.param}://{tmp_path.name}")
 
 
 def test_files_are_written_listed_read_and_moved(directory: Directory) -> None:
@@ -90,3 +109,9 @@ def without_credentials(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_store_that_cannot_be_reached_is_an_error_with_its_name() -> None:
     with pytest.raises(OSError, match="s3://nobody/shards: cannot be reached: Unable to locate credentials"):
         open_shards("s3://nobody/shards")
+
+
+def test_buckets_of_the_hub_are_a_directory() -> None:
+    directory = Directory.at("hf://buckets/me/data/shards/")
+    assert not directory.is_local
+    assert directory.path("manifest.json") == "buckets/me/data/shards/manifest.json"
