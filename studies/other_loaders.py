@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightly.transforms import SimCLRTransform
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -39,6 +38,12 @@ def ours(shards: str, count: int) -> Iterable[Any]:
 
 def loaded(folder: str, transform: Callable[[Any], Any], count: int) -> Iterable[Any]:
     return DataLoader(Subset(ImageFolder(folder, transform), range(count)), _BATCH, shuffle=True, num_workers=1)
+
+
+def lightly_views() -> Callable[[Any], Any]:
+    from lightly.transforms import SimCLRTransform
+
+    return SimCLRTransform(input_size=224)  # type: ignore[no-any-return]
 
 
 def torchvision_views() -> Callable[[Any], Any]:
@@ -68,7 +73,7 @@ def main() -> None:
     torch.set_num_threads(1)
     makers: dict[str, Callable[[], Iterable[Any]]] = {
         "Parallax, cpu": lambda: ours(args.shards, args.images),
-        "lightly, SimCLRTransform": lambda: loaded(args.folder, SimCLRTransform(input_size=224), args.images),
+        "lightly, SimCLRTransform": lambda: loaded(args.folder, lightly_views(), args.images),
         "torchvision v2": lambda: loaded(args.folder, torchvision_views(), args.images),
     }
     rates: dict[str, list[float]] = {name: [] for name in makers}
