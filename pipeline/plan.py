@@ -7,6 +7,7 @@ given one draws nothing itself.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,13 @@ class BatchPlan:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def regions(self) -> Ints:
+        """(n, 4) int64 top, left, height, width: the smallest part of each image that holds all that its views read."""
+        edges = np.stack([view.edge for view in self.views])
+        start, end = edges[..., :2].min(axis=0), (edges[..., :2] + edges[..., 2:]).max(axis=0)
+        return np.concatenate([start, end - start], axis=1)
 
     def take(self, rows: slice | Ints) -> "BatchPlan":
         """The plan of the images at ``rows``, in their order."""

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.backends import BackendContext, DamagedSampleError, Views
-from pipeline.backends.dali.decode import Decoder, Encoded, Regions, find_fault, largest_size, needed_regions
+from pipeline.backends.dali.decode import Decoder, Encoded, find_fault, largest_size
 from pipeline.backends.pool import ChunkReport, PooledBatch, chunks
 from pipeline.kernels.render import render
 from pipeline.kernels.resample import Pixels, as_pixels
@@ -42,8 +42,8 @@ class Renderer(Protocol):
 
     stream: Any  # CUDA stream on which it wants the images, and which is current in `start`; None on the CPU
 
-    def start(self, images: Any, regions: Regions, plan: BatchPlan) -> Callable[[], Views]:
-        """Begin with ``images``, DALI's list of n (h, w, 3) uint8 that hold the ``regions`` of the encoded ones; the
+    def start(self, images: Any, plan: BatchPlan) -> Callable[[], Views]:
+        """Begin with ``images``, DALI's list of n (h, w, 3) uint8 that hold the plan's regions of the encoded ones; the
         returned function waits for the views. Raises `DamagedSampleError` for images that are too small for it."""
         ...
 
@@ -59,7 +59,6 @@ class _Batch:
     plan: BatchPlan
     reads: "list[Future[_Read]]"
     encoded: dict[int, Encoded] = field(default_factory=dict)  # by id; must live until it is decoded
-    regions: Regions | None = None  # of the images, that the decoder was asked for
     decoder: Decoder | None = None  # the one that it was given to
     views: "Future[Callable[[], Views]]" = field(default_factory=Future)
 
@@ -143,8 +142,8 @@ class DaliBackend:
             faults |= failed
         if faults:
             raise DamagedSampleError(faults | self._find_faults(batch))
-        batch.decoder, batch.regions = self._decoder, needed_regions(batch.plan)
-        batch.decoder.schedule([batch.encoded[i] for i in batch.plan.ids.tolist()], batch.regions)
+        batch.decoder = self._decoder
+        batch.decoder.schedule([batch.encoded[i] for i in batch.plan.ids.tolist()], batch.plan.regions)
         self._put(_COLLECT, batch)
 
     def _read(self, ids: NDArray[np.int64]) -> _Read:
@@ -157,7 +156,7 @@ class DaliBackend:
         return encoded, faults
 
     def _collect(self, batch: _Batch) -> None:
-        if batch.decoder is not self._decoder or batch.regions is None:
+        if batch.decoder is not self._decoder:
             raise RuntimeError(f"the batch of step {batch.plan.step} is void: one before it failed; submit it again")
         start = time.perf_counter()
         try:
@@ -166,7 +165,7 @@ class DaliBackend:
         except RuntimeError as error:
             message = str(error)
         else:
-            batch.views.set_result(self._renderer.start(images, batch.regions, batch.plan))
+            batch.views.set_result(self._renderer.start(images, batch.plan))
             return
         # Not in the handler: DALI's threads would live as long as an exception that led to this one.
         broken, self._decoder = self._decoder, self._new_decoder(self._context.batch_size)
@@ -201,12 +200,12 @@ class CpuRenderer:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="dali-views")
         self._total = Stats()
 
-    def start(self, images: Any, regions: Regions, plan: BatchPlan) -> Callable[[], Views]:
+    def start(self, images: Any, plan: BatchPlan) -> Callable[[], Views]:
         shapes = [(len(plan), view.spec.size, view.spec.size, 3) for view in plan.views]
         views = [recycler.empty(shape, torch.uint8) for shape in shapes]
         outs = [view.numpy() for view in views]
         parts = chunks(len(plan), self._num_threads)
-        tasks = [self._pool.submit(_render_rows, images, regions, plan, rows, outs) for rows in parts]
+        tasks = [self._pool.submit(_render_rows, images, plan, rows, outs) for rows in parts]
         return PooledBatch(views, tasks, self._collect).result
 
     def stats(self) -> Stats:
@@ -220,16 +219,14 @@ class CpuRenderer:
         self._total += report.stats()
 
 
-def _render_rows(
-    images: Any, regions: Regions, plan: BatchPlan, rows: slice, outs: list[NDArray[np.uint8]]
-) -> ChunkReport:
+def _render_rows(images: Any, plan: BatchPlan, rows: slice, outs: list[NDArray[np.uint8]]) -> ChunkReport:
     """Some rows of all views."""
     report = ChunkReport()
     for row in range(rows.start, rows.stop):
         start = time.perf_counter()
         image = _pack(np.asarray(images[row]))
         report.geometry_seconds += time.perf_counter() - start
-        top, left = regions[row, :2].tolist()
+        top, left = plan.regions[row, :2].tolist()
         report.render(plan, row, outs, partial(render, image, top=top, left=left))
     return report
 

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
-from pipeline.plan import BatchPlan
+from pipeline.plan import Ints
 from sharding.manifest import Index
 
 Encoded = NDArray[np.uint8]
-Regions = NDArray[np.int32]  # (n, 4) top, left, height, width
 Size = tuple[int, int]  # height, width
 
 
@@ -55,12 +54,13 @@ class Decoder:
         )
         self._pipeline.build()
 
-    def schedule(self, encoded: list[Encoded], regions: Regions) -> None:
-        """Start decoding. ``encoded`` is not copied: it must live until `collect` has returned its images."""
+    def schedule(self, encoded: list[Encoded], regions: Ints) -> None:
+        """Start decoding the ``regions`` (n, 4), on a GPU whole images. ``encoded`` is not copied: it must live until
+        `collect` has returned its images."""
         self._pipeline.feed_input("encoded", encoded)
         if not self._on_gpu:
-            self._pipeline.feed_input("start", np.ascontiguousarray(regions[:, :2]))
-            self._pipeline.feed_input("shape", np.ascontiguousarray(regions[:, 2:]))
+            self._pipeline.feed_input("start", regions[:, :2].astype(np.int32))
+            self._pipeline.feed_input("shape", regions[:, 2:].astype(np.int32))
         self._pipeline.schedule_run()
 
     def collect(self, stream: Any) -> Any:
@@ -80,20 +80,13 @@ def largest_size(index: Index) -> Size:
     return int(index.height.max()), int(index.width.max())
 
 
-def needed_regions(plan: BatchPlan) -> Regions:
-    """The smallest part of each image that holds all that its views read."""
-    edges = np.stack([view.edge for view in plan.views]).astype(np.int32)
-    start, end = edges[..., :2].min(axis=0), (edges[..., :2] + edges[..., 2:]).max(axis=0)
-    return np.concatenate([start, end - start], axis=1)
-
-
 def find_fault(decoder: Decoder, data: Encoded, height: int, width: int) -> str:
     """Why an image cannot be decoded, "" if it can; a decoder of single images, which is used up if not.
 
     The reason is what libjpeg has to say, where it says something: DALI's is a number.
     """
     try:
-        decoder.schedule([data], np.array([[0, 0, height, width]], np.int32))
+        decoder.schedule([data], np.array([[0, 0, height, width]]))
         decoder.collect(None)
     except RuntimeError as error:
         try:

@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.backends import DamagedSampleError, Views
-from pipeline.backends.dali.decode import Regions
 from pipeline.kernels.photometric_gpu import apply_photometric
 from pipeline.kernels.resample_gpu import Images, resample
 from pipeline.plan import BatchPlan, Ints
@@ -24,8 +23,8 @@ class GpuRenderer:
         self._device = device
         self.stream = torch.cuda.Stream(device)
 
-    def start(self, images: Any, regions: Regions, plan: BatchPlan) -> Callable[[], Views]:
-        check_sizes(np.array(images.shape())[:, :2], regions, plan.ids)
+    def start(self, images: Any, plan: BatchPlan) -> Callable[[], Views]:
+        check_sizes(np.array(images.shape())[:, :2], plan.regions, plan.ids)
         views = make_views(locate(images, self._device), plan)
         done = torch.cuda.Event(blocking=True)
         done.record()
@@ -60,7 +59,7 @@ def locate(images: Any, device: torch.device) -> Images:
     return Images(upload(addresses, device), upload(widths, device))
 
 
-def check_sizes(sizes: NDArray[np.int64], regions: Regions, ids: Ints) -> None:
+def check_sizes(sizes: NDArray[np.int64], regions: Ints, ids: Ints) -> None:
     """Raises `DamagedSampleError` for images whose ``sizes`` (n, 2) do not hold their ``regions``: kernels would read
     what lies behind them."""
     beyond = (regions[:, :2] + regions[:, 2:] > sizes).any(axis=1)

@@ -33,7 +33,7 @@ def test_images_are_read_where_dali_decoded_them() -> None:
     """Of any size; on the CPU, DALI's lists have the same methods as on a GPU."""
     encoded = [simplejpeg.encode_jpeg(noise(h, w), 95, "RGB", "444") for h, w in ((37, 51), (64, 40), (20, 23))]
     decoded = [simplejpeg.decode_jpeg(image) for image in encoded]
-    whole = np.array([[0, 0, *image.shape[:2]] for image in decoded], np.int32)
+    whole = np.array([[0, 0, *image.shape[:2]] for image in decoded])
     plan = plan_for(decoded, size=16, jitter=0, grey=0, blur=0)
     decoder = Decoder(3, 1, 0 if DEVICE.type == "cuda" else None, largest=(64, 51))
     decoder.schedule([np.frombuffer(image, np.uint8) for image in encoded], whole)
@@ -45,7 +45,7 @@ def test_images_are_read_where_dali_decoded_them() -> None:
 
 def test_images_smaller_than_their_regions_are_undecodable() -> None:
     """Sides exchanged, as by a decoder that turns images; one row short."""
-    regions = np.array([[10, 0, 30, 50], [10, 0, 30, 50], [10, 0, 30, 50]], np.int32)
+    regions = np.array([[10, 0, 30, 50], [10, 0, 30, 50], [10, 0, 30, 50]])
     sizes = np.array([[40, 50], [50, 40], [39, 50]])
     check_sizes(sizes[:1], regions[:1], np.array([7]))
     with pytest.raises(DamagedSampleError) as caught:
