@@ -24,6 +24,7 @@ _RANGES = [
     ("fraction", 1e-9, 1),
     ("workers", 1, 10_000),
 ]
+_DECODE_FREE_SIDE = 256  # pixels: ImageNet is then a sixth larger than its original files
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,12 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
     if args.per_class and args.fraction:
         parser.error("--per-class and --fraction say the same thing; choose one")
+    if args.quality and args.decode_free:
+        parser.error("--decode-free shards hold no JPEGs: there is no --quality")
     if args.quality and not args.short_side:
         parser.error("--quality is that of --short-side; without it only images that must be converted are encoded")
+    if args.decode_free:
+        args.short_side = args.short_side or _DECODE_FREE_SIDE
     args.quality = args.quality or Policy.quality
     args.specs = [replace(_taken(SourceSpec, args), split=split) for split in args.split]
     args.layout, args.policy = _taken(Layout, args), _taken(Policy, args)
@@ -105,6 +110,12 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=layout.seed, help="of the shuffle (default: %(default)s)")
     add("--short-side", type=int, help="re-encode for faster decoding: larger images to this many pixels")
     add("--quality", type=int, help=f"JPEG quality for --short-side (default: {policy.quality})")
+    add(
+        "--decode-free",
+        action="store_const",
+        const=True,
+        help=f"store planes of YCbCr 4:2:0 instead of JPEGs; --short-side is then {_DECODE_FREE_SIDE} by default",
+    )
     add("--keep-truncated", action="store_const", const=True, help="keep JPEGs that end early, re-encoded")
     add("--max-pixels", type=int, default=policy.max_pixels, help="refuse larger images (default: %(default)s)")
     add("--max-quarantine", type=float, default=0.01, help="fraction of unusable images (default: %(default)s)")

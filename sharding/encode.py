@@ -1,7 +1,7 @@
 """One source image into the bytes that a shard holds: kept, converted, or refused with a reason.
 
 Whatever passes decodes alike in every backend: an upright 8-bit baseline or progressive JPEG, grey or
-three components, whose every coded block has been decoded once.
+three components, whose every coded block has been decoded once; or the planes of an image, see `sharding.planes`.
 """
 
 import contextlib
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sharding.jpeg import BASELINE, EOI, PROGRESSIVE, SOI, JpegError, JpegHeader, lacks_scans, read_header, strip
+from sharding.planes import encode_planes
 
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
 _UNSUPPORTED = {"AVIF": (4, b"ftypavi"), "HEIC": (4, b"ftyphe"), "ICO": (0, b"\0\0\1\0"), "PSD": (0, b"8BPS")}
+_UNSUPPORTED |= {"planes of decode-free shards": (0, b"YUV4MPEG2")}
 _RARE_SAMPLING = "Could not determine subsampling level"  # of TurboJPEG; libjpeg and so PIL knows all there are
 
 
@@ -37,6 +39,7 @@ class Policy:
     orientation: str = "upright"  # EXIF and XMP orientation is applied to the pixels, and no tag remains
     alpha: str = "white"  # what shines through transparent pixels
     keep_truncated: bool | None = None  # JPEGs that end early are re-encoded, and grey where nothing is left
+    decode_free: bool | None = None  # planes of 4:2:0 instead of JPEGs, of all images
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def _encode_jpeg(data: bytes, header: JpegHeader, policy: Policy) -> Encoded:
     if policy.short_side is not None:
         larger = min(header.height, header.width) > policy.short_side
         encoded = _reencode(_decode(data, header), policy, "resized" if larger else "re-encoded")
-        if larger or len(encoded.data) < len(data):
+        if larger or policy.decode_free or len(encoded.data) < len(data):
             return encoded
     change = "broken EXIF removed" if header.bad_exif else ""
     return Encoded(strip(data, header.bad_exif), header.height, header.width, change)
@@ -171,6 +174,8 @@ def _reencode(pixels: NDArray[np.uint8], policy: Policy, change: str) -> Encoded
     if policy.short_side is not None:
         quality, subsampling = policy.quality, "420"
         pixels = _shrink(pixels, policy.short_side)
+    if policy.decode_free:
+        return Encoded(encode_planes(pixels), pixels.shape[0], pixels.shape[1], change)
     colorspace = "RGB" if pixels.ndim == 3 else "GRAY"
     pixels = np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], -1))
     data = simplejpeg.encode_jpeg(pixels, quality, colorspace, subsampling)

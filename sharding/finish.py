@@ -129,11 +129,14 @@ def write_tail(context: BuildContext, tail: TailShard) -> PartRecord:
     """Copy samples out of finished archives into one new shard, and write its index and record, all aside."""
     name = shard_name(context.prefix, tail.lane, tail.number)
     rows: list[dict[str, int]] = []
-    with context.out.publish(f"{_TAIL}/{name}") as path, ShardWriter(path) as writer:
+    with (
+        context.out.publish(f"{_TAIL}/{name}") as path,
+        ShardWriter(path, bool(context.policy.decode_free)) as writer,
+    ):
         for row in tail.samples.to_pylist():
             start, size = row["offset"], row["size"]
-            jpeg = context.out.read(row.pop("archive"), start, start + size)
-            rows.append({**row, "offset": writer.add(row["source_row"], jpeg, row["label"])})
+            image = context.out.read(row.pop("archive"), start, start + size)
+            rows.append({**row, "offset": writer.add(row["source_row"], image, row["label"])})
     context.out.write(f"{_TAIL}/{index_name(name)}", writer.index)
     shard = Shard(name, tail.lane, len(rows), writer.num_bytes, writer.digest)
     record = PartRecord(shard, pa.Table.from_pylist(rows, SAMPLE_SCHEMA), [], {}, 0)

@@ -3,7 +3,6 @@
 python -m sharding.inspect /data/shards --out pictures
 """
 
-import io
 import re
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from rich.table import Table
 from sharding.arguments import Parser
 from sharding.command import command
 from sharding.manifest import ShardSet, open_shards
+from sharding.planes import open_image
 
 _QUANTILES = (0, 0.01, 0.5, 0.99, 1)
 _THUMBNAIL = 128  # pixels
@@ -59,9 +59,9 @@ def save_contact_sheet(shards: ShardSet, path: Path, columns: int = 12, rows: in
     draw = ImageDraw.Draw(sheet)
     for position, sample in enumerate(ids.tolist()):
         start, archive = int(index.offset[sample]), shards.manifest.shards[index.shard[sample]].path
-        image = Image.open(io.BytesIO(shards.directory.read(archive, start, start + int(index.size[sample]))))
+        image = open_image(shards.directory.read(archive, start, start + int(index.size[sample])))
         x, y = position % columns * _THUMBNAIL, position // columns * (_THUMBNAIL + _CAPTION)
-        sheet.paste(ImageOps.contain(image.convert("RGB"), (_THUMBNAIL - 2, _THUMBNAIL - 2)), (x, y))
+        sheet.paste(ImageOps.contain(image, (_THUMBNAIL - 2, _THUMBNAIL - 2)), (x, y))
         draw.text((x + 1, y + _THUMBNAIL), f"{sample} {_class_name(shards, sample)}"[:20], fill="black")
     sheet.save(path)
 

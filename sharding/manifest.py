@@ -25,13 +25,13 @@ INDEX_FILE = "index.arrow"
 QUARANTINE_FILE = "quarantine.jsonl"
 SAMPLE_SCHEMA = pa.schema(
     [
-        pa.field("offset", pa.int64(), nullable=False),  # of the JPEG's data in its archive, bytes
-        pa.field("size", pa.int32(), nullable=False),  # of the JPEG, bytes
+        pa.field("offset", pa.int64(), nullable=False),  # of the image's data in its archive, bytes
+        pa.field("size", pa.int32(), nullable=False),  # of that, bytes
         pa.field("height", pa.int32(), nullable=False),  # as every backend decodes it
         pa.field("width", pa.int32(), nullable=False),
         pa.field("label", pa.int32(), nullable=False),  # -1: none
         pa.field("source_row", pa.int64(), nullable=False),
-        pa.field("xxh3_64", pa.uint64(), nullable=False),  # of the JPEG
+        pa.field("xxh3_64", pa.uint64(), nullable=False),  # of the image's bytes
     ]
 )
 INDEX_SCHEMA = SAMPLE_SCHEMA.insert(0, pa.field("shard", pa.int32(), nullable=False))
@@ -88,6 +88,11 @@ class Manifest:
     def num_lanes(self) -> int:
         """Slices of the data set; a rank reads whole ones."""
         return int(self.layout["lanes"])
+
+    @property
+    def is_decode_free(self) -> bool:
+        """Whether samples are planes, see `sharding.planes`, and no JPEGs."""
+        return bool(self.policy.get("decode_free"))
 
     @property
     def num_samples_per_lane(self) -> int:
@@ -159,13 +164,13 @@ class Index:
     """
 
     shard: NDArray[np.int32]  # row of `Manifest.shards`
-    offset: NDArray[np.int64]  # of the JPEG's data in its archive, bytes
-    size: NDArray[np.int32]  # of the JPEG, bytes
+    offset: NDArray[np.int64]  # of the image's data in its archive, bytes
+    size: NDArray[np.int32]  # of that, bytes
     height: NDArray[np.int32]
     width: NDArray[np.int32]
     label: NDArray[np.int32]
     source_row: NDArray[np.int64]
-    xxh3_64: NDArray[np.uint64]  # of the JPEG
+    xxh3_64: NDArray[np.uint64]  # of the image's bytes
 
     def __len__(self) -> int:
         return len(self.shard)

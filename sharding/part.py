@@ -14,8 +14,9 @@ import pyarrow as pa
 import xxhash
 
 from sharding.encode import BadImageError, Policy, encode
-from sharding.manifest import SAMPLE_SCHEMA, Index, Shard
+from sharding.manifest import SAMPLE_SCHEMA, Index, Manifest, Shard
 from sharding.plan import SPARE_LANE, Part
+from sharding.planes import extension
 from sharding.source import Source
 from sharding.storage import STATE, Directory
 from sharding.writer import ShardWriter, index_entry, index_text
@@ -74,11 +75,11 @@ def index_name(shard_path: str) -> str:
     return shard_path.removesuffix(".tar") + ".idx"
 
 
-def dali_index(index: Index, number: int) -> bytes:
+def dali_index(manifest: Manifest, index: Index, number: int) -> bytes:
     """DALI's index of a shard, from the sample index."""
     columns = (index.source_row, index.offset, index.size, index.label)
-    rows = index.rows_of(number)
-    return index_text([index_entry(*(int(column[row]) for column in columns)) for row in rows])
+    name, rows = extension(manifest.is_decode_free), index.rows_of(number)
+    return index_text([index_entry(name, *(int(column[row]) for column in columns)) for row in rows])
 
 
 def write_part(context: BuildContext, part: Part) -> tuple[str, PartRecord]:
@@ -97,7 +98,7 @@ def write_rows(context: BuildContext, rows: list[int], path: Path, shard: Shard)
     quarantined: list[dict[str, Any]] = []
     changes: Counter[str] = Counter()
     source_bytes = 0
-    with ShardWriter(path) as writer:
+    with ShardWriter(path, bool(context.policy.decode_free)) as writer:
         for row in rows:
             data, label = context.source.read(row)
             source_bytes += len(data)

@@ -18,6 +18,7 @@ from sharding.finish import write_index
 from sharding.jpeg import read_header
 from sharding.manifest import INDEX_FILE, MANIFEST_COPY, MANIFEST_FILE, Index, Manifest, Shard, ShardError
 from sharding.part import BuildContext, PartRecord, dali_index, index_name, samples_table, write_rows
+from sharding.planes import frame_size
 from sharding.select import select
 from sharding.source import SourceSpec, open_source
 from sharding.storage import Directory
@@ -44,7 +45,7 @@ def repair(out: Directory, damaged: Sequence[str], dataset: str | None = None, c
     if archives:
         _restore_archives(out, manifest, index, archives, dataset, cache)
     for name in dali_indices.keys() & set(damaged):
-        out.write(name, dali_index(index, dali_indices[name]))
+        out.write(name, dali_index(manifest, index, dali_indices[name]))
 
 
 def _restore_archives(
@@ -66,20 +67,26 @@ def _restore_archives(
 
 
 def _restore_index(out: Directory, manifest: Manifest) -> None:
-    records = [PartRecord(shard, _scan(out, shard), [], {}, 0) for shard in manifest.shards]
+    records = [PartRecord(shard, _scan(out, shard, manifest.is_decode_free), [], {}, 0) for shard in manifest.shards]
     if write_index(out, records) != manifest.index:
         raise ShardError(f"{out}/{INDEX_FILE}: the archives do not give the index of the manifest; build again")
 
 
-def _scan(out: Directory, shard: Shard) -> pa.Table:
-    """The columns of SAMPLE_SCHEMA from an archive: keys are source rows, and the JPEGs know their sizes."""
+def _scan(out: Directory, shard: Shard, is_decode_free: bool) -> pa.Table:
+    """The columns of SAMPLE_SCHEMA from an archive: keys are source rows, and the images know their sizes."""
     rows: list[tuple[int, ...]] = []
     with out.open(shard.path) as file, tarfile.open(fileobj=file) as archive:
-        for jpg, cls in zip(members := iter(archive), members, strict=True):
-            file.seek(jpg.offset_data)
-            jpeg = file.read(jpg.size)
+        for member, cls in zip(members := iter(archive), members, strict=True):
+            file.seek(member.offset_data)
+            image = file.read(member.size)
             file.seek(cls.offset_data)
-            label, header, digest = int(file.read(cls.size)), read_header(jpeg), xxhash.xxh3_64_intdigest(jpeg)
-            key = int(jpg.name.removesuffix(".jpg"))
-            rows.append((jpg.offset_data, jpg.size, header.height, header.width, label, key, digest))
+            label, digest = int(file.read(cls.size)), xxhash.xxh3_64_intdigest(image)
+            height, width = frame_size(image) if is_decode_free else _jpeg_size(image)
+            key = int(Path(member.name).stem)
+            rows.append((member.offset_data, member.size, height, width, label, key, digest))
     return samples_table(rows)
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    header = read_header(data)
+    return header.height, header.width

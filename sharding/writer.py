@@ -8,6 +8,8 @@ from typing import Self
 
 import xxhash
 
+from sharding.planes import extension
+
 _BLOCK = tarfile.BLOCKSIZE  # 512: members begin at multiples of it
 _RECORD = tarfile.RECORDSIZE  # 10240: an archive's size is a multiple of it
 
@@ -17,29 +19,30 @@ def index_text(entries: Sequence[str]) -> bytes:
     return "".join([f"v1.2 {len(entries)}\n", *entries]).encode()
 
 
-def index_entry(key: int, offset: int, size: int, label: int) -> str:
-    """(extension, offset, size, name) of a sample's two members, given where its JPEG's data lie."""
+def index_entry(extension: str, key: int, offset: int, size: int, label: int) -> str:
+    """(extension, offset, size, name) of a sample's two members, given where its image's data lie."""
     cls_offset = offset + size + -size % _BLOCK + _BLOCK
-    return f"jpg {offset} {size} {key:08d}.jpg cls {cls_offset} {len(str(label))} {key:08d}.cls\n"
+    return f"{extension} {offset} {size} {key:08d}.{extension} cls {cls_offset} {len(str(label))} {key:08d}.cls\n"
 
 
 class ShardWriter:
-    """Writes samples as adjacent `KEY.jpg` and `KEY.cls` members; no date, owner or path enters the file.
+    """Writes samples as adjacent `KEY.extension` and `KEY.cls` members; no date, owner or path enters the file.
 
     `digest` (xxh3_128, hex) and `num_bytes` describe the archive once it is closed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_decode_free: bool = False) -> None:
+        self._extension = extension(is_decode_free)
         self._file = path.open("wb")
         self._hash = xxhash.xxh3_128()
         self._entries: list[str] = []
         self.num_bytes = 0
 
-    def add(self, key: int, jpeg: bytes, label: int) -> int:
-        """Append one sample; returns the offset of the JPEG's data in the archive, in bytes."""
-        offset = self._member(f"{key:08d}.jpg", jpeg)
+    def add(self, key: int, image: bytes, label: int) -> int:
+        """Append one sample; returns the offset of the image's data in the archive, in bytes."""
+        offset = self._member(f"{key:08d}.{self._extension}", image)
         self._member(f"{key:08d}.cls", str(label).encode())
-        self._entries.append(index_entry(key, offset, len(jpeg), label))
+        self._entries.append(index_entry(self._extension, key, offset, len(image), label))
         return offset
 
     @property

@@ -37,3 +37,12 @@ def test_options_without_effect_are_refused(capsys: pytest.CaptureFixture[str]) 
         parse("", ["--out", "x", "--quality", "80"])
     assert "--quality is that of --short-side" in capsys.readouterr().err
     assert parse("", ["--out", "x", "--quality", "80", "--short-side", "64"]).policy.quality == 80
+    with pytest.raises(SystemExit):
+        parse("", ["--out", "x", "--decode-free", "--quality", "80"])
+    assert "--decode-free shards hold no JPEGs" in capsys.readouterr().err
+
+
+def test_decode_free_shards_have_a_short_side_of_their_own() -> None:
+    assert parse("", ["--out", "x", "--decode-free"]).policy.short_side == 256
+    policy = parse("", ["--out", "x", "--decode-free", "--short-side", "320"]).policy
+    assert (policy.decode_free, policy.short_side) == (True, 320)

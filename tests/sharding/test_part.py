@@ -40,4 +40,4 @@ def test_the_record_says_what_was_written(parquet: Path, tmp_path: Path, images:
 def test_dali_index_from_the_sample_index_is_the_written_one(shards: Path) -> None:
     index, manifest = Index.load(shards), Manifest.load(shards)
     for number, shard in enumerate(manifest.shards):
-        assert dali_index(index, number) == (shards / index_name(shard.path)).read_bytes()
+        assert dali_index(manifest, index, number) == (shards / index_name(shard.path)).read_bytes()
