@@ -5,7 +5,6 @@ python -m pipeline.preview --shards s3://bucket/shards --cache-dir /scratch/shar
 """
 
 import argparse
-import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from pipeline.reading.reader import Reader
 from pipeline.views import PRESETS, ViewSpec, in_levels, parse, preset
 from sharding.command import UserError, command
 from sharding.manifest import ShardSet, open_shards
+from sharding.planes import open_image
 
 if TYPE_CHECKING:  # Matplotlib takes its time to import
     from matplotlib.axes import Axes
@@ -157,11 +157,9 @@ def _show(axes: "Axes", picture: Picture, color: str = "white") -> None:
 
 def _draw_original(axes: "Axes", reader: Reader, plan: BatchPlan, row: int) -> None:
     from matplotlib.patches import Rectangle
-    from PIL import Image
 
     sample = int(plan.ids[row])
-    with Image.open(io.BytesIO(reader.read(sample).tobytes())) as image:
-        _show(axes, np.asarray(image.convert("RGB")))
+    _show(axes, np.asarray(open_image(reader.read(sample).tobytes())))
     for number, view in enumerate(plan.views):
         top, left, height, width = view.box[row]
         axes.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=f"C{number}", linewidth=1.5))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.backends import BackendContext, DamagedSampleError, Pending, Views
 from pipeline.memory import empty_views
-from pipeline.plan import BatchPlan, ViewPlan
+from pipeline.plan import BatchPlan, Ints, ViewPlan
 from pipeline.stats import Stats
 from pipeline.workers import Workers
 
@@ -82,14 +82,14 @@ class PooledBatch:
 class ThreadedBackend(Generic[Image]):
     """See `pipeline.backends.Backend`.
 
-    ``decode`` makes an image of JPEG bytes, a height and a width, or raises ValueError. ``render`` is a `Render` that
-    takes the image first.
+    ``decode`` makes an image of a sample's bytes, a height, a width and the region that is needed, or raises
+    ValueError. ``render`` is a `Render` that takes the image first.
     """
 
     def __init__(
         self,
         context: BackendContext,
-        decode: Callable[[Bytes, int, int], Image],
+        decode: Callable[[Bytes, int, int, Ints], Image],
         render: Callable[[Image, ViewPlan, int, Bytes], tuple[float, float]],
     ) -> None:
         self._context, self._decode, self._render = context, decode, render
@@ -116,7 +116,8 @@ class ThreadedBackend(Generic[Image]):
         for row in range(rows.start, rows.stop):
             sample, start = int(plan.ids[row]), time.perf_counter()
             try:
-                image = self._decode(self._context.reader.read(sample), int(plan.heights[row]), int(plan.widths[row]))
+                size = int(plan.heights[row]), int(plan.widths[row])
+                image = self._decode(self._context.reader.read(sample), *size, plan.regions[row])
             except ValueError as error:
                 report.reasons[sample] = str(error)
                 continue

@@ -1,6 +1,5 @@
 """The reference: Pillow and torchvision's functional operations, exact by definition, in threads."""
 
-import io
 import time
 
 import numpy as np
@@ -11,6 +10,7 @@ from torchvision.transforms import functional as F
 from pipeline.backends import BackendContext
 from pipeline.backends.pool import ThreadedBackend
 from pipeline.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewPlan
+from sharding.planes import open_image
 
 _ADJUST = {
     BRIGHTNESS: F.adjust_brightness,
@@ -27,7 +27,7 @@ def build(context: BackendContext) -> ThreadedBackend[Image.Image]:
 def decode(data: NDArray[np.uint8]) -> Image.Image:
     """Raises ValueError."""
     try:
-        return Image.open(io.BytesIO(data.tobytes())).convert("RGB")
+        return open_image(data.tobytes())
     except OSError as error:
         raise ValueError(str(error)) from None
 

@@ -45,7 +45,7 @@ class Reader:
         self._adviser = Workers(1, "read-ahead", self.watch)
 
     def read(self, sample: int) -> NDArray[np.uint8]:
-        """The JPEG bytes of a sample, in memory of their own.
+        """The bytes of a sample, in memory of their own.
 
         Raises ValueError for bytes that are not those of the build: whether a decoder would notice depends on the
         decoder, and batches must not. Raises OSError, which names the shard, where the disk fails.

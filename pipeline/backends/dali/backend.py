@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.backends import BackendContext, DamagedSampleError, Views
+from pipeline.backends import Backend, BackendContext, DamagedSampleError, Views
+from pipeline.backends.cpu import build as build_cpu
 from pipeline.backends.dali.decode import Decoder, Encoded, find_fault, largest_size
 from pipeline.backends.pool import ChunkReport, PooledBatch, chunks
 from pipeline.kernels.render import render
@@ -30,6 +31,7 @@ from pipeline.memory import recycler
 from pipeline.plan import BatchPlan
 from pipeline.stats import Stats
 from pipeline.workers import Workers
+from sharding.command import UserError
 
 # Jobs of the driving thread, the most urgent first: DALI is to have work before anything is waited for.
 _STOP, _SCHEDULE, _COLLECT = range(3)
@@ -238,7 +240,15 @@ def _pack(image: NDArray[np.uint8]) -> Pixels:
     return as_pixels(memory, *image.shape[:2])
 
 
-def build(context: BackendContext) -> DaliBackend:
+def build(context: BackendContext) -> Backend:
+    """Planes need no decoder: `cpu` makes their views as well. Raises UserError for them on a GPU."""
+    if context.reader.shards.manifest.is_decode_free:
+        if context.device.type == "cuda":
+            raise UserError(
+                "data.backend=dali: expected JPEGs, found decode-free shards, for which there is no GPU kernel yet; "
+                "use data.backend=cpu, which makes their views on the host"
+            )
+        return build_cpu(context)
     if context.device.type == "cuda":
         from pipeline.backends.dali.render_gpu import GpuRenderer  # imports Triton
 

@@ -67,6 +67,7 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def backend(reader: Reader, device: str) -> Iterator[DaliBackend]:
     with closing(build(context(reader, device))) as backend:
+        assert isinstance(backend, DaliBackend)
         yield backend
 
 
@@ -157,6 +158,7 @@ def test_a_slow_reader_on_a_gpu_finds_its_views_whole(reader: Reader, plan: Plan
 def test_images_on_a_gpu_are_kept_until_the_host_has_seen_the_views_done(reader: Reader, plan: Planner) -> None:
     """The hardware decoder writes without regard to streams, so only the host can say when their memory is free."""
     with closing(build(context(reader, "cuda"))) as backend:
+        assert isinstance(backend, DaliBackend)
         stream = backend._renderer.stream
         expected = [[view.clone() for view in backend.submit(plan(step)).result()] for step in range(4)]
         for _ in range(5):
