@@ -31,7 +31,7 @@ from pipeline.backends import BACKENDS
 from pipeline.loader import Loader
 from pipeline.stats import bound
 from pipeline.views import flatten
-from sharding.command import command
+from sharding.command import UserError, command
 from sharding.manifest import ShardSet, open_shards
 from train.config import Config
 from train.engine import automatic
@@ -81,11 +81,11 @@ def _measure_loaders(options: argparse.Namespace, config: Config, shards: ShardS
 def _enter_peer(
     options: argparse.Namespace, config: Config, shards: ShardSet, name: str, threads: int, stack: ExitStack
 ) -> dict[str, Callable[[], Turn]]:
-    """A contestant, or none where the peer is not installed."""
+    """A contestant, or none where the peer is not installed or cannot read the shards."""
     peer_options = PeerOptions(shards, flatten(config.views), config.run.global_batch_size, threads, prefetch=2)
     try:
         peer = build_peer(name, peer_options, stack)
-    except ImportError as error:
+    except (ImportError, UserError) as error:
         print(f"left out {name}: {error}")
         return {}
     return {_label(name, threads): _turn(peer, options.seconds, peer_options.num_ahead + 1)}

@@ -43,9 +43,12 @@ PEERS = {
 
 
 def build_peer(name: str, options: PeerOptions, stack: ExitStack) -> Peer:
-    """Raises ValueError for an unknown name, and ImportError for one that is not installed; the extra has its name."""
+    """Raises UserError for an unknown name and for shards that no peer can read, and ImportError for one that is not
+    installed; the extra has its name."""
     if name not in PEERS:
         raise UserError(f"peer: expected one of {', '.join(PEERS)}, found {name!r}")
+    if options.shards.manifest.is_decode_free:
+        raise UserError(f"{options.shards.directory}: is decode-free, and {name} reads JPEGs")
     try:
         return resolve_name(PEERS[name])(options, stack)
     except ImportError as error:

@@ -1,4 +1,5 @@
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 
 from benchmarks.peers import PEERS, PeerOptions, build_peer
 from pipeline.views import ViewSpec, flatten
+from sharding.command import UserError
 from sharding.manifest import ShardSet
 from tests.census import census, wait_until
 
@@ -35,6 +37,13 @@ def test_a_peer_makes_batches_without_end_and_leaves_nothing(name: str, shard_se
 def test_an_unknown_peer_is_refused(shard_set: ShardSet) -> None:
     with pytest.raises(ValueError, match="one of decode-only, decode-only-dali, imagefolder"):
         build_peer("magic", options(shard_set), ExitStack())
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_refuse_decode_free_shards_by_name(name: str, shard_set: ShardSet) -> None:
+    manifest = replace(shard_set.manifest, policy={**shard_set.manifest.policy, "decode_free": True})
+    with pytest.raises(UserError, match=f"is decode-free, and {name} reads JPEGs"):
+        build_peer(name, options(replace(shard_set, manifest=manifest)), ExitStack())
 
 
 def test_a_peer_that_is_not_installed_is_named_with_its_extra(
