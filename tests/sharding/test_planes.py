@@ -132,11 +132,11 @@ def test_every_image_becomes_planes_of_its_pixels() -> None:
 
 @pytest.fixture(scope="module")
 def decode_free(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """24 images, two of them refused, so that lanes are levelled."""
+    """24 images, three of them refused, so that lanes are levelled."""
     folder = tmp_path_factory.mktemp("decode-free")
-    images = [jpeg(number) if number % 12 else jpeg(number)[:-30] for number in range(24)]
+    images = [jpeg(number) if number % 8 else jpeg(number)[:-30] for number in range(24)]
     source = write_parquet(folder / "source", images, [number % 3 for number in range(24)])
-    build_shards(source, folder / "out", lanes=2, policy=POLICY, max_quarantine=0.1)
+    build_shards(source, folder / "out", lanes=2, policy=POLICY, max_quarantine=0.2)
     return open_shards(folder / "out")
 
 
@@ -151,7 +151,7 @@ def stored(shards: ShardSet) -> list[tuple[bytes, int]]:
 def test_shards_hold_the_planes_of_the_source(decode_free: ShardSet) -> None:
     index = decode_free.index
     assert decode_free.manifest.is_decode_free
-    assert len(index) == 22
+    assert len(index) == 20
     for row, (data, label) in enumerate(stored(decode_free)):
         number = int(index.source_row[row])
         assert data == encode(jpeg(number), POLICY).data
