@@ -55,9 +55,9 @@ def split_planes(data: Plane, height: int, width: int) -> Planes:
             f"expected {num_bytes} bytes of a frame of {height} x {width} pixels, found {data.size} that begin with "
             f"{data[:32].tobytes()!r}"
         )
-    luma, chroma = data[len(header) : len(header) + height * width], data[len(header) + height * width :]
-    cb, cr = chroma.reshape(2, *half)
-    return luma.reshape(height, width), cb, cr
+    samples = data[len(header) :]
+    cb, cr = samples[height * width :].reshape(2, *half)
+    return samples[: height * width].reshape(height, width), cb, cr
 
 
 def to_rgb(luma: Plane, cb: Plane, cr: Plane) -> Plane:

@@ -19,14 +19,15 @@ def index_text(entries: Sequence[str]) -> bytes:
     return "".join([f"v1.2 {len(entries)}\n", *entries]).encode()
 
 
-def index_entry(extension: str, key: int, offset: int, size: int, label: int) -> str:
+def index_entry(suffix: str, key: int, offset: int, size: int, label: int) -> str:
     """(extension, offset, size, name) of a sample's two members, given where its image's data lie."""
     cls_offset = offset + size + -size % _BLOCK + _BLOCK
-    return f"{extension} {offset} {size} {key:08d}.{extension} cls {cls_offset} {len(str(label))} {key:08d}.cls\n"
+    return f"{suffix} {offset} {size} {key:08d}.{suffix} cls {cls_offset} {len(str(label))} {key:08d}.cls\n"
 
 
 class ShardWriter:
-    """Writes samples as adjacent `KEY.extension` and `KEY.cls` members; no date, owner or path enters the file.
+    """Writes samples as adjacent `KEY.jpg` (decode-free: `KEY.y4m`) and `KEY.cls` members; no date, owner or path
+    enters the file.
 
     `digest` (xxh3_128, hex) and `num_bytes` describe the archive once it is closed.
     """
