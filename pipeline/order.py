@@ -174,6 +174,40 @@ class Shuffled:
         return shuffled
 
 
+@dataclass(frozen=True)
+class ShuffledPart:
+    """The endless shuffled order of some samples, ``chosen`` (n,) in rising order, wherever they lie; every one of them
+    occurs exactly once in a pass. Undecodable ones are replaced by others of them."""
+
+    fate: ClassVar[str] = "replaced"
+    num_steps: ClassVar[None] = None
+
+    chosen: Ids
+    seed: int
+    global_batch_size: int
+
+    @property
+    def _places(self) -> Shuffled:
+        """The order of their places in ``chosen``: one lane of one shard."""
+        return Shuffled(((len(self.chosen),),), self.seed, self.global_batch_size)
+
+    def batch(self, step: int) -> tuple[Ids, Ids]:
+        """See `Order`."""
+        places, epochs = self._places.batch(step)
+        return self.chosen[places], epochs
+
+    def without(self, ids: Ids, epochs: Ids, undecodable: Collection[int]) -> tuple[Ids, Ids]:
+        """Each undecodable id exchanged for a different one that is chosen."""
+        places, bad = (np.searchsorted(self.chosen, list(samples)) for samples in (ids, undecodable))
+        replaced, _ = self._places.without(places, epochs, set(bad.tolist()))
+        return self.chosen[replaced], epochs
+
+    def exhausted(self, undecodable: Collection[int]) -> str:
+        """See `Order`."""
+        count = len(undecodable)
+        return f"all {count} samples that were chosen" if count == len(self.chosen) else ""
+
+
 def lane_shard_sizes(shards: ShardSet) -> tuple[tuple[int, ...], ...]:
     """Samples of each shard, by lane."""
     manifest = shards.manifest

@@ -7,6 +7,7 @@ threads. The key is the seed; the counter's four words are, for
 |---|---|---|---|---|
 | a view (`pipeline.plan`) | pass over the data | sample id | number of the view | which draw |
 | the model (`train.model.draws`) | step | sample id, or 0 | `MODEL_STREAM` + stream of the name | block of 4 words |
+| a choice of samples (`train.evaluate.data`) | 0 | half of the position | `CHOICE_STREAM` + class | Feistel round |
 | a replacement (`pipeline.order`) | pass | sample id | `REPLACEMENT_STREAM` | attempt |
 | the order (`pipeline.order`) | pass | half of the position | `ORDER_STREAM` + window and lane | Feistel round |
 """
@@ -23,6 +24,7 @@ Word = np.uint64  # that holds 32 bits
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 MODEL_STREAM = 1 << 30  # to 2**30 + 2**29
+CHOICE_STREAM = MODEL_STREAM + (1 << 29)  # and above
 REPLACEMENT_STREAM = (1 << 31) - 1
 ORDER_STREAM = 1 << 31  # and above
 

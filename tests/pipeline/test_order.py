@@ -7,7 +7,7 @@ from numpy.testing import assert_array_equal
 from scipy.stats import chisquare
 
 from pipeline.loader import Loader
-from pipeline.order import Sequential, Shuffled, lanes_of_rank
+from pipeline.order import Sequential, Shuffled, ShuffledPart, lanes_of_rank
 from pipeline.random import permute
 from pipeline.views import ViewSpec
 from sharding.manifest import ShardSet
@@ -163,3 +163,24 @@ def test_three_billion_samples_overflow_nothing() -> None:
         assert ids.max() > 2**31
         assert epochs.max() == ((step + 1) * 4096 - 1) // per_lane
     assert abs(ids.mean() / (8 * per_lane) - 0.5) < 0.01
+
+
+def test_a_part_is_seen_whole_in_every_pass_and_nothing_else() -> None:
+    chosen = np.array([3, 5, 8, 21, 22, 34, 55])
+    order = ShuffledPart(chosen, seed=1, global_batch_size=4)
+    ids, epochs = (np.concatenate(both) for both in zip(*map(order.batch, range(7)), strict=True))
+    for epoch in range(4):
+        assert sorted(ids[epochs == epoch]) == chosen.tolist()
+    assert len({tuple(ids[epochs == epoch]) for epoch in range(4)}) > 1, "each pass has its own order"
+    assert ShuffledPart(chosen, seed=2, global_batch_size=4).batch(0)[0].tolist() != ids[:4].tolist()
+
+
+def test_undecodable_samples_of_a_part_are_replaced_by_others_of_it() -> None:
+    chosen = np.array([3, 5, 8, 21])
+    order = ShuffledPart(chosen, seed=1, global_batch_size=4)
+    ids, epochs = order.batch(0)
+    replaced, _ = order.without(ids, epochs, {5, 21})
+    assert set(replaced) <= {3, 8}
+    assert replaced[np.isin(ids, [3, 8])].tolist() == ids[np.isin(ids, [3, 8])].tolist()
+    assert order.exhausted({3, 5}) == ""
+    assert order.exhausted(set(chosen.tolist())) == "all 4 samples that were chosen"
