@@ -4,7 +4,7 @@ All of them take ``found_inf``, a device tensor set by the train step: where it 
 parameters and state as they are, without the host being asked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -38,6 +38,7 @@ class OptimConfig(Settings):
     )
     excluded_rate: float = Field(1.0, gt=0, description="learning rate of what is excluded: share of the others'")
     momentum: float = Field(0.9, ge=0, lt=1, description="of LARS, LARC and SGD; beta_1 of AdamW and LAMB")
+    nesterov: bool = Field(False, description="SGD: Nesterov's correction of the momentum")
     beta2: float = Field(0.999, ge=0, lt=1, description="of AdamW and LAMB")
     eta: float = Field(0.001, gt=0, description="LARS, LARC: trust coefficient; 0.02 on small data sets")
     clip_norm: float | None = Field(None, gt=0, description="scale gradients of a larger norm down to this one")
@@ -47,6 +48,8 @@ class OptimConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "OptimConfig":
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov: expected a momentum above 0, found 0; set nesterov=false")
         if self.steps is None and self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs: expected less than the {self.epochs:g} optim.epochs, found {self.warmup_epochs:g}; "
@@ -59,25 +62,32 @@ def _plain(kind: type[torch.optim.Optimizer], groups: Any, **options: Any) -> to
     return kind(groups, **options)
 
 
-def build_optimizer(config: OptimConfig, module: nn.Module, make: Make = _plain) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimConfig, module: nn.Module, make: Make = _plain, scales: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
     """The optimizer of all trainable parameters in two groups, of which the second (``config.exclude``) is neither
-    decayed nor adapted. Learning rates are set by the train step: its own times the group's ``lr_scale``. ``make`` is
-    given its class, the groups and options; `World.shard` is one."""
-    chosen, excluded = (
-        [p for n, p in module.named_parameters() if p.requires_grad and _is_excluded(n, p, config.exclude) == wanted]
-        for wanted in (False, True)
-    )
-    groups = [
-        {"params": chosen, "weight_decay": config.weight_decay, "adapt": True, "lr_scale": 1.0},
-        {"params": excluded, "weight_decay": 0.0, "adapt": False, "lr_scale": config.excluded_rate},
-    ]
+    decayed nor adapted; two for each of the ``scales`` of the learning rate, by parameter (1 where it has none).
+    Learning rates are set by the train step: its own times the group's ``lr_scale``. ``make`` is given its class, the
+    groups and options; `World.shard` is one."""
+    scales = scales or {}
+    named = [(name, p, scales.get(name, 1.0)) for name, p in module.named_parameters() if p.requires_grad]
+    groups = []
+    for scale in sorted({scale for *_, scale in named}):
+        chosen, excluded = (
+            [p for n, p, own in named if own == scale and _is_excluded(n, p, config.exclude) == wanted]
+            for wanted in (False, True)
+        )
+        groups += [
+            {"params": chosen, "weight_decay": config.weight_decay, "adapt": True, "lr_scale": scale},
+            {"params": excluded, "weight_decay": 0.0, "adapt": False, "lr_scale": scale * config.excluded_rate},
+        ]
     betas = config.momentum, config.beta2
     if config.name in ("lars", "larc"):
         return make(LARS if config.name == "lars" else LARC, groups, momentum=config.momentum, eta=config.eta)
     if config.name == "lamb":
         return make(LAMB, groups, betas=betas)
     if config.name == "sgd":
-        return make(torch.optim.SGD, groups, lr=0.0, momentum=config.momentum, fused=True)
+        return make(torch.optim.SGD, groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     return make(torch.optim.AdamW, groups, lr=0.0, betas=betas, fused=True)
 
 

@@ -159,3 +159,19 @@ def test_found_inf_leaves_parameters_and_state_alone(name: str) -> None:
     assert torch.equal(updated(float("nan")), second)
     stopped.fill_(0.0)
     assert updated(1.0).isfinite().all()
+
+
+def test_parameters_have_the_scales_of_their_names() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = build_optimizer(
+        OptimConfig(name="sgd", excluded_rate=2.0), network, scales={"0.weight": 0.5, "0.bias": 0.5}
+    )
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert [scales[id(p)] for p in network.parameters()] == [0.5, 1.0, 1.0, 2.0]
+
+
+def test_nesterov_is_torchs_and_needs_momentum() -> None:
+    optimizer = build_optimizer(OptimConfig(name="sgd", nesterov=True), nn.Linear(2, 2))
+    assert optimizer.param_groups[0]["nesterov"]
+    with pytest.raises(ValueError, match="nesterov: expected a momentum above 0, found 0"):
+        OptimConfig(name="sgd", nesterov=True, momentum=0)
