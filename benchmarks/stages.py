@@ -63,7 +63,7 @@ class Training:
     """The train step of a configuration as a callable that takes a batch and returns how many images it had."""
 
     def __init__(self, config: Config, shards: ShardSet, world: World) -> None:
-        plan = plan_run(config, shards.manifest)
+        plan = plan_run(config, shards.manifest.num_samples)
         self.method = build(config, world)
         self._task = Pretraining(config, world, plan, self.method, optimizer_of(config, self.method, world))
         self._steps = cycle(range(plan.total_steps))

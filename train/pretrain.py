@@ -9,7 +9,7 @@ batches that it would have seen. Ctrl-C, SIGTERM and SIGUSR1 save after the step
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pipeline.loader import Batch, Loader
-from pipeline.order import lanes_of_rank
+from pipeline.order import Order, lanes_of_rank
 from pipeline.reading.cache import CacheOptions
 from sharding.command import UserError, command
 from sharding.manifest import Manifest, ShardSet, open_shards
@@ -65,7 +65,31 @@ def pretrain(config: Config, world: World) -> bool:
     num_lanes = Manifest.load(config.data.shards).num_lanes
     shards = open_shards(config.data.shards, lanes_of_rank(num_lanes, world.rank, world.size))
     check_batch(config, shards.manifest, world.size)
-    plan = plan_run(config, shards.manifest)
+    plan = plan_run(config, shards.manifest.num_samples)
+
+    def begin() -> Beginning:
+        method = build(config, world)
+        return method, optimizer_of(config, method, world)
+
+    _, done = train(config, shards, plan, world, begin)
+    if world.is_main:
+        _say_goodbye(config, done, plan)
+    return done >= plan.total_steps
+
+
+Beginning = tuple[Method, torch.optim.Optimizer]  # on their device
+
+
+def train(
+    config: Config,
+    shards: ShardSet,
+    plan: RunPlan,
+    world: World,
+    begin: Callable[[], Beginning],
+    order: Order | None = None,
+) -> tuple[Method, int]:
+    """Train what ``begin`` makes, from the newest checkpoint in ``run.dir`` on, to the end of the plan or until it is
+    asked to stop; ``order`` is a `Loader`'s. Returns the method and the number of updates of the run."""
     identity = checkpoint.identity_of(config, shards.manifest.fingerprint)
     with ExitStack() as stack:
         if world.is_main:
@@ -73,21 +97,20 @@ def pretrain(config: Config, world: World) -> bool:
         state = world.broadcast(_resumed(config, identity) if world.is_main else None)
         start_step = state["step"] if state else 0
         world.require_agreement(run_facts(config, shards, start_step))
-        if start_step >= plan.total_steps:
-            return _nothing_to_do(config, start_step, plan, world)
-
-        method = build(config, world)
-        optimizer = optimizer_of(config, method, world)
+        method, optimizer = begin()
         if state:
             method.load_state_dict(state["method"])
             restore(optimizer, state["optimizer"])
+        if start_step >= plan.total_steps:
+            return method, _nothing_to_do(config, start_step, plan, world)
+
         task = Pretraining(config, world, plan, method, optimizer)
         online = _online(config, shards, method, world, state)
         request = stack.enter_context(stop.StopRequest())
         any_rank = AnyRank(world)
         if world.is_main:
             _introduce(config, state, plan)
-        loader = stack.enter_context(build_loader(config, shards, world, start_step))
+        loader = stack.enter_context(build_loader(config, shards, world, start_step, order))
         clock, monitor, writer, run = Clock(), None, None, config.run
         if world.is_main:
             sizes = plan.total_steps, run.global_batch_size
@@ -100,9 +123,7 @@ def pretrain(config: Config, world: World) -> bool:
         ]
         done = fit(task, loader, plan.total_steps, hooks, lambda: any_rank(request.requested), start_step)
     world.barrier()
-    if world.is_main:
-        _say_goodbye(config, done, plan)
-    return done == plan.total_steps
+    return method, done
 
 
 def build(config: Config, world: World) -> Method:
@@ -222,12 +243,13 @@ class Save:
                 self.writer.save(state.done, tensors | plain)
 
 
-def build_loader(config: Config, shards: ShardSet, world: World, start_step: int) -> Loader:
+def build_loader(config: Config, shards: ShardSet, world: World, start_step: int, order: Order | None = None) -> Loader:
     return Loader(
         shards,
         config.views,
         seed=config.run.seed,
         global_batch_size=config.run.global_batch_size,
+        order=order,
         rank=world.rank,
         world_size=world.size,
         start_step=start_step,
@@ -296,11 +318,11 @@ def _introduce(config: Config, state: checkpoint.State | None, plan: RunPlan) ->
             print(f"from here on {change}")
 
 
-def _nothing_to_do(config: Config, step: int, plan: RunPlan, world: World) -> bool:
+def _nothing_to_do(config: Config, step: int, plan: RunPlan, world: World) -> int:
     world.barrier()
     if world.is_main:
         print(f"{config.run.dir}: step {step} is done, and the run is to have {plan.total_steps}; nothing to do")
-    return True
+    return step
 
 
 def _say_goodbye(config: Config, done: int, plan: RunPlan) -> None:

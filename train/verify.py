@@ -106,7 +106,7 @@ def verify(config: Config, world: World, images: int | None = None) -> Iterator[
         raise UserError(f"--images: expected a multiple of {unit} (all lanes, two pieces a process), found {images}")
     small = _changed(config, global_batch_size=images or unit * math.ceil(_LEAST_IMAGES / unit))
     exact = _changed(small, precision="fp64") if config.run.precision == "auto" else small
-    peak, alone = plan_run(small, shards.manifest).peak, World(device=world.device)
+    peak, alone = plan_run(small, shards.manifest.num_samples).peak, World(device=world.device)
     batches = []
     for who, start in ((world, 0), (alone, 0), (world, 1)):
         with build_loader(exact, shards, who, start) as loader:

@@ -210,9 +210,9 @@ def test_a_checkpoint_of_other_data_is_refused(
 
 def test_epochs_become_steps(shards: Path) -> None:
     manifest = open_shards(shards).manifest
-    plan = plan_run(load_config(None, ["run.global_batch_size=24", "optim.epochs=10.1"]), manifest)
+    plan = plan_run(load_config(None, ["run.global_batch_size=24", "optim.epochs=10.1"]), manifest.num_samples)
     assert (plan.total_steps, plan.warmup_steps) == (41, 40)
-    assert plan_run(load_config(None, ["optim.steps=50"]), manifest).warmup_steps == 2
+    assert plan_run(load_config(None, ["optim.steps=50"]), manifest.num_samples).warmup_steps == 2
 
 
 def test_precision_is_chosen_by_the_device() -> None:

@@ -44,10 +44,10 @@ class RunPlan:
         )
 
 
-def plan_run(config: Config, manifest: Manifest) -> RunPlan:
-    """Epochs as steps of the data set at hand."""
+def plan_run(config: Config, num_samples: int) -> RunPlan:
+    """Epochs as steps of a pass over so many images."""
     batch, optim = config.run.global_batch_size, config.optim
-    steps_per_epoch = manifest.num_samples / batch
+    steps_per_epoch = num_samples / batch
     warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
     peak = schedule.scaled_peak(optim.learning_rate, batch, optim.scaling)
     if optim.steps is not None:

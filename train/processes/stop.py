@@ -29,7 +29,7 @@ class StopRequest:
     def _request(self, number: int, _: object) -> None:
         if not self.requested:
             self.requested, self._since = True, time.monotonic()
-            say("train.pretrain", f"{signal.Signals(number).name}: saving after this step; a second one ends at once")
+            say("train", f"{signal.Signals(number).name}: saving after this step; a second one ends at once")
         elif time.monotonic() - self._since > _SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -13,7 +13,7 @@ from train.pretrain import main
 def plan(shards: Any, *overrides: str) -> RunPlan:
     """Of 96 images in batches of 24: 4 steps an epoch."""
     manifest: Manifest = open_shards(shards).manifest
-    return plan_run(load_config(None, ["run.global_batch_size=24", *overrides]), manifest)
+    return plan_run(load_config(None, ["run.global_batch_size=24", *overrides]), manifest.num_samples)
 
 
 def test_the_rate_is_scaled_and_ends_where_it_is_told(shards: Any) -> None:
