@@ -16,6 +16,8 @@ PROTOCOLS = {
     "knn": "train.evaluate.knn:KNN",
     "linear": "train.evaluate.linear:Linear",
     "linear-sgd": "train.evaluate.linear_sgd:LinearSGD",
+    "linear-augmented": "train.evaluate.finetune:LinearAugmented",
+    "finetune": "train.evaluate.finetune:Finetune",
     "retrieve": "train.evaluate.knn:Retrieve",
     "cluster": "train.evaluate.cluster:Cluster",
     "health": "train.evaluate.health:Health",
@@ -33,6 +35,9 @@ class Protocol(Settings):
     """The settings of a protocol, and what it makes of the representations of training and test images."""
 
     needs_labels: ClassVar[bool] = True
+
+    def check(self, num_train: int, num_test: int) -> None:
+        """Raises `UserError` where there are too few images, before anything is made of them."""
 
     def __call__(self, train: Features, test: Features, device: torch.device) -> Values:
         """Pairs (name, value); the name says the unit. Deterministic."""

@@ -5,23 +5,29 @@ import json
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
 
+from pipeline.views import ViewSpec
 from sharding.command import UserError, command
+from train.config import Config
 from train.engine import automatic
 from train.engine.checkpoint import Pretrained, load_pretrained
 from train.evaluate import PROTOCOLS, Protocol, build_protocol
-from train.evaluate.data import choose_images, evaluation_view
-from train.evaluate.features import FEATURES, Features, extract
+from train.evaluate.data import Images, choose_images, evaluation_view
+from train.evaluate.features import FEATURES, extract
+from train.evaluate.finetune import Trained
 from train.model.encoder import Encoder
 from train.overrides import parse_override
 from train.pretrain import reading
-from train.processes.distributed import World, session
+from train.processes import stop
+from train.processes.distributed import session
 
 RESULTS = "evaluation.jsonl"  # beside the checkpoint, a line for each evaluation
 
@@ -30,16 +36,33 @@ RESULTS = "evaluation.jsonl"  # beside the checkpoint, a line for each evaluatio
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     protocols, overrides = choose_protocols([*options.protocol, *options.settings])
+    trains = {name: protocol for name, protocol in protocols.items() if isinstance(protocol, Trained)}
     with session("train.evaluate") as world:
         pretrained = load_pretrained(options.checkpoint, overrides)
-        record, features = _prepare(options, protocols, pretrained, world)
+        images, view = _images(options, protocols, pretrained.config)
+        encoders = _encoders(pretrained, options.untrained)
+        folder = options.features or pretrained.directory / FEATURES
+        features: dict[str, tuple[Any, Any]] = {}
+        if trains != protocols:
+            for name, encoder in encoders.items():
+                how = reading(pretrained.config.data, world)
+                train, test = (extract(encoder, part, view, folder, world, **how) for part in images)
+                features[name] = train, test
+        trained = {}
+        for name, protocol in product(encoders, trains):
+            start = pretrained._replace(encoder=encoders[name])
+            trained[name, protocol] = found = trains[protocol].run(protocol, start, *images, view, world)
+            if found is None:
+                return stop.EXIT_CODE
     if world.is_main:
+        record = _describe(options, protocols, pretrained, images, view)
         record["results"] = {
-            encoder: {name: dict(protocol(train, test, world.device)) for name, protocol in protocols.items()}
-            for encoder, (train, test) in features.items()
+            name: {p: trained.get((name, p)) or dict(protocols[p](*features[name], world.device)) for p in protocols}
+            for name in encoders
         }
         with (pretrained.directory / RESULTS).open("a") as file:
             file.write(json.dumps(record) + "\n")
+        _draw(record, pretrained.directory)
         _show(record)
     return 0
 
@@ -59,23 +82,34 @@ def choose_protocols(words: Sequence[str]) -> tuple[dict[str, Protocol], list[st
     return {name: build_protocol(name, given) for name, given in settings.items()}, others
 
 
-def _prepare(
-    options: argparse.Namespace, protocols: dict[str, Protocol], pretrained: Pretrained, world: World
-) -> tuple[dict[str, Any], dict[str, list[Features]]]:
-    """What the results will depend on, and on rank 0 the representations of training and test images by encoder."""
-    config, labelled = pretrained.config, any(protocol.needs_labels for protocol in protocols.values())
+def _images(
+    options: argparse.Namespace, protocols: dict[str, Protocol], config: Config
+) -> tuple[tuple[Images, Images], ViewSpec]:
+    """Those of training and of testing, enough for the protocols, and how all of them are seen."""
+    labelled = any(protocol.needs_labels for protocol in protocols.values())
     train, test = choose_images(options.train or config.data.shards, options.test, labelled=labelled)
-    view = evaluation_view(config.views, train.shards)
-    encoders = {"pretrained": pretrained.encoder}
-    if options.untrained:
-        torch.manual_seed(config.run.seed)  # as `train.pretrain` does
-        encoders["untrained"] = Encoder(config.encoder)
-    folder = options.features or pretrained.directory / FEATURES
-    features = {
-        name: [extract(encoder, images, view, folder, world, **reading(config.data, world)) for images in (train, test)]
-        for name, encoder in encoders.items()
-    }
-    record = {
+    for protocol in protocols.values():
+        protocol.check(len(train.ids), len(test.ids))
+    return (train, test), evaluation_view(config.views, train.shards)
+
+
+def _encoders(pretrained: Pretrained, untrained: bool) -> dict[str, Encoder]:
+    if not untrained:
+        return {"pretrained": pretrained.encoder}
+    torch.manual_seed(pretrained.config.run.seed)  # as `train.pretrain` does
+    return {"pretrained": pretrained.encoder, "untrained": Encoder(pretrained.config.encoder)}
+
+
+def _describe(
+    options: argparse.Namespace,
+    protocols: dict[str, Protocol],
+    pretrained: Pretrained,
+    images: tuple[Images, Images],
+    view: ViewSpec,
+) -> dict[str, Any]:
+    """What the results depend on."""
+    train, test = images
+    return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": automatic.commit(),
         "checkpoint": str(options.checkpoint),
@@ -86,7 +120,14 @@ def _prepare(
         "view": view.model_dump(mode="json"),
         "settings": {name: protocol.model_dump(mode="json") for name, protocol in protocols.items()},
     }
-    return record, {name: [part for part in both if part is not None] for name, both in features.items()}
+
+
+def _draw(record: dict[str, Any], directory: Path) -> None:
+    """The values for TensorBoard, beside the curves of the run."""
+    with SummaryWriter(str(directory / "tensorboard" / "evaluation")) as board:
+        for encoder, protocol in product(record["results"], record["settings"]):
+            for name, value in record["results"][encoder][protocol].items():
+                board.add_scalar(f"{encoder}/{protocol}/{name.replace('%', 'percent')}", value, record["step"] or 0)
 
 
 def _show(record: dict[str, Any]) -> None:

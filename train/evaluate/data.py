@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.plan import Ints
+from pipeline.random import CHOICE_STREAM, key_from_seed, permute
 from pipeline.views import ViewSpec, preset
 from sharding.command import UserError
 from sharding.manifest import ShardSet, open_shards
@@ -44,6 +45,18 @@ def choose_images(train: str, test: str | None, *, labelled: bool = True) -> tup
     if labelled:
         _check_labels(*chosen)
     return chosen
+
+
+def choose_fraction(images: Images, fraction: float, seed: int) -> Images:
+    """Of each class the first of a shuffle, as many as ``fraction`` says, but one at least. With the same seed a
+    smaller fraction takes a part of what a larger one takes."""
+    labels, key = images.shards.index.label[images.ids], key_from_seed(seed)
+    chosen = []
+    for label in np.unique(labels):
+        of_class = images.ids[labels == label]
+        first = np.arange(max(1, round(fraction * len(of_class))))
+        chosen.append(of_class[permute(first, len(of_class), key, CHOICE_STREAM + int(label), 0)])
+    return Images(images.shards, np.sort(np.concatenate(chosen)))
 
 
 def _check_labels(train: Images, test: Images) -> None:

@@ -89,7 +89,7 @@ def extract(
     ``options`` are `Loader`'s (backend, num_threads, cache, ...). Images that cannot be decoded are left out, and named
     in the log. Raises `UserError` unless all values are finite, and some differ.
     """
-    path = folder / _key(encoder, images.shards, view)
+    path = folder / hash_of(encoder, images.shards, view)
     world.require_agreement({"the encoder, the images or the view to evaluate": path.name})
     if not world.broadcast(world.is_main and _is_sound(path)):
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,8 @@ def extract(
     return found
 
 
-def _key(encoder: Encoder, shards: ShardSet, view: ViewSpec) -> str:
+def hash_of(encoder: Encoder, shards: ShardSet, view: ViewSpec) -> str:
+    """Of all that decides the representations of these images, seen so."""
     digest = xxhash.xxh3_128(f"{_VERSION} {shards.manifest.fingerprint} {view.model_dump_json()}".encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

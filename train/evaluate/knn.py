@@ -30,6 +30,9 @@ class KNN(Protocol):
     def _filled(cls, given: dict[str, Any]) -> dict[str, Any]:
         return _PRESETS.get(str(given.get("preset")), {}) | given
 
+    def check(self, num_train: int, num_test: int) -> None:
+        _check_neighbours("knn.k", max(self.k), num_train)
+
     def __call__(self, train: Features, test: Features, device: torch.device) -> Values:
         similarity, neighbours = nearest(test, train, max(self.k), device)
         classes, num_classes = train.labels[neighbours], int(train.labels.max()) + 1
@@ -46,6 +49,9 @@ class Retrieve(Protocol):
     al., "Deep metric learning via lifted structured feature embedding", 2016)."""
 
     k: Counts = Field((1, 5, 10), description="neighbours, one number or several")
+
+    def check(self, num_train: int, num_test: int) -> None:
+        _check_neighbours("retrieve.k", max(self.k), num_test - 1)
 
     def __call__(self, train: Features, test: Features, device: torch.device) -> Values:
         _, found = nearest(test, test, max(self.k) + 1, device)
@@ -64,11 +70,15 @@ def votes(similarity: torch.Tensor, classes: torch.Tensor, num_classes: int, tem
 def nearest(queries: Features, keys: Features, k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine similarities (n, k) of the ``k`` nearest keys of each query, and their positions (n, k), nearest first.
     Exact; a tile of the queries meets a tile of the keys at a time. Raises `UserError` where there are fewer keys."""
-    if k > len(keys):
-        raise UserError(f"k: expected at most {len(keys)} neighbours, as many as there are images, found {k}")
+    _check_neighbours("k", k, len(keys))
     found = [_nearest_of(F.normalize(tile, dim=1), keys, k) for tile, _ in queries.tiles(device)]
     similarity, positions = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
     return similarity, positions
+
+
+def _check_neighbours(name: str, k: int, num_images: int) -> None:
+    if k > num_images:
+        raise UserError(f"{name}: expected at most {num_images} neighbours, as many as there are images, found {k}")
 
 
 def _nearest_of(queries: torch.Tensor, keys: Features, k: int) -> tuple[torch.Tensor, torch.Tensor]:

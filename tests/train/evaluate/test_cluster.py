@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 
 from tests.train.evaluate.test_knn import CPU, clusters
 from train.evaluate.cluster import Cluster
@@ -10,8 +10,8 @@ from train.evaluate.cluster import Cluster
 
 def test_clusters_that_are_the_classes_score_full() -> None:
     features = clusters(200, 0, spread=0.01)
-    expected = {"NMI %": 100, "ARI %": 100, "matched accuracy %": 100}
-    assert dict(Cluster()(features, features, CPU)) == pytest.approx(expected)
+    expected = {"NMI %": 100, "ARI %": 100, "matched accuracy %": 100, "silhouette": 1}
+    assert dict(Cluster()(features, features, CPU)) == pytest.approx(expected, rel=0.02)
 
 
 def test_scores_are_those_of_scikit_learn() -> None:
@@ -19,6 +19,7 @@ def test_scores_are_those_of_scikit_learn() -> None:
     h = torch.nn.functional.normalize(features.h, dim=1).numpy()
     assigned = KMeans(5, n_init=3, random_state=1).fit_predict(h)
     found = dict(Cluster(clusters=5, seed=1)(features, features, CPU))
+    assert found["silhouette"] == pytest.approx(float(silhouette_score(h, assigned)), abs=1e-5)
     labels = features.labels.numpy()
     assert found["NMI %"] == pytest.approx(100 * normalized_mutual_info_score(labels, assigned))
     assert found["ARI %"] == pytest.approx(100 * adjusted_rand_score(labels, assigned))

@@ -133,8 +133,16 @@ def test_meaningless_images_are_refused(run: Path, tmp_path: Path, capsys: pytes
     assert "expected labelled images of 2 classes or more, found 0 of 5 without a label" in error
 
 
-def test_too_many_neighbours_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "k: expected at most 73 neighbours" in refusal(capsys, run, "--protocol", "knn", "knn.k=74")
+def test_too_many_neighbours_or_clusters_are_refused_before_any_work(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for protocol, setting, message in (
+        ("knn", "knn.k=74", "knn.k: expected at most 73 neighbours"),
+        ("retrieve", "retrieve.k=19", "retrieve.k: expected at most 18 neighbours"),
+        ("cluster", "cluster.clusters=20", "cluster.clusters: expected at most the 19 test images"),
+    ):
+        assert message in refusal(capsys, run, "--protocol", protocol, setting)
+    assert not (run / "features").exists()
 
 
 @pytest.mark.parametrize(

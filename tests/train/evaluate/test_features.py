@@ -89,12 +89,12 @@ def test_they_are_made_once_and_damaged_ones_again(
 
 
 def test_a_different_encoder_or_view_has_its_own(shard_set: ShardSet) -> None:
-    base = features._key(encoder(), shard_set, view(shard_set))
+    base = features.hash_of(encoder(), shard_set, view(shard_set))
     changed = encoder()
     with torch.no_grad():
         changed.backbone.conv1.weight[0, 0, 0, 0] += 1
-    assert features._key(changed, shard_set, view(shard_set)) != base
-    assert features._key(encoder(), shard_set, preset("eval", size=32)[0]) != base
+    assert features.hash_of(changed, shard_set, view(shard_set)) != base
+    assert features.hash_of(encoder(), shard_set, preset("eval", size=32)[0]) != base
 
 
 def test_an_interrupted_extraction_leaves_nothing(
