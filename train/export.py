@@ -1,7 +1,8 @@
 """Write an encoder as others read it: ``python -m train.export --checkpoint runs/x --out FOLDER``.
 
 The folder has ``model.safetensors`` by the names of timm, which are torchvision's for its ResNets, ``config.json`` with
-how images are scaled and where the weights are from, and a model card with the newest evaluation.
+how images are scaled and where the weights are from, and a model card with the newest evaluation. With ``--onnx`` it
+has ``model.onnx`` instead, with the same JSON as metadata.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pipeline.views import ViewSpec
 from sharding.command import UserError, command
@@ -33,41 +36,92 @@ pipeline_tag: image-feature-extraction
 {step} steps on data of fingerprint {data}; Parallax at commit {commit}. `config.json` has all settings.
 """
 
+_OPSET = 18  # of ONNX
+
 
 @command("train.export")
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.export", description="Write an encoder as others read it.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run's directory, a checkpoint, or a file")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for weights, JSON and model card")
+    parser.add_argument("--onnx", action="store_true", help="write model.onnx instead, of any encoder")
     parser.add_argument("settings", nargs="*", metavar="name=value", help="as of python -m train.evaluate")
     options = parser.parse_args(arguments)
-    export(load_pretrained(options.checkpoint, options.settings), options.out)
+    write = export_onnx if options.onnx else export
+    write(load_pretrained(options.checkpoint, options.settings), options.out)
     return 0
 
 
 def export(pretrained: Pretrained, out: Path) -> None:
-    """Raises `UserError` for an encoder that timm does not have."""
+    """For timm. Raises `UserError` for an encoder that it does not have."""
     from timm.models import save_for_hf
 
-    config, results = pretrained.config, pretrained.directory / RESULTS
+    config, evaluation = pretrained.config, _newest_evaluation(pretrained)
+    model = _as_timm(pretrained.encoder, config.encoder.name)
+    model.pretrained_cfg = model.pretrained_cfg | _scaling(pretrained) | {"tag": config.method.name, "license": None}
+    source = _source(pretrained)
+    save_for_hf(model, str(out), {"parallax": source}, safe_serialization=True)
+    names = {"encoder": config.encoder.name, "method": config.method.name}
+    (out / "README.md").write_text(_CARD.format(**names, **source, table=_table(evaluation)))
+
+
+def export_onnx(pretrained: Pretrained, out: Path) -> None:
+    """``images`` (n, 3, S, S) to ``h`` (n, F), any n, at the size S of evaluation. Checked with onnxruntime: raises
+    `UserError` where its representations are further from the encoder's than 1e-5 of the largest of them."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  # the exporter of torch needs it
+    except ImportError as error:
+        raise UserError(f"--onnx: {error.name} is not installed: pip install 'parallax-ssl[onnx]'") from None
+    scaling, encoder = _scaling(pretrained), pretrained.encoder
+    images = torch.randn(3, *scaling["input_size"], generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = encoder(images)
+    made = torch.onnx.export(
+        encoder,
+        (images[:2],),
+        input_names=["images"],
+        output_names=["h"],
+        dynamic_shapes=({0: torch.export.Dim("n")},),
+        opset_version=_OPSET,
+        verbose=False,
+    )
+    assert made is not None
+    made.model.metadata_props["parallax"] = json.dumps({**scaling, **_source(pretrained)})
+    out.mkdir(parents=True, exist_ok=True)
+    made.save(path := out / "model.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    difference = abs(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]) - expected).max()
+    if not difference <= 1e-5 * expected.abs().max():
+        path.unlink()
+        raise UserError(f"{path}: its representations were {difference:.2g} from the encoder's; it is removed")
+
+
+def _newest_evaluation(pretrained: Pretrained) -> dict[str, Any] | None:
+    results = pretrained.directory / RESULTS
     records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    evaluation = next((record for record in reversed(records) if "results" in record), None)
-    view = max(config.views, key=lambda view: view.size)
+    return next((record for record in reversed(records) if "results" in record), None)
+
+
+def _source(pretrained: Pretrained) -> dict[str, Any]:
+    """Where the weights are from."""
+    made = {"step": pretrained.step, "data": pretrained.data, "commit": automatic.commit()}
+    return {**made, "config": pretrained.config.model_dump(mode="json")}
+
+
+def _scaling(pretrained: Pretrained) -> dict[str, Any]:
+    """How images are to be seen, by timm's names: as in the newest evaluation."""
+    evaluation = _newest_evaluation(pretrained)
+    view = max(pretrained.config.views, key=lambda view: view.size)
     view = ViewSpec(**evaluation["view"]) if evaluation else view.model_copy(update={"resize": enlarged(view.size)})
-    scaling = {
+    return {
         "input_size": (3, view.size, view.size),
         "mean": view.mean,
         "std": view.std,
         "interpolation": view.interpolation,
+        "crop_pct": view.size / view.resize,
+        "crop_mode": "center",
     }
-    crop = {"crop_pct": view.size / view.resize, "crop_mode": "center"}
-    model = _as_timm(pretrained.encoder, config.encoder.name)
-    model.pretrained_cfg = model.pretrained_cfg | scaling | crop | {"tag": config.method.name, "license": None}
-    source = {"step": pretrained.step, "data": pretrained.data, "commit": automatic.commit()}
-    settings = config.model_dump(mode="json")
-    save_for_hf(model, str(out), {"parallax": {**source, "config": settings}}, safe_serialization=True)
-    names = {"encoder": config.encoder.name, "method": config.method.name}
-    (out / "README.md").write_text(_CARD.format(**names, **source, table=_table(evaluation)))
 
 
 def _as_timm(encoder: Encoder, name: str) -> Any:

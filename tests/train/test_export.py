@@ -1,6 +1,7 @@
 """What is exported is read by timm and torchvision, with the same representations."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,40 @@ def test_an_encoder_that_timm_has_not_is_refused(tmp_path: Path, capsys: pytest.
     assert main(["--checkpoint", str(run), "--out", str(tmp_path / "out")]) == 2
     assert "timm has resnet18 with 64 channels" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def onnx(run: Path, out: Path) -> Any:
+    """A session of onnxruntime with what is exported."""
+    runtime = pytest.importorskip(
+        "onnxruntime", reason="onnxruntime is not installed: pip install 'parallax-ssl[onnx]'"
+    )
+    assert main(["--checkpoint", str(run), "--out", str(out), "--onnx"]) == 0
+    return runtime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("encoder", [["encoder=resnet18", "encoder.stem=cifar"], ["encoder=timm:vit_tiny_patch16_224"]])
+def test_onnx_has_the_representations_for_any_batch(encoder: list[str], tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", *encoder)
+    session = onnx(run, tmp_path / "out")
+    for count in (1, 5):
+        images = torch.randn(count, 3, 64, 64)
+        with torch.inference_mode():
+            expected = checkpoint.load_encoder(run)(images)
+        (found,) = session.run(["h"], {"images": images.numpy()})
+        assert abs(torch.from_numpy(found) - expected).max() <= 1e-5 * expected.abs().max()
+    about = json.loads(session.get_modelmeta().custom_metadata_map["parallax"])
+    assert (about["input_size"], about["mean"], about["step"], about["data"]) == (
+        [3, 64, 64],
+        [0.485, 0.456, 0.406],
+        7,
+        "abc",
+    )
+
+
+def test_onnx_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as Python marks what cannot be imported
+    run = trained(tmp_path / "run", "encoder=resnet18", "encoder.width=8")
+    assert main(["--checkpoint", str(run), "--out", str(tmp_path / "out"), "--onnx"]) == 2
+    assert "onnxruntime is not installed: pip install 'parallax-ssl[onnx]'" in capsys.readouterr().err

@@ -105,7 +105,8 @@ class Trained(OptimConfig, Protocol):
         method.encoder.load_state_dict(encoder.state_dict())
         if self.frozen:
             method.encoder.requires_grad_(False).eval()  # BatchNorm's averages stay as well
-        return method, build_optimizer(config.optim, method, layer_scales(method.encoder, self.layer_decay))
+        scales = layer_scales(method.encoder, self.layer_decay)
+        return method, build_optimizer(config.optim, method, scales=scales)
 
 
 class LinearAugmented(Trained):
