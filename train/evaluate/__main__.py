@@ -16,7 +16,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.views import ViewSpec
 from sharding.command import UserError, command
-from train.config import Config
 from train.engine import automatic
 from train.engine.checkpoint import Pretrained, load_pretrained
 from train.evaluate import PROTOCOLS, Protocol, build_protocol
@@ -36,30 +35,26 @@ RESULTS = "evaluation.jsonl"  # beside the checkpoint, a line for each evaluatio
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     protocols, overrides = choose_protocols([*options.protocol, *options.settings])
-    trains = {name: protocol for name, protocol in protocols.items() if isinstance(protocol, Trained)}
     with session("train.evaluate") as world:
         pretrained = load_pretrained(options.checkpoint, overrides)
-        images, view = _images(options, protocols, pretrained.config)
-        encoders = _encoders(pretrained, options.untrained)
-        folder = options.features or pretrained.directory / FEATURES
+        record, images, view = _prepare(options, protocols, pretrained)
+        how = {"folder": options.features or pretrained.directory / FEATURES, **reading(pretrained.config.data, world)}
+        encoders, trained = _encoders(pretrained, options.untrained), {}
         features: dict[str, tuple[Any, Any]] = {}
-        if trains != protocols:
-            for name, encoder in encoders.items():
-                how = reading(pretrained.config.data, world)
-                train, test = (extract(encoder, part, view, folder, world, **how) for part in images)
+        for name, encoder in encoders.items():
+            if not all(isinstance(protocol, Trained) for protocol in protocols.values()):
+                train, test = (extract(encoder, part, view, world=world, **how) for part in images)
                 features[name] = train, test
-        trained = {}
-        for name, protocol in product(encoders, trains):
-            start = pretrained._replace(encoder=encoders[name])
-            trained[name, protocol] = found = trains[protocol].run(protocol, start, *images, view, world)
-            if found is None:
-                return stop.EXIT_CODE
+            for chosen, protocol in protocols.items():
+                if isinstance(protocol, Trained):
+                    found = protocol.run(chosen, pretrained._replace(encoder=encoder), *images, view, world)
+                    if found is None:
+                        return stop.EXIT_CODE
+                    trained[name, chosen] = found
     if world.is_main:
-        record = _describe(options, protocols, pretrained, images, view)
-        record["results"] = {
-            name: {p: trained.get((name, p)) or dict(protocols[p](*features[name], world.device)) for p in protocols}
-            for name in encoders
-        }
+        results = record["results"] = {name: {} for name in encoders}
+        for name, (chosen, protocol) in product(encoders, protocols.items()):
+            results[name][chosen] = trained.get((name, chosen)) or dict(protocol(*features[name], world.device))
         with (pretrained.directory / RESULTS).open("a") as file:
             file.write(json.dumps(record) + "\n")
         _draw(record, pretrained.directory)
@@ -82,34 +77,16 @@ def choose_protocols(words: Sequence[str]) -> tuple[dict[str, Protocol], list[st
     return {name: build_protocol(name, given) for name, given in settings.items()}, others
 
 
-def _images(
-    options: argparse.Namespace, protocols: dict[str, Protocol], config: Config
-) -> tuple[tuple[Images, Images], ViewSpec]:
-    """Those of training and of testing, enough for the protocols, and how all of them are seen."""
-    labelled = any(protocol.needs_labels for protocol in protocols.values())
+def _prepare(
+    options: argparse.Namespace, protocols: dict[str, Protocol], pretrained: Pretrained
+) -> tuple[dict[str, Any], tuple[Images, Images], ViewSpec]:
+    """What the results will depend on: all of it, images of training and of testing, and how they are seen."""
+    config, labelled = pretrained.config, any(protocol.needs_labels for protocol in protocols.values())
     train, test = choose_images(options.train or config.data.shards, options.test, labelled=labelled)
     for protocol in protocols.values():
         protocol.check(len(train.ids), len(test.ids))
-    return (train, test), evaluation_view(config.views, train.shards)
-
-
-def _encoders(pretrained: Pretrained, untrained: bool) -> dict[str, Encoder]:
-    if not untrained:
-        return {"pretrained": pretrained.encoder}
-    torch.manual_seed(pretrained.config.run.seed)  # as `train.pretrain` does
-    return {"pretrained": pretrained.encoder, "untrained": Encoder(pretrained.config.encoder)}
-
-
-def _describe(
-    options: argparse.Namespace,
-    protocols: dict[str, Protocol],
-    pretrained: Pretrained,
-    images: tuple[Images, Images],
-    view: ViewSpec,
-) -> dict[str, Any]:
-    """What the results depend on."""
-    train, test = images
-    return {
+    view = evaluation_view(config.views, train.shards)
+    record = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": automatic.commit(),
         "checkpoint": str(options.checkpoint),
@@ -120,6 +97,14 @@ def _describe(
         "view": view.model_dump(mode="json"),
         "settings": {name: protocol.model_dump(mode="json") for name, protocol in protocols.items()},
     }
+    return record, (train, test), view
+
+
+def _encoders(pretrained: Pretrained, untrained: bool) -> dict[str, Encoder]:
+    if not untrained:
+        return {"pretrained": pretrained.encoder}
+    torch.manual_seed(pretrained.config.run.seed)  # as `train.pretrain` does
+    return {"pretrained": pretrained.encoder, "untrained": Encoder(pretrained.config.encoder)}
 
 
 def _draw(record: dict[str, Any], directory: Path) -> None:
