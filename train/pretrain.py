@@ -34,7 +34,7 @@ from train.methods import Loss, Method, build_method
 from train.model.batchnorm import synchronize_batchnorm
 from train.model.draws import Draws
 from train.online import Online, has_labels
-from train.optim.optimizers import build_optimizer, restore
+from train.optim.optimizers import build_optimizer, plain, restore
 from train.processes import stop
 from train.processes.distributed import AnyRank, World, session
 from train.processes.run_directory import run_directory
@@ -143,7 +143,7 @@ def build(config: Config, world: World) -> Method:
 
 
 def optimizer_of(config: Config, method: Method, world: World) -> torch.optim.Optimizer:
-    return build_optimizer(config.optim, method, *([world.shard] if config.run.shard_optimizer else []))
+    return build_optimizer(config.optim, method, world.shard if config.run.shard_optimizer else plain)
 
 
 class Pretraining:

@@ -58,12 +58,12 @@ class OptimConfig(Settings):
         return self
 
 
-def _plain(kind: type[torch.optim.Optimizer], groups: Any, **options: Any) -> torch.optim.Optimizer:
+def plain(kind: type[torch.optim.Optimizer], groups: Any, **options: Any) -> torch.optim.Optimizer:
     return kind(groups, **options)
 
 
 def build_optimizer(
-    config: OptimConfig, module: nn.Module, make: Make = _plain, scales: Mapping[str, float] | None = None
+    config: OptimConfig, module: nn.Module, make: Make = plain, scales: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
     """The optimizer of all trainable parameters in two groups, of which the second (``config.exclude``) is neither
     decayed nor adapted; two for each of the ``scales`` of the learning rate, by parameter (1 where it has none).
