@@ -89,8 +89,16 @@ def evaluation_view(views: Sequence[ViewSpec], shards: ShardSet) -> ViewSpec:
     Small images (at least half of them no larger than the view) are resized to its size itself, so that square ones are
     seen whole, as is usual on CIFAR; others are `enlarged`.
     """
+    how = _of_largest(views)
+    small = np.median(np.minimum(shards.index.height, shards.index.width)) <= how["size"]
+    return preset("eval", resize=how["size"] if small else enlarged(how["size"]), **how)[0]
+
+
+def augmented_view(views: Sequence[ViewSpec]) -> ViewSpec:
+    """A random resized crop and a flip, of the largest view's size and interpolation."""
+    return preset("supervised", **_of_largest(views))[0]
+
+
+def _of_largest(views: Sequence[ViewSpec]) -> dict[str, Any]:
     largest = max(views, key=lambda view: view.size)
-    small = np.median(np.minimum(shards.index.height, shards.index.width)) <= largest.size
-    resize = largest.size if small else enlarged(largest.size)
-    how = {name: getattr(largest, name) for name in ("size", "interpolation", "mean", "std")}
-    return preset("eval", resize=resize, **how)[0]
+    return {name: getattr(largest, name) for name in ("size", "interpolation", "mean", "std")}

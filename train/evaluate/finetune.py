@@ -18,13 +18,13 @@ from rich.progress import track
 
 from pipeline.loader import Loader
 from pipeline.order import Sequential, ShuffledPart
-from pipeline.views import ViewSpec, preset
+from pipeline.views import ViewSpec
 from sharding.command import UserError
 from train.config import Config, validate
 from train.engine.checkpoint import Pretrained
 from train.engine.plan import plan_run
 from train.evaluate import Protocol
-from train.evaluate.data import Images, choose_fraction
+from train.evaluate.data import Images, augmented_view, choose_fraction
 from train.evaluate.features import hash_of
 from train.methods.supervised import Supervised
 from train.model.encoder import Encoder
@@ -70,7 +70,7 @@ class Trained(OptimConfig, Protocol):
             raise UserError(
                 f"{name}.batch_size: expected at most the {len(images.ids)} training images, found {self.batch_size}"
             )
-        augmented = _augmented(pretrained.config)
+        augmented = augmented_view(pretrained.config.views)
         digest = xxhash.xxh3_64(hash_of(pretrained.encoder, images.shards, augmented).encode() + images.ids.tobytes())
         digest.update(self.model_dump_json(exclude={"checkpoint_every"}).encode())
         folder = pretrained.directory / f"{name}-{digest.hexdigest()}"
@@ -150,13 +150,6 @@ def layer_scales(encoder: Encoder, decay: float) -> dict[str, float]:
         raise UserError("finetune.layer_decay: expected an encoder of blocks or stages, found none; leave it out")
     depths = np.cumsum([0, *(now != before for before, now in pairwise(blocks))])
     return {f"encoder.backbone.{name}": decay ** int(top - depth) for name, depth in zip(names, depths, strict=True)}
-
-
-def _augmented(config: Config) -> ViewSpec:
-    """A random resized crop and a flip, of the largest view's size, interpolation and normalisation."""
-    largest = max(config.views, key=lambda view: view.size)
-    how = {name: getattr(largest, name) for name in ("size", "interpolation", "mean", "std")}
-    return preset("supervised", **how)[0]
 
 
 @torch.inference_mode()
