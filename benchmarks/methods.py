@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import environment, show
+from benchmarks.report import show
 from sharding.build import main as build_shards
 from sharding.command import UserError, command
 from train.curves import read_metrics
+from train.engine.automatic import environment
 from train.methods import METHODS
 
 _HEALTH = ("embedding_std", "rankme", "alignment", "uniformity", "lidar", "alpha_req", "collapse")

@@ -1,13 +1,8 @@
 """Results with everything needed to judge them: machine, versions, commit; as a table, JSON lines and a chart."""
 
 import json
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import Rate
-from train.engine.automatic import commit
-
-_LIBRARIES = (
-    *("torch", "torchvision", "nvidia-dali-cuda120", "numba", "simplejpeg", "webdataset", "datasets", "pillow"),
-    *("albumentations", "opencv-python-headless"),
-)
-
-
-def environment() -> dict[str, Any]:
-    """Processor, cores this process may use, load, GPU, library versions, commit (marked where the tree is changed)."""
-    import torch
-
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg()[0],
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "gpus": torch.cuda.device_count(),
-        "driver": _output(["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.limit", "--format=csv,noheader"]),
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
-    }
 
 
 def save(path: Path, start: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> None:
@@ -80,25 +50,3 @@ def chart(path: Path, title: str, unit: str, bars: Mapping[str, Mapping[str, Rat
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print(f"chart: {path}")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _output(command: Sequence[str]) -> str | None:
-    """What a program prints, None where it is missing or fails: no git checkout, no GPU."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

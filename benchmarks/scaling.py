@@ -30,12 +30,12 @@ import torch
 from benchmarks.measure import Rate, Results, Turn, interleave
 from benchmarks.predict import Link, predict
 from benchmarks.rank import MESSAGES
-from benchmarks.report import chart, environment, save, show
+from benchmarks.report import chart, save, show
 from benchmarks.stages import add_arguments, parse, read_config
 from sharding.command import UserError, command
 from sharding.manifest import Manifest
 from train.config import Config
-from train.engine.automatic import num_threads
+from train.engine.automatic import environment, num_threads
 from train.engine.plan import check_batch
 
 STAGES = ("loader", "step", "end to end")

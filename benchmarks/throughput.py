@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.measure import Rate, Results, Turn, interleave, rate_of
 from benchmarks.peers import PEERS, PeerOptions, build_peer
-from benchmarks.report import chart, environment, save, show
+from benchmarks.report import chart, save, show
 from benchmarks.stages import Training, add_arguments, finish, load, parse, read_config
 from pipeline.backends import BACKENDS
 from pipeline.loader import Loader
@@ -35,6 +35,7 @@ from sharding.command import UserError, command
 from sharding.manifest import ShardSet, open_shards
 from train.config import Config
 from train.engine import automatic
+from train.engine.automatic import environment
 from train.engine.plan import check_batch
 from train.pretrain import build_loader
 from train.processes.distributed import World

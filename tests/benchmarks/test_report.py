@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.measure import Rate
-from benchmarks.report import chart, environment, save, show
+from benchmarks.report import chart, save, show
+from train.engine.automatic import environment
 
 
 def test_the_environment_says_what_is_needed_to_judge_a_result() -> None:

@@ -1,9 +1,14 @@
-"""What is chosen for the user where the configuration says ``auto`` or 0, in one place."""
+"""What is chosen for the user where the configuration says ``auto`` or 0, and what it is that all this runs on."""
 
 import os
+import platform
 import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from functools import cache
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -11,6 +16,10 @@ import xxhash
 from train.config import Config
 from train.processes.distributed import World
 
+_LIBRARIES = (
+    *("torch", "torchvision", "nvidia-dali-cuda120", "numba", "simplejpeg", "webdataset", "datasets", "pillow"),
+    *("albumentations", "opencv-python-headless"),
+)
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -41,8 +50,43 @@ def code_version() -> str:
 
 def commit() -> str | None:
     """The checkout's commit, with a mark if the tree is changed; None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    return _output(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"])
+
+
+def environment() -> dict[str, Any]:
+    """Processor, cores this process may use, load, GPU, library versions, commit (marked where the tree is changed)."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpus": torch.cuda.device_count(),
+        "driver": _output(["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.limit", "--format=csv,noheader"]),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
+    }
+
+
+def _version(name: str) -> str | None:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _output(command: Sequence[str]) -> str | None:
+    """What a program prints, None where it is missing or fails: no git checkout, no GPU."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
