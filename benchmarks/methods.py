@@ -20,8 +20,8 @@ from typing import Any
 from benchmarks.report import show
 from sharding.build import main as build_shards
 from sharding.command import UserError, command
-from train.curves import read_metrics
 from train.engine.automatic import environment
+from train.engine.monitor import read_metrics
 from train.methods import METHODS
 
 _HEALTH = ("embedding_std", "rankme", "alignment", "uniformity", "lidar", "alpha_req", "collapse")

@@ -165,8 +165,13 @@ def test_own_data_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     done = re.findall(r"^python -m .*", code, re.MULTILINE)
     for command in done:
         run(command)
-    assert len(done) == 5
-    for name in ("data/mine/manifest.json", "pictures/contact-sheet.png", "pictures/views.png", "runs/mine/curves.png"):
+    assert len(done) == 6
+    for name in (
+        "data/mine/manifest.json",
+        "pictures/contact-sheet.png",
+        "pictures/views.png",
+        "runs/mine/report.html",
+    ):
         assert Path(name).exists(), name
     names: dict[str, Any] = {}
     exec(code[code.index("import torch") :], names)

@@ -27,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *(f"sharding.build --dataset demo --split {split} --out {data}/{split}" for split in ("train", "test")),
         f"torch.distributed.run --standalone --nproc_per_node={num_processes()} -m train.pretrain --config {CONFIG} "
         f"data.shards={data}/train run.dir={run} run.seed={options.seed}",
-        f"pipeline.preview --shards {data}/train --views {run}/config.yaml --out {run}/views.png",
         f"train.evaluate --checkpoint {run} --test {data}/test --protocol knn linear --untrained",
+        f"train.report {run}",
     ]
     for step in commands:
         print(f"\n$ python -m {step}", flush=True)
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"train.demo: this command failed with exit code {code}", file=sys.stderr)
             return code
     print("\nThe table above: percent of the test images; chance is 10.")
-    print(f"Look at {run}/views.png (the views) and {run}/curves.png (the curves).")
+    print(f"Look at {run}/report.html: curves, health, what the encoder saw.")
     print(f"TensorBoard: tensorboard --logdir {run}/tensorboard")
     return 0
 

@@ -7,6 +7,7 @@ batches that it would have seen. Ctrl-C, SIGTERM and SIGUSR1 save after the step
 """
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +24,6 @@ from pipeline.reading.cache import CacheOptions
 from sharding.command import UserError, command
 from sharding.manifest import Manifest, ShardSet, open_shards
 from train.config import Config, DataConfig, load_config
-from train.curves import draw_curves
 from train.engine import automatic, checkpoint, health
 from train.engine.loop import Clock, Hook, StepDone, fit
 from train.engine.monitor import Monitor
@@ -110,6 +110,7 @@ def train(
         any_rank = AnyRank(world)
         if world.is_main:
             _introduce(config, state, plan)
+            _record_start(config, shards, start_step, plan, world.size)
         loader = stack.enter_context(build_loader(config, shards, world, start_step, order))
         clock, monitor, writer, run = Clock(), None, None, config.run
         if world.is_main:
@@ -318,6 +319,13 @@ def _introduce(config: Config, state: checkpoint.State | None, plan: RunPlan) ->
             print(f"from here on {change}")
 
 
+def _record_start(config: Config, shards: ShardSet, start_step: int, plan: RunPlan, processes: int) -> None:
+    counts = {"start_step": start_step, "total_steps": plan.total_steps, "processes": processes}
+    versions = {"data": shards.manifest.fingerprint, "code": automatic.code_version(), **automatic.environment()}
+    with (config.run.dir / automatic.PROVENANCE).open("a") as file:
+        file.write(json.dumps(counts | versions) + "\n")
+
+
 def _nothing_to_do(config: Config, step: int, plan: RunPlan, world: World) -> int:
     world.barrier()
     if world.is_main:
@@ -326,8 +334,7 @@ def _nothing_to_do(config: Config, step: int, plan: RunPlan, world: World) -> in
 
 
 def _say_goodbye(config: Config, done: int, plan: RunPlan) -> None:
-    picture = draw_curves(config.run.dir)
-    print(f"checkpoints and metrics: {config.run.dir}   curves: {picture}")
+    print(f"checkpoints and metrics: {config.run.dir}   as a page: python -m train.report {config.run.dir}")
     if done < plan.total_steps:
         print(f"stopped at step {done} of {plan.total_steps}; the same command continues")
     else:

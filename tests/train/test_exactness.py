@@ -15,8 +15,8 @@ from tests.census import wait_until
 from tests.processes import NO_GPU, run_ranks
 from tests.train.runs import settings_of
 from train.config import load_config
-from train.curves import read_metrics
 from train.engine.checkpoint import checkpoints, load
+from train.engine.monitor import read_metrics
 from train.pretrain import pretrain
 from train.processes.distributed import World
 

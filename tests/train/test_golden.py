@@ -15,7 +15,7 @@ import torch
 from tests.train.conftest import build_demo_shards
 from tests.train.runs import settings_of
 from train.config import load_config
-from train.curves import read_metrics
+from train.engine.monitor import read_metrics
 from train.methods import METHODS
 from train.pretrain import pretrain
 from train.processes.distributed import World

@@ -14,8 +14,8 @@ from sharding.manifest import open_shards
 from tests.census import wait_until
 from tests.processes import NO_GPU
 from tests.train.runs import settings
-from train.curves import read_metrics
 from train.engine.checkpoint import checkpoints, load
+from train.engine.monitor import read_metrics
 
 _SCRIPT = """
 import os, sys

@@ -11,9 +11,9 @@ from sharding.manifest import open_shards
 from tests.processes import run_ranks
 from tests.train.runs import settings
 from train.config import load_config
-from train.curves import read_metrics
 from train.engine import checkpoint
 from train.engine.loop import StepDone
+from train.engine.monitor import read_metrics
 from train.methods import Loss
 from train.online import Online, has_labels
 from train.pretrain import pretrain

@@ -16,9 +16,9 @@ from tests.census import wait_until
 from tests.processes import NO_GPU, run_ranks
 from tests.train.runs import settings
 from train.config import load_config
-from train.curves import read_metrics
 from train.engine.automatic import dtype
 from train.engine.checkpoint import checkpoints, load, step_of
+from train.engine.monitor import read_metrics
 from train.engine.plan import check_batch, plan_run
 from train.evaluate.__main__ import main as evaluate
 from train.pretrain import main, pretrain
@@ -143,7 +143,6 @@ def test_a_finished_run_is_evaluated(
     assert "pretrained" in output
     assert "untrained" in output
     assert (run / "evaluation.jsonl").exists()
-    assert (run / "curves.png").exists()
     assert evaluate(["--checkpoint", str(run), "--test", str(shards)]) == 2
     assert "found the same, so that every image would be its own" in capsys.readouterr().err
     assert evaluate(["--checkpoint", str(tmp_path / "absent")]) == 2

@@ -16,6 +16,7 @@ import xxhash
 from train.config import Config
 from train.processes.distributed import World
 
+PROVENANCE = "provenance.jsonl"  # in a run's directory: a line for each start of the run
 _LIBRARIES = (
     *("torch", "torchvision", "nvidia-dali-cuda120", "numba", "simplejpeg", "webdataset", "datasets", "pillow"),
     *("albumentations", "opencv-python-headless"),

@@ -8,6 +8,7 @@ a collapsed run has ``collapse``, the name of the sign (`train.engine.health`).
 """
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from rich.table import Column
 
 from pipeline.stats import Stats
 from train.engine.loggers import open_loggers
+
+log = logging.getLogger(__name__)
 
 # What matters most comes first: a narrow terminal cuts the end off.
 _TEXT = "loss {loss:.3f}  {images_per_second:.1f} images/s  wait {data_wait_percent:.1f}%  lr {learning_rate:.3g}"
@@ -97,3 +100,32 @@ class Monitor:
         self._progress.update(self._task, text=text)
         if not self._console.is_terminal:
             self._console.print(f"step {step}/{self._total_steps}  " + text, soft_wrap=True)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run in step order; what a resumed run did again replaces what had been done before.
+
+    A line that a crash left half written is reported and passed over.
+    """
+    lines, problems = read_lines(run / "metrics.jsonl", "step")
+    for problem in problems:
+        log.warning("%s", problem)
+    records: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        if "resumed_at" in line:
+            records = {step: record for step, record in records.items() if step <= line["resumed_at"]}
+        records[line["step"]] = line
+    return [record for _, record in sorted(records.items())]
+
+
+def read_lines(path: Path, key: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records of a file of JSON lines, if there is one, and what is to be said of lines that are no record."""
+    records, problems = [], []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else [], 1):
+        try:
+            record = json.loads(line)
+            record[key]
+            records.append(record)
+        except (ValueError, TypeError, KeyError):
+            problems.append(f"{path}, line {number}: not a whole record; passed over")
+    return records, problems

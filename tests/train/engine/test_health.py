@@ -9,8 +9,8 @@ import torch
 from tests.processes import run_ranks
 from tests.train.runs import settings
 from train.config import load_config
-from train.curves import read_metrics
 from train.engine import health
+from train.engine.monitor import read_metrics
 from train.methods import Loss, build_method
 from train.methods.byol import BYOL, BYOLConfig
 from train.methods.simclr import SimCLRConfig

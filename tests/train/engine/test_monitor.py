@@ -7,8 +7,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from pipeline.stats import Stats
-from train.curves import read_metrics
-from train.engine.monitor import Monitor, progress_bar
+from train.engine.monitor import Monitor, progress_bar, read_metrics
 
 _LOADER = Stats()
 _METRICS = {"loss": 4.123, "learning_rate": 0.0312}

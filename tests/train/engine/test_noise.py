@@ -8,7 +8,7 @@ from sharding.command import UserError
 from tests.processes import run_ranks
 from tests.train.engine.test_gradcache import Dropping, Separate, batch
 from tests.train.runs import settings
-from train.curves import read_metrics
+from train.engine.monitor import read_metrics
 from train.engine.noise import NoiseScale, critical_batch_size
 from train.engine.step import TrainStep
 from train.optim.optimizers import OptimConfig, build_optimizer

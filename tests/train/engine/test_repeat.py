@@ -10,8 +10,8 @@ from torch import nn
 from tests.train.engine.test_step import draws, small_run, views
 from tests.train.runs import settings
 from train.config import load_config
-from train.curves import read_metrics
 from train.engine.checkpoint import checkpoints
+from train.engine.monitor import read_metrics
 from train.engine.repeat import StepDiffersError
 from train.methods import METHODS
 from train.methods.simclr import SimCLR
