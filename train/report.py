@@ -7,6 +7,7 @@ python -m train.report runs/mine --watch
 import argparse
 import base64
 import io
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ from train.engine.monitor import read_lines, read_metrics
 from train.overrides import ConfigError, read_yaml
 
 _PORT, _REFRESH_SECONDS = 6007, 30
+_MOST = 5000  # points of a curve: a browser draws dozens of such figures at once
 _COLORS = ("#3b82f6", "#f97316", "#10b981", "#ec4899", "#8b5cf6", "#ca8a04", "#06b6d4", "#ef4444")  # on white and black
 Record = dict[str, Any]
 
@@ -66,6 +68,10 @@ class Run:
         """A metric without intervals after a start, in which things warm up, if there are any others."""
         values = [r[name] for r in self.records[1:] if name in r and "resumed_at" not in r]
         return values or [r[name] for r in self.records if name in r]
+
+    def thinned(self) -> list[Record]:
+        """Every so many of the records, where there are more than a page can draw."""
+        return self.records[:: math.ceil(len(self.records) / _MOST) or 1]
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
@@ -143,7 +149,7 @@ def draw_curves(runs: Sequence[Run]) -> tuple[str, dict[str, str]]:
     from bokeh.resources import Resources
 
     names = dict.fromkeys(k for run in runs for r in run.records for k, v in r.items() if isinstance(v, int | float))
-    columns = [{name: [r.get(name) for r in run.records] for name in names} for run in runs]
+    columns = [{name: [r.get(name) for r in run.thinned()] for name in names} for run in runs]
     sources = [ColumnDataSource({k: np.array(v, np.float32) for k, v in column.items()}) for column in columns]
     steps = DataRange1d()
     figures = {name: _figure(runs, sources, name, steps) for name in names if name not in ("step", "resumed_at")}

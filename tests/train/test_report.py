@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,14 @@ def test_intervals_after_a_start_are_not_steady(tmp_path: Path) -> None:
     (short,) = read_runs([make_run(tmp_path / "b", metrics=speeds[:1])])
     assert short.steady("speed") == [9000]
     assert short.steady("loss") == []
+
+
+@pytest.mark.parametrize(("logged", "drawn"), [(0, 0), (5000, 5000), (5001, 2501), (15001, 3751)])
+def test_of_very_many_records_every_so_many_are_drawn(logged: int, drawn: int, tmp_path: Path) -> None:
+    (run,) = read_runs([make_run(tmp_path / "a", metrics=[{"step": step} for step in range(logged)])])
+    steps = [record["step"] for record in run.thinned()]
+    assert len(steps) == drawn
+    assert len({after - before for before, after in pairwise(steps)}) <= 1
 
 
 def test_runs_of_one_name_are_called_by_their_paths_and_a_run_given_twice_is_one(tmp_path: Path) -> None:
