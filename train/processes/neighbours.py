@@ -2,12 +2,15 @@
 
 import platform
 from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
 _MOST_BYTES = 64 * 1024  # of a message by a socket: all send before they receive, so it has to fit in the buffers
+_IS_LINUX = platform.system() == "Linux"
 
 
 class Neighbours:
@@ -49,8 +52,9 @@ class Neighbours:
 def _connect(group: Any) -> dict[int, Connection]:
     """A socket to each other rank, or none at all where they are not all on one machine."""
     own, everyone = dist.get_rank(group), [("", "")] * dist.get_world_size(group)
-    with Listener(family="AF_UNIX", backlog=len(everyone)) as listener:
-        dist.all_gather_object(everyone, (platform.node(), listener.address), group)
+    name = f"\0parallax-{uuid4()}" if _IS_LINUX else None  # no file, whose path might be too long
+    with Listener(name, family="AF_UNIX", backlog=len(everyone)) as listener:
+        dist.all_gather_object(everyone, (_machine(), listener.address), group)
         if len({machine for machine, _ in everyone}) > 1:
             return {}
         sockets = {}
@@ -61,3 +65,11 @@ def _connect(group: Any) -> dict[int, Connection]:
             socket = listener.accept()
             sockets[socket.recv()] = socket
     return sockets
+
+
+def _machine() -> str:
+    """The same for processes that reach each other's sockets: a boot of a kernel and a network namespace, which
+    containers have of their own."""
+    if not _IS_LINUX:
+        return platform.node()
+    return Path("/proc/sys/kernel/random/boot_id").read_text() + str(Path("/proc/self/ns/net").readlink())

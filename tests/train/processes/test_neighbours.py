@@ -1,11 +1,11 @@
 import os
-import platform
 from typing import Any
 
 import pytest
 import torch
 
 from tests.processes import run_ranks
+from train.processes import neighbours
 from train.processes.distributed import World
 from train.processes.failure import _is_of_communication
 from train.processes.neighbours import Neighbours
@@ -16,18 +16,17 @@ def rows(rank: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def gathered(world: World) -> list[Any]:
-    neighbours = Neighbours()
+    others = Neighbours()
     found = [
-        neighbours.gather(rows(world.rank, columns, dtype))
+        others.gather(rows(world.rank, columns, dtype))
         for columns in (1, 8, 20_000)  # the last ones are for gloo
         for dtype in (torch.float32, torch.float64, torch.bfloat16)
     ]
-    return [len(neighbours._sockets or {}), *found]
+    return [len(others._sockets or {}), *found]
 
 
 def gathered_on_two_machines(world: World) -> list[Any]:
-    name = f"machine-{world.rank}"
-    platform.node = lambda: name
+    neighbours._machine = lambda: f"machine {world.rank}"
     return gathered(world)
 
 
@@ -42,15 +41,15 @@ def test_tensors_of_all_ranks_are_stacked(work: Any, sockets: int) -> None:
 
 
 def left_alone(world: World) -> str:
-    neighbours = Neighbours()
-    neighbours.gather(torch.zeros(1))
+    others = Neighbours()
+    others.gather(torch.zeros(1))
     if world.rank == 1:
-        for socket in (neighbours._sockets or {}).values():
+        for socket in (others._sockets or {}).values():
             os.close(socket.fileno())  # as if the process had been killed
             socket._handle = None  # type: ignore[attr-defined]
         return ""
     try:
-        neighbours.gather(torch.zeros(1))
+        others.gather(torch.zeros(1))
     except RuntimeError as error:
         return f"{_is_of_communication(error)} {error}"
     return "nothing"
