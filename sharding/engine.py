@@ -41,7 +41,7 @@ def processes(num_workers: int) -> Engine:
     def run(task: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["datasets", "sharding.part"])
-        _start_forkserver()
+        start_forkserver()
         alive, ours = context.Pipe(duplex=False)
         queue = iter(items)
         with alive, ours, ProcessPoolExecutor(num_workers, context, _start, (task, shared, alive)) as pool:
@@ -58,7 +58,7 @@ def processes(num_workers: int) -> Engine:
     return run
 
 
-def _start_forkserver() -> None:
+def start_forkserver() -> None:
     """With SIGINT blocked, which its children inherit, so that from their first instruction on Ctrl-C is left to the
     caller, which ends them."""
     resource_tracker.ensure_running()  # first, because it unblocks the signal

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,10 +12,11 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import start_processes
 
+from sharding.engine import start_forkserver
 from train.processes.distributed import session
 
-# Ranks are forked by a server that has imported these; it takes seconds.
-multiprocessing.set_forkserver_preload(["train.pretrain", "tests.processes"])
+# Ranks are forked by a server that has imported these, which takes seconds. It is the sharder's as well.
+multiprocessing.set_forkserver_preload(["datasets", "sharding.part", "train.pretrain", "tests.processes"])
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # environment in which torch finds none
 
@@ -26,6 +28,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
     """
     with tempfile.TemporaryDirectory() as directory:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port, as torchrun's
+        start_forkserver()
         environment = {**os.environ, **NO_GPU}
         given = (environment, world_size, store.port, directory, function, arguments)
         start_processes(_rank, given, nprocs=world_size, start_method="forkserver")
@@ -41,6 +44,7 @@ def _rank(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ.clear()  # the server's, of when it was started
     os.environ |= environment
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
