@@ -1,6 +1,7 @@
 """Small messages between CPU processes of one machine."""
 
 import platform
+import secrets
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,16 @@ class Neighbours:
 
 def _connect(group: Any) -> dict[int, Connection]:
     """A socket to each other rank, or none at all where they are not all on one machine."""
-    own, everyone = dist.get_rank(group), [("", "")] * dist.get_world_size(group)
+    own, everyone = dist.get_rank(group), [("", "", b"")] * dist.get_world_size(group)
     name = f"\0parallax-{uuid4()}" if _IS_LINUX else None  # no file, whose path might be too long
-    with Listener(name, family="AF_UNIX", backlog=len(everyone)) as listener:
-        dist.all_gather_object(everyone, (_machine(), listener.address), group)
-        if len({machine for machine, _ in everyone}) > 1:
+    key = secrets.token_bytes()  # others on the machine can see the name, and what they sent would be unpickled
+    with Listener(name, family="AF_UNIX", backlog=len(everyone), authkey=key) as listener:
+        dist.all_gather_object(everyone, (_machine(), listener.address, key), group)
+        if len({machine for machine, *_ in everyone}) > 1:
             return {}
         sockets = {}
-        for rank in range(own):
-            sockets[rank] = Client(everyone[rank][1], family="AF_UNIX")
+        for rank, (_, address, authkey) in enumerate(everyone[:own]):
+            sockets[rank] = Client(address, family="AF_UNIX", authkey=authkey)
             sockets[rank].send(own)
         for _ in range(own + 1, len(everyone)):
             socket = listener.accept()

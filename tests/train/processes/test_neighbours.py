@@ -1,4 +1,6 @@
 import os
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Listener
 from typing import Any
 
 import pytest
@@ -57,3 +59,18 @@ def left_alone(world: World) -> str:
 
 def test_a_rank_that_is_gone_is_a_failure_of_communication() -> None:
     assert run_ranks(left_alone, 2)[0].startswith("True the connection to a process of this machine was lost")
+
+
+def with_a_different_key(world: World) -> bool:
+    """Rank 0 listens with a key that it has not told."""
+    if world.rank == 0:
+        vars(neighbours)["Listener"] = lambda *given, **options: Listener(*given, **options | {"authkey": b"not told"})
+    try:
+        Neighbours().gather(torch.zeros(1))
+    except AuthenticationError:
+        return True
+    return False
+
+
+def test_who_does_not_know_the_key_is_refused_before_anything_is_unpickled() -> None:
+    assert run_ranks(with_a_different_key, 2) == [True, True]
