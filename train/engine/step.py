@@ -14,6 +14,7 @@ from train.engine.gradcache import Piece, accumulate, grad_cache
 from train.engine.repeat import done_twice
 from train.methods import Loss, Method, Update
 from train.model.draws import Draws
+from train.optim.optimizers import acting
 from train.processes.distributed import World
 
 
@@ -48,9 +49,9 @@ class TrainStep:
         self._device_type = device.type
         self._stopped = torch.zeros((), device=device)
         self._bad_step = torch.full((), -1, device=device)
-        acting: Any = getattr(optimizer, "optim", optimizer)  # of a sharded one, that of this rank's share
-        acting.found_inf = self._stopped  # read by fused optimizers and LARS
-        acting.grad_scale = None
+        reader: Any = acting(optimizer)
+        reader.found_inf = self._stopped  # by fused optimizers and LARS
+        reader.grad_scale = None
 
     def __call__(
         self,

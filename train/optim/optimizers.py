@@ -62,6 +62,12 @@ def plain(kind: type[torch.optim.Optimizer], groups: Any, **options: Any) -> tor
     return kind(groups, **options)
 
 
+def acting(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Which one updates this rank's parameters: of `World.shard`'s that of the rank's share, else itself."""
+    chosen: torch.optim.Optimizer = getattr(optimizer, "optim", optimizer)
+    return chosen
+
+
 def build_optimizer(
     config: OptimConfig, module: nn.Module, make: Make = plain, scales: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
@@ -107,10 +113,8 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
             f"{saved[1]} of {sum(saved)}; set optim.exclude as it was, or choose a new run.dir"
         )
     optimizer.load_state_dict(state)
-    if acting := getattr(
-        optimizer, "optim", None
-    ):  # a sharded one keeps a second copy, and counts of updates on the host
-        acting.load_state_dict(acting.state_dict())
+    if (share := acting(optimizer)) is not optimizer:  # whose own copy is not used; counts of updates are on the host
+        share.load_state_dict(share.state_dict())
         optimizer.state.clear()
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group |= own

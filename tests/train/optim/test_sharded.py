@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.processes import run_ranks
-from train.optim.optimizers import OptimConfig, build_optimizer, restore
+from train.optim.optimizers import OptimConfig, acting, build_optimizer, restore
 from train.processes.distributed import World
 
 NAMES = ["lars", "larc", "lamb", "sgd", "adamw"]
@@ -42,7 +42,7 @@ def first_half(world: World) -> list[Any]:
         optimizer = optimizer_of(name, module, world)
         updates(module, optimizer, 2)
         state = world.full_state(module, optimizer) or {"optimizer": None}
-        found.append([size(getattr(optimizer, "optim", optimizer)), state["optimizer"], module.state_dict()])
+        found.append([size(acting(optimizer)), state["optimizer"], module.state_dict()])
     return found
 
 
