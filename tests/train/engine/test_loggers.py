@@ -4,6 +4,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 from sharding.command import UserError
@@ -40,6 +41,7 @@ def test_wandb_has_one_run_however_often_it_is_continued(tmp_path: Path, monkeyp
     monkeypatch.setenv("WANDB_SILENT", "true")
     for start, stop in ((0, 2), (2, 4)):
         log("wandb", tmp_path / "run", start, stop)
+    wandb.teardown()  # its own process writes the files, and a run that is finished may not be written yet
     files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len({file.name for file in files}) == 1, "one id"
     assert [step for file in files for step in steps(file)] == [1, 2, 3, 4]
