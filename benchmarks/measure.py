@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
@@ -23,7 +24,7 @@ _T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 @dataclass(frozen=True)
 class Rate:
-    """A quantity, such as images per second, one value a round."""
+    """A quantity, such as images per second, one value a round; NaN where a round has none."""
 
     rounds: tuple[float, ...]
 
@@ -35,7 +36,7 @@ class Rate:
     def margin(self) -> float:
         """Half of the 95 % interval of the mean (Student's t over rounds); infinite for one round."""
         n = len(self.rounds)
-        return _T[min(n - 1, len(_T)) - 1] * statistics.stdev(self.rounds) / math.sqrt(n) if n > 1 else math.inf
+        return _T[min(n - 1, len(_T)) - 1] * float(np.std(self.rounds, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
 
     def by_round(self, f: Callable[..., float], *others: "Rate") -> "Rate":
         """``f`` of this and the others, round by round."""
@@ -54,6 +55,8 @@ class Rate:
         return f"too noisy (± {self.margin:.2g})" if len(self.rounds) > 1 else f"{self.mean:.2f} (one round)"
 
     def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return "unknown"
         return f"{float(f'{self.mean:.4g}'):g} ± {float(f'{self.margin:.2g}'):g}"
 
 

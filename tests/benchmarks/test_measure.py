@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ def test_a_machine_too_noisy_to_decide_says_so_instead_of_a_number() -> None:
     assert Rate((0.5, 1.0, 1.5)).decided() == "too noisy (± 1.2)"
     assert str(Rate((12000.0, 13000.0))) == "12500 ± 6400"
     assert Rate((1.0,)).decided() == "1.00 (one round)"
+    assert str(Rate((800.0, math.nan))) == "unknown", "a turn too short for the clock of processes"
 
 
 def test_rounds_of_different_number_have_no_ratio() -> None:
