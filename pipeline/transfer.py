@@ -1,5 +1,6 @@
 """From uint8 views, wherever a backend made them, to the tensors that a network takes."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -22,20 +23,27 @@ def to_batch(views: Views, plan: BatchPlan, device: torch.device, dtype: torch.d
 
 
 def to_device(views: Views, device: torch.device) -> Views:
-    """The views on ``device``, not waiting for the copy; the caller's stream does.
-
-    The copy runs on a stream of its own, so that it overlaps with what the caller's stream still has to do. torch keeps
-    the pinned memory (from which it must start to be asynchronous) until the copy is done.
+    """The views on ``device``, not waiting for the copy. torch keeps the pinned memory (from which it must start to be
+    asynchronous) until the copy is done.
     """
     if all(images.device.type == device.type for images in views):
         return views
-    stream, current = _copy_stream(device), torch.cuda.current_stream(device)
+    return beside(device, lambda to: [images.pin_memory().to(to, non_blocking=True) for images in views])
+
+
+def beside(device: torch.device, make: Callable[[torch.device], Views]) -> Views:
+    """What ``make`` queues for ``device``, on a stream of its own, so that it overlaps with what the caller's stream
+    still has to do; that one waits for it, and the host does not.
+    """
+    if device.type == "cpu":
+        return make(device)
+    stream, current = _side_stream(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(stream):
-        copies = [images.pin_memory().to(device, non_blocking=True) for images in views]
+        made = make(device)
     current.wait_stream(stream)
-    for copy in copies:
-        copy.record_stream(current)
-    return copies
+    for tensor in made:
+        tensor.record_stream(current)
+    return made
 
 
 def normalize(
@@ -73,7 +81,7 @@ def _row_constants(
 
 
 @cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 

@@ -56,10 +56,10 @@ def chunks(num_rows: int, num_threads: int) -> list[slice]:
 
 
 class PooledBatch:
-    """A `Pending` whose chunks are ``futures``; ``collect`` is told of each report."""
+    """A `Pending` whose chunks are ``futures``; ``collect`` is told of each report, ``views`` called after all."""
 
     def __init__(
-        self, views: Views, futures: "list[Future[ChunkReport]]", collect: Callable[[ChunkReport], None]
+        self, views: Callable[[], Views], futures: "list[Future[ChunkReport]]", collect: Callable[[ChunkReport], None]
     ) -> None:
         self._views, self._futures, self._collect = views, futures, collect
 
@@ -76,7 +76,7 @@ class PooledBatch:
             reasons |= report.reasons
         if reasons:
             raise DamagedSampleError(reasons)
-        return self._views
+        return self._views()
 
 
 class ThreadedBackend(Generic[Image]):
@@ -100,7 +100,8 @@ class ThreadedBackend(Generic[Image]):
         views = [empty_views((len(plan), v.spec.size, v.spec.size, 3), self._context.device) for v in plan.views]
         outs = [view.numpy() for view in views]
         parts = chunks(len(plan), self._context.num_threads)
-        return PooledBatch(views, [self._threads.submit(self._work, plan, rows, outs) for rows in parts], self._collect)
+        futures = [self._threads.submit(self._work, plan, rows, outs) for rows in parts]
+        return PooledBatch(lambda: views, futures, self._collect)
 
     def stats(self) -> Stats:
         return self._total

@@ -31,6 +31,7 @@ class Images:
 
     addresses: torch.Tensor  # (n,) int64, on that device
     widths: torch.Tensor  # (n,) int64, pixels; likewise
+    memory: torch.Tensor | None = None  # that they lie in, if it is to live as long as this
 
 
 def resample(images: Images, plan: ViewPlan) -> torch.Tensor:

@@ -4,9 +4,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pipeline.kernels import photometric_gpu, resample_gpu
+from pipeline.kernels import photometric_gpu, planes_gpu, resample_gpu
 
 SIGNATURES = {
+    planes_gpu._convert: "*u8 *i64 *u8",
     resample_gpu._find_taps: "*fp64 *i64 *i1 *i32 *i32 *i32 i32 i32 i1",
     resample_gpu._resize_along_first: "*i64 *i64 *i64 *i1 *i32 *i32 *i32 *i64 *u8 i32 i32",
     resample_gpu._resize_along_second: "*u8 *i64 *i64 *i1 *i32 *i32 *i32 *u8 i32 i32",

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.backends import BackendContext, build_backend
+from pipeline.backends import BackendContext, DamagedSampleError, build_backend
 from pipeline.backends.cpu import Converter
+from pipeline.backends.planes_gpu import PlanesBackend
 from pipeline.loader import Batch, Loader
+from pipeline.plan import plan_samples
 from pipeline.preview import main as preview
 from pipeline.reading.cache import CacheOptions
 from pipeline.reading.reader import Reader
 from pipeline.views import ViewSpec, in_levels
 from sharding.encode import Policy
 from sharding.manifest import ShardSet, open_shards
+from tests.pipeline.gpu_kernels import DEVICE
 from tests.sharding.conftest import build_shards, encoded, picture, write_parquet
 
 SIZES = [(60, 90), (64, 64), (91, 61), (33, 47), (1, 1), (1, 30), (30, 1), (2, 5), (150, 110)]
@@ -95,10 +99,25 @@ def test_a_frame_of_a_different_size_is_an_error(decode_free: ShardSet) -> None:
         Converter()(data, size[0] + 1, size[1], np.array([0, 0, *size]))
 
 
-def test_dali_on_a_gpu_refuses_planes_by_name(decode_free: ShardSet) -> None:
-    context = BackendContext(Reader(decode_free), 6, 1, torch.device("cuda"))
-    with pytest.raises(ValueError, match=r"data.backend=dali: expected JPEGs, found decode-free shards"):
-        build_backend("dali", context)
+def test_triton_makes_the_views_of_the_cpu(decode_free: ShardSet) -> None:
+    """Planes are uploaded as they are; only blur, which these views have not, may differ."""
+    reader, ids = Reader(decode_free), np.arange(15, 21)
+    plan = plan_samples(decode_free, SPECS[1:], 3, 0, ids, np.zeros_like(ids))
+    expected = build_backend("cpu", BackendContext(reader, 6, 2, torch.device("cpu"))).submit(plan).result()
+    backend = PlanesBackend(BackendContext(reader, 6, 2, DEVICE))
+    for view, other in zip(backend.submit(plan).result(), expected, strict=True):
+        assert torch.equal(view.cpu(), other)
+    assert backend.stats().decode_seconds > 0
+    backend.close()
+
+
+def test_before_triton_a_frame_of_a_different_size_is_refused(decode_free: ShardSet) -> None:
+    """Its kernels would read beyond it."""
+    plan = plan_samples(decode_free, SPECS, 3, 0, np.arange(6), np.zeros(6, np.int64))
+    backend = PlanesBackend(BackendContext(Reader(decode_free), 6, 2, DEVICE))
+    with pytest.raises(DamagedSampleError, match=r"^sample 4: expected \d+ bytes of a frame of"):
+        backend.submit(replace(plan, heights=plan.heights + (plan.ids == 4))).result()
+    backend.close()
 
 
 def test_the_preview_shows_them(decode_free: ShardSet, tmp_path: Path) -> None:

@@ -31,7 +31,6 @@ from pipeline.memory import recycler
 from pipeline.plan import BatchPlan
 from pipeline.stats import Stats
 from pipeline.workers import Workers
-from sharding.command import UserError
 
 # Jobs of the driving thread, the most urgent first: DALI is to have work before anything is waited for.
 _STOP, _SCHEDULE, _COLLECT = range(3)
@@ -208,7 +207,7 @@ class CpuRenderer:
         outs = [view.numpy() for view in views]
         parts = chunks(len(plan), self._num_threads)
         tasks = [self._pool.submit(_render_rows, images, plan, rows, outs) for rows in parts]
-        return PooledBatch(views, tasks, self._collect).result
+        return PooledBatch(lambda: views, tasks, self._collect).result
 
     def stats(self) -> Stats:
         """Of all threads; copying DALI's image into the kernels' layout counts as geometry."""
@@ -241,16 +240,16 @@ def _pack(image: NDArray[np.uint8]) -> Pixels:
 
 
 def build(context: BackendContext) -> Backend:
-    """Planes need no decoder: `cpu` makes their views as well. Raises UserError for them on a GPU."""
-    if context.reader.shards.manifest.is_decode_free:
-        if context.device.type == "cuda":
-            raise UserError(
-                "data.backend=dali: expected JPEGs, found decode-free shards, for which there is no GPU kernel yet; "
-                "use data.backend=cpu, which makes their views on the host"
-            )
+    """Planes need no decoder: `cpu` makes their views on a CPU, Triton kernels on a GPU."""
+    is_decode_free, on_gpu = context.reader.shards.manifest.is_decode_free, context.device.type == "cuda"
+    if is_decode_free and on_gpu:
+        from pipeline.backends.planes_gpu import PlanesBackend  # imports Triton
+
+        return PlanesBackend(context)
+    if is_decode_free:
         return build_cpu(context)
-    if context.device.type == "cuda":
-        from pipeline.backends.dali.render_gpu import GpuRenderer  # imports Triton
+    if on_gpu:
+        from pipeline.backends.dali.render_gpu import GpuRenderer  # likewise
 
         return DaliBackend(context, GpuRenderer(context.device))
     return DaliBackend(context, CpuRenderer(context.num_threads))
