@@ -111,9 +111,10 @@ def hue(view: Planes, shift: float) -> None:
 
 @njit(nogil=True, cache=True)
 def grey(view: Planes) -> None:
+    """Only in the first plane, which then stands for all."""
     r, g, b = view[0].reshape(-1), view[1].reshape(-1), view[2].reshape(-1)
     for i in range(r.size):
-        r[i] = g[i] = b[i] = np.uint8(_grey(r[i], g[i], b[i]))
+        r[i] = np.uint8(_grey(r[i], g[i], b[i]))
 
 
 @njit(nogil=True, cache=True)
@@ -199,14 +200,14 @@ def blur(view: Planes, sigma: float, kernel: int) -> None:
     size = view.shape[2]
     weights = _gaussian(sigma, radius)
     rows = np.empty((size + 2 * radius + _BLOCK, size + 2 * radius), np.float32)
-    for channel in range(3):
-        _blur_plane(view[channel], weights, rows)
+    for plane in view:
+        _blur_plane(plane, weights, rows)
 
 
 @njit(nogil=True, cache=True)
 def interleave(view: Planes, out: Bytes) -> None:
-    """Planes (3, size, size) into pixels (size, size, 3)."""
-    r, g, b, flat = view[0].reshape(-1), view[1].reshape(-1), view[2].reshape(-1), out.reshape(-1)
+    """Planes (3, size, size), or one for all, into pixels (size, size, 3)."""
+    r, g, b, flat = view[0].reshape(-1), view[len(view) // 2].reshape(-1), view[-1].reshape(-1), out.reshape(-1)
     for i in range(r.size):
         flat[3 * i], flat[3 * i + 1], flat[3 * i + 2] = r[i], g[i], b[i]
 
@@ -242,8 +243,9 @@ def adjust(
         _jitter(view, order, factors)
     if greyed:
         grey(view)
+    planes = view[:1] if greyed else view  # one stands for all
     if sigma > 0:
-        blur(view, sigma, kernel)
+        blur(planes, sigma, kernel)
     if solarized:
-        solarize(view)
-    interleave(view, out)
+        solarize(planes)
+    interleave(planes, out)
