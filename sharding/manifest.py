@@ -4,6 +4,7 @@ The manifest is written last, so a directory that has one is complete.
 """
 
 import json
+import mmap
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ SAMPLE_SCHEMA = pa.schema(
     ]
 )
 INDEX_SCHEMA = SAMPLE_SCHEMA.insert(0, pa.field("shard", pa.int32(), nullable=False))
+MAPPED_BYTES = 4 << 30  # of an index; 97 million samples
 _STRICT = ConfigDict(extra="forbid")
 
 
@@ -127,9 +129,9 @@ class Manifest:
         """One of the two files, checked."""
         if not out.exists(name):
             raise ShardError(_why_no_manifest(out))
-        where = f"{out}/{name}"
+        where, data = f"{out}/{name}", out.read(name)
         try:
-            raw = json.loads(out.read(name))
+            raw = json.loads(data)
         except ValueError as error:
             raise ShardError(f"{where}: is not JSON ({error}); rebuild the shards") from None
         version = raw.get("version") if isinstance(raw, dict) else None
@@ -139,7 +141,7 @@ class Manifest:
                 "build the shards again with this program, or read them with the one that made them"
             )
         try:
-            manifest = TypeAdapter(cls).validate_json(json.dumps(raw), strict=True)
+            manifest = TypeAdapter(cls).validate_json(data, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
@@ -158,7 +160,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Index:
-    """Columns of `index.arrow`, in memory (44 bytes a sample); a sample's id is its row number.
+    """Columns of `index.arrow` (44 bytes a sample); a sample's id is its row number.
 
     Rows are ordered by lane, shard, and position in the shard, so lane `l` owns ids `[l * n, (l + 1) * n)`.
     """
@@ -182,15 +184,18 @@ class Index:
 
     @classmethod
     def load(cls, root: str | Path | Directory, expected: IndexFile | None = None) -> Self:
-        """Reads the file whole: what becomes of it on the disk later can neither change an order nor kill a process.
+        """Up to `MAPPED_BYTES` the file is read whole: what becomes of it on the disk later can neither change an order
+        nor kill a process. A larger local one is mapped, takes no memory of a process, and is not compared with a
+        checksum; `sharding.verify` does that.
 
         Raises ShardError when it cannot be read, or has not the checksum of the `expected` one.
         """
         out = Directory.at(root)
         where = f"{out}/{INDEX_FILE}"
         try:
-            data = pa.py_buffer(out.read(INDEX_FILE))
-            if expected and xxhash.xxh3_128_hexdigest(data) != expected.xxh3_128:
+            is_whole = not is_mapped(out)
+            data = pa.py_buffer(out.read(INDEX_FILE) if is_whole else _map(out.local_path(INDEX_FILE)))
+            if is_whole and expected and xxhash.xxh3_128_hexdigest(data) != expected.xxh3_128:
                 raise ShardError(
                     f"{where}: is damaged: its checksum is not the manifest's; {repair_command(out)} restores it"
                 )
@@ -200,6 +205,19 @@ class Index:
         if not batch.schema.equals(INDEX_SCHEMA):
             raise ShardError(f"{where}: expected columns {INDEX_SCHEMA.names}, found {batch.schema.names}")
         return cls(*(batch.column(name).to_numpy(zero_copy_only=True) for name in INDEX_SCHEMA.names))
+
+
+def is_mapped(out: Directory) -> bool:
+    """Whether the index is too large to be read into the memory of each process."""
+    return out.is_local and out.local_path(INDEX_FILE).stat().st_size > MAPPED_BYTES
+
+
+def _map(path: Path) -> mmap.mmap:
+    """A file whose pages are read one by one: those of a batch lie anywhere."""
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    data.madvise(mmap.MADV_RANDOM)
+    return data
 
 
 @dataclass(frozen=True)
@@ -233,9 +251,9 @@ def open_shards(root: str | Path | Directory, lanes: Collection[int] | None = No
 
 
 def check_sizes(out: Directory, manifest: Manifest, lanes: Collection[int] | None = None) -> None:
-    sizes = out.sizes()
     expected = {shard.path: shard.num_bytes for shard in manifest.shards if lanes is None or shard.lane in lanes}
     expected[manifest.index.path] = manifest.index.num_bytes
+    sizes = out.sizes_of(expected)
     for path, num_bytes in expected.items():
         if sizes.get(path) != num_bytes:
             found = f"found {sizes[path]}" if path in sizes else "it is missing"
@@ -246,20 +264,21 @@ def check_sizes(out: Directory, manifest: Manifest, lanes: Collection[int] | Non
 
 
 def check_index(out: Directory, manifest: Manifest, index: Index) -> None:
-    """That the index has the manifest's samples in the manifest's order, inside their archives."""
+    """That the index has the manifest's samples in the manifest's order, inside their archives; of one that is mapped,
+    a thousand rows stand for all."""
     where = f"{out}/{INDEX_FILE}"
-    counts = np.array([shard.num_samples for shard in manifest.shards])
-    if counts.sum() != manifest.num_samples or not np.array_equal(index.shard, np.repeat(range(len(counts)), counts)):
+    counts, num_bytes = np.array([(shard.num_samples, shard.num_bytes) for shard in manifest.shards]).T
+    step = max(1, len(index) // 1000) if is_mapped(out) else 1
+    shard, offset, size = (column[::step] for column in (index.shard, index.offset, index.size))
+    shards = np.searchsorted(np.cumsum(counts), np.arange(0, len(index), step), side="right")
+    if not counts.sum() == manifest.num_samples == len(index) or (shard != shards).any():
         raise ShardError(f"{where}: its {len(index)} rows are not the samples of the manifest; build the shards again")
-    ends = index.offset + index.size
-    limits = np.array([shard.num_bytes for shard in manifest.shards])[index.shard]
-    wrong = np.flatnonzero((index.offset < 512) | (index.size < 1) | (ends > limits))
+    wrong = np.flatnonzero((offset < 512) | (size < 1) | (offset + size > num_bytes[shards]))
     if len(wrong):
-        row = int(wrong[0])
-        path = manifest.shards[index.shard[row]].path
+        row, found = step * wrong[0], manifest.shards[shards[wrong[0]]]
         raise ShardError(
-            f"{where}: sample {row} claims bytes {index.offset[row]} to {ends[row]} of {path}, "
-            f"which has {limits[row]}; build the shards again"
+            f"{where}: sample {row} claims bytes {index.offset[row]} to {index.offset[row] + index.size[row]} of "
+            f"{found.path}, which has {found.num_bytes}; build the shards again"
         )
 
 

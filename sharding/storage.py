@@ -5,7 +5,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -75,6 +75,16 @@ class Directory:
         if special := [name for name, info in found.items() if info["type"] == "other"]:
             raise UserError(f"{special[0]}: is not a regular file; move it away")
         return {name[len(root) :].lstrip("/"): int(info["size"]) for name, info in found.items()}
+
+    def sizes_of(self, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of those of these files that are there: on a disk without a listing, which takes far longer."""
+        if not self.is_local:
+            return self.sizes()
+        found, root = {}, self.path("")
+        for name in names:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                found[name] = os.stat(f"{root}/{name}").st_size  # noqa: PTH116 - a Path takes longer than the call
+        return found
 
     def open(self, name: str) -> BinaryIO:
         return cast(BinaryIO, self.fs.open(self.path(name), "rb"))

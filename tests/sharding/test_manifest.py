@@ -15,6 +15,8 @@ import xxhash
 
 from sharding.manifest import Index, Manifest, ShardError, fingerprint, open_shards
 from sharding.source import SourceSpec, open_source
+from sharding.storage import Directory
+from sharding.verify import verify
 
 
 def test_sample_ids_lead_to_the_source_images(shards: Path, parquet: Path, images: list[bytes]) -> None:
@@ -47,6 +49,24 @@ def test_the_index_survives_its_file(shards: Path, tmp_path: Path) -> None:
     os.truncate(root / "index.arrow", 100)
     for field in fields(index):
         np.testing.assert_array_equal(getattr(index, field.name), getattr(Index.load(shards), field.name))
+
+
+def test_a_large_index_is_mapped_and_looked_at_in_places(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = Index.load(shards)
+    monkeypatch.setattr("sharding.manifest.MAPPED_BYTES", 0)
+    root = Path(shutil.copytree(shards, tmp_path / "shards"))
+    index = open_shards(root).index
+    for field in fields(index):
+        np.testing.assert_array_equal(getattr(index, field.name), getattr(expected, field.name))
+    _flip_a_bit(root / "index.arrow")  # in the middle, which a map shows at once, and only `verify` notices
+    assert any((getattr(index, field.name) != getattr(expected, field.name)).any() for field in fields(index))
+    open_shards(root)
+    assert [str(problem) for problem in verify(Directory.at(root))]
+    _unsorted_index(root)
+    with pytest.raises(ShardError, match="sample 7 claims bytes"):
+        open_shards(root)
 
 
 def test_lanes_that_are_not_read_need_not_be_there(shards: Path, tmp_path: Path) -> None:
