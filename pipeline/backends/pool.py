@@ -14,7 +14,7 @@ from pipeline.backends import BackendContext, DamagedSampleError, Pending, Views
 from pipeline.memory import empty_views
 from pipeline.plan import BatchPlan, Ints, ViewPlan
 from pipeline.stats import Stats
-from pipeline.workers import Workers
+from pipeline.workers import Watch, Workers
 
 Bytes = NDArray[np.uint8]
 Image = TypeVar("Image")  # decoded, as a backend wants it
@@ -79,7 +79,29 @@ class PooledBatch:
         return self._views()
 
 
-class ThreadedBackend(Generic[Image]):
+class Pool:
+    """Threads that share the rows of batches, and the totals of what they report."""
+
+    def __init__(self, num_threads: int, name: str, watch: Watch) -> None:
+        self._num_threads, self._threads = num_threads, Workers(num_threads, name, watch)
+        self._total = Stats()
+
+    def spread(self, work: Callable[[slice], ChunkReport], num_rows: int, views: Callable[[], Views]) -> PooledBatch:
+        """Begin to ``work`` on the rows of a batch."""
+        futures = [self._threads.submit(work, rows) for rows in chunks(num_rows, self._num_threads)]
+        return PooledBatch(views, futures, self._collect)
+
+    def stats(self) -> Stats:
+        return self._total
+
+    def close(self) -> None:
+        self._threads.close()
+
+    def _collect(self, report: ChunkReport) -> None:
+        self._total += report.stats()
+
+
+class ThreadedBackend(Pool, Generic[Image]):
     """See `pipeline.backends.Backend`.
 
     ``decode`` makes an image of a sample's bytes, a height, a width and the region that is needed, or raises
@@ -92,27 +114,14 @@ class ThreadedBackend(Generic[Image]):
         decode: Callable[[Bytes, int, int, Ints], Image],
         render: Callable[[Image, ViewPlan, int, Bytes], tuple[float, float]],
     ) -> None:
+        super().__init__(context.num_threads, "views", context.reader.watch)
         self._context, self._decode, self._render = context, decode, render
-        self._threads = Workers(context.num_threads, "views", context.reader.watch)
-        self._total = Stats()
 
     def submit(self, plan: BatchPlan) -> Pending:
         views = [empty_views((len(plan), v.spec.size, v.spec.size, 3), self._context.device) for v in plan.views]
-        outs = [view.numpy() for view in views]
-        parts = chunks(len(plan), self._context.num_threads)
-        futures = [self._threads.submit(self._work, plan, rows, outs) for rows in parts]
-        return PooledBatch(lambda: views, futures, self._collect)
+        return self.spread(partial(self._work, plan, [view.numpy() for view in views]), len(plan), lambda: views)
 
-    def stats(self) -> Stats:
-        return self._total
-
-    def close(self) -> None:
-        self._threads.close()
-
-    def _collect(self, report: ChunkReport) -> None:
-        self._total += report.stats()
-
-    def _work(self, plan: BatchPlan, rows: slice, outs: list[Bytes]) -> ChunkReport:
+    def _work(self, plan: BatchPlan, outs: list[Bytes], rows: slice) -> ChunkReport:
         report = ChunkReport()
         for row in range(rows.start, rows.stop):
             sample, start = int(plan.ids[row]), time.perf_counter()

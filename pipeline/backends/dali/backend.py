@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pipeline.backends import Backend, BackendContext, DamagedSampleError, Views
 from pipeline.backends.cpu import build as build_cpu
 from pipeline.backends.dali.decode import Decoder, Encoded, find_fault, largest_size
-from pipeline.backends.pool import ChunkReport, PooledBatch, chunks
+from pipeline.backends.pool import ChunkReport, Pool, chunks
 from pipeline.kernels.render import render
 from pipeline.kernels.resample import Pixels, as_pixels
 from pipeline.memory import recycler
@@ -191,37 +191,20 @@ class DaliBackend:
         return Decoder(batch_size, self._context.num_threads, device_id, self._largest)
 
 
-class CpuRenderer:
+class CpuRenderer(Pool):
     """Numba kernels on threads of their own, next to DALI's."""
 
     stream = None
-
-    def __init__(self, num_threads: int) -> None:
-        self._num_threads = num_threads
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="dali-views")
-        self._total = Stats()
 
     def start(self, images: Any, plan: BatchPlan) -> Callable[[], Views]:
         shapes = [(len(plan), view.spec.size, view.spec.size, 3) for view in plan.views]
         views = [recycler.empty(shape, torch.uint8) for shape in shapes]
         outs = [view.numpy() for view in views]
-        parts = chunks(len(plan), self._num_threads)
-        tasks = [self._pool.submit(_render_rows, images, plan, rows, outs) for rows in parts]
-        return PooledBatch(lambda: views, tasks, self._collect).result
-
-    def stats(self) -> Stats:
-        """Of all threads; copying DALI's image into the kernels' layout counts as geometry."""
-        return self._total
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def _collect(self, report: ChunkReport) -> None:
-        self._total += report.stats()
+        return self.spread(partial(_render_rows, images, plan, outs), len(plan), lambda: views).result
 
 
-def _render_rows(images: Any, plan: BatchPlan, rows: slice, outs: list[NDArray[np.uint8]]) -> ChunkReport:
-    """Some rows of all views."""
+def _render_rows(images: Any, plan: BatchPlan, outs: list[NDArray[np.uint8]], rows: slice) -> ChunkReport:
+    """Some rows of all views; copying DALI's image into the kernels' layout counts as geometry."""
     report = ChunkReport()
     for row in range(rows.start, rows.stop):
         start = time.perf_counter()
@@ -252,4 +235,4 @@ def build(context: BackendContext) -> Backend:
         from pipeline.backends.dali.render_gpu import GpuRenderer  # likewise
 
         return DaliBackend(context, GpuRenderer(context.device))
-    return DaliBackend(context, CpuRenderer(context.num_threads))
+    return DaliBackend(context, CpuRenderer(context.num_threads, "dali-views", context.reader.watch))
