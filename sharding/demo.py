@@ -1,17 +1,12 @@
 """The demo data set: generated pictures of ten kinds of objects, in the form that ImageNet has on the hub.
 
-    python -m sharding.demo --out sheet.png        # a contact sheet, a row per class
-
 A class is a silhouette with its own kind of marking (a fish has scales, a leaf has veins). Everything else varies:
 colours, size, position, turn and tilt, light, background, exposure, noise. Colour and raw pixels tell little about the
 class, so that an encoder has to learn something to do well.
 """
 
-import argparse
 import io
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +14,7 @@ from numpy import abs, arctan2, cos, floor, hypot, maximum, minimum, sin  # noqa
 from numpy.typing import NDArray
 from PIL import Image
 
-from sharding.command import UserError, command
+from sharding.command import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -134,22 +129,3 @@ def _encode(picture: Array) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray((picture * 255 + 0.5).astype(np.uint8)).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
-
-
-@command("sharding.demo")
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sharding.demo", description="Draw a sheet of the demo's images.")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write, e.g. sheet.png")
-    parser.add_argument("--seed", type=int, default=0, help="of the data set (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    if options.seed < 0:
-        parser.error(f"argument --seed: expected 0 or more, found {options.seed}")
-    pictures = np.stack([draw("train", options.seed, i) for i in range(12 * len(CLASSES))])
-    sheet = pictures.reshape(12, len(CLASSES), SIZE, SIZE, 3).transpose(1, 2, 0, 3, 4).reshape(-1, 12 * SIZE, 3)
-    Image.fromarray((sheet * 255 + 0.5).astype(np.uint8)).save(options.out)
-    print(f"{options.out}: a row per class: {', '.join(CLASSES)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

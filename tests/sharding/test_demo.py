@@ -1,5 +1,4 @@
 import io
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -64,21 +63,3 @@ def test_shapes_are_inside_the_unit_square_and_fill_a_part_of_it(name: str) -> N
 def test_wrong_arguments_are_named(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         demo.load_demo(**arguments)  # type: ignore[arg-type]
-
-
-def test_command_draws_a_row_per_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.main(["--out", str(tmp_path / "sheet.png")]) == 0
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (12 * demo.SIZE, 10 * demo.SIZE)
-    assert "mushroom" in capsys.readouterr().out
-
-
-def test_command_refuses_a_negative_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        demo.main(["--out", str(tmp_path / "sheet.png"), "--seed", "-1"])
-    assert "--seed: expected 0 or more, found -1" in capsys.readouterr().err
-
-
-def test_command_explains_an_unwritable_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.main(["--out", str(tmp_path / "missing" / "sheet.png")]) == 2
-    assert "missing" in capsys.readouterr().err
