@@ -3,7 +3,6 @@
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import xxhash
@@ -58,9 +57,7 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         with self._file:
             if kind is None:
                 end = self.num_bytes + 2 * _BLOCK
@@ -79,15 +76,7 @@ class ShardWriter:
         self.num_bytes += len(data)
 
 
-_EMPTY_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
-_NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)  # fields of a USTAR header
-
-
 def _header(name: str, size: int) -> bytes:
-    """What `tarfile` writes for a plain file, seven times as fast."""
-    header = bytearray(_EMPTY_HEADER)
-    header[_NAME] = name.encode().ljust(100, b"\0")
-    header[_SIZE] = b"%011o\0" % size
-    header[_CHECKSUM] = b" " * 8
-    header[_CHECKSUM] = b"%06o\0 " % sum(header)
-    return bytes(header)
+    member = tarfile.TarInfo(name)
+    member.size = size
+    return member.tobuf(tarfile.USTAR_FORMAT)
