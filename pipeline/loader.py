@@ -7,7 +7,6 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -78,14 +77,17 @@ class Loader:
         dtype: torch.dtype = torch.float32,
         stall_seconds: float = STALL_SECONDS,
     ) -> None:
-        if order is None:
-            _check_divisible(global_batch_size, world_size)
-            order = Shuffled(lane_shard_sizes(shards), seed, global_batch_size, window)
-        _check_rank(rank, world_size)
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank: expected 0 <= rank < world_size, found rank {rank} of {world_size}")
+        if global_batch_size % world_size:
+            raise UserError(
+                f"global_batch_size: expected a multiple of world_size {world_size}, found {global_batch_size}"
+            )
         _check_at_least({"start_step": (start_step, 0), "num_threads": (num_threads, 1), "prefetch": (prefetch, 1)})
+        order = order or Shuffled(lane_shard_sizes(shards), seed, global_batch_size, window)
         self._shards, self._specs, self._seed = shards, tuple(specs), seed
         self._device, self._dtype = device or torch.device("cpu"), dtype
-        self._order: Order = order
+        self._order = order
         self._rank, self._world_size = rank, world_size
         batch_size = -(-order.global_batch_size // world_size)
         self._num_threads, self._prefetch, self._max_replaced = num_threads, prefetch, max_replaced_samples
@@ -149,9 +151,7 @@ class Loader:
     def __enter__(self) -> "Loader":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _look_ahead(self, cache: CacheOptions | None) -> LookAhead | None:
@@ -251,16 +251,6 @@ def _close(process: int, backend: Backend, reader: Reader) -> None:
         backend.close()
     finally:
         reader.close()
-
-
-def _check_rank(rank: int, world_size: int) -> None:
-    if not 0 <= rank < world_size:
-        raise UserError(f"rank: expected 0 <= rank < world_size, found rank {rank} of {world_size}")
-
-
-def _check_divisible(global_batch_size: int, world_size: int) -> None:
-    if global_batch_size % world_size:
-        raise UserError(f"global_batch_size: expected a multiple of world_size {world_size}, found {global_batch_size}")
 
 
 def _check_at_least(values: Mapping[str, tuple[int, int]]) -> None:

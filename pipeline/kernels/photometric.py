@@ -34,16 +34,11 @@ def _grey(r: int, g: int, b: int) -> np.int32:
 
 
 @njit(nogil=True, cache=True)
-def _blend(view: Planes, base: int, factor: float) -> None:
-    """Away from (factor above 1) or towards a grey value."""
+def blend(view: Planes, base: int, factor: float) -> None:
+    """Away from (factor above 1) or towards a grey value: black for brightness."""
     flat, f, b = view.reshape(-1), np.float32(factor), np.float32(base)
     for i in range(flat.size):
         flat[i] = _clip(b + f * (np.float32(flat[i]) - b))
-
-
-@njit(nogil=True, cache=True)
-def brightness(view: Planes, factor: float) -> None:
-    _blend(view, 0, factor)
 
 
 @njit(nogil=True, cache=True)
@@ -55,7 +50,7 @@ def contrast(view: Planes, factor: float) -> None:
         for x in range(len(r)):
             row += _grey(r[x], g[x], b[x])  # in 32 bits, which vectorises better than 64
         total += row
-    _blend(view, int(total / view[0].size + 0.5), factor)
+    blend(view, int(total / view[0].size + 0.5), factor)
 
 
 @njit(nogil=True, cache=True)
@@ -217,7 +212,7 @@ def _jitter(view: Planes, order: NDArray[np.int8], factors: Floats) -> None:
     for operation in order:
         factor = factors[operation]
         if operation == BRIGHTNESS:
-            brightness(view, factor)
+            blend(view, 0, factor)
         elif operation == CONTRAST:
             contrast(view, factor)
         elif operation == SATURATION:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from pipeline.kernels.photometric import adjust, blur, brightness, contrast, grey, hue, saturation, solarize
+from pipeline.kernels.photometric import adjust, blend, blur, contrast, grey, hue, saturation, solarize
 
 View = NDArray[np.uint8]
 Picture = Image.Image
@@ -47,7 +47,11 @@ def changed(view: View, operation: Callable[..., None], *arguments: float) -> Vi
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize(
     ("ours", "torchvisions"),
-    [(brightness, F.adjust_brightness), (contrast, F.adjust_contrast), (saturation, F.adjust_saturation)],
+    [
+        (lambda view, factor: blend(view, 0, factor), F.adjust_brightness),
+        (contrast, F.adjust_contrast),
+        (saturation, F.adjust_saturation),
+    ],
     ids=["brightness", "contrast", "saturation"],
 )
 def test_factors(
