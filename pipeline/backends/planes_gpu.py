@@ -27,24 +27,23 @@ class PlanesBackend(Pool):
         self._reader, self._device = context.reader, context.device
 
     def submit(self, plan: BatchPlan) -> PooledBatch:
-        ends = np.cumsum(self._reader.shards.index.size[plan.ids], dtype=np.int64)
-        frames = empty_views([int(ends[-1])], self._device)
+        places = np.cumsum([0, *self._reader.shards.index.size[plan.ids]])
+        frames = empty_views([int(places[-1])], self._device)
 
         def make(device: torch.device) -> Views:
-            return make_views(convert(frames.to(device, non_blocking=True), ends, plan), plan)
+            return make_views(convert(frames.to(device, non_blocking=True), places[1:], plan), plan)
 
-        read = partial(self._read, plan, ends, frames.numpy())
+        read = partial(self._read, plan, places, frames.numpy())
         return self.spread(read, len(plan), partial(beside, self._device, make))
 
-    def _read(self, plan: BatchPlan, ends: Ints, frames: Bytes, rows: slice) -> ChunkReport:
+    def _read(self, plan: BatchPlan, places: Ints, frames: Bytes, rows: slice) -> ChunkReport:
         report, start = ChunkReport(), time.perf_counter()
         for row in range(rows.start, rows.stop):
+            sample, frame = int(plan.ids[row]), frames[places[row] : places[row + 1]]
             try:
-                data = self._reader.read(int(plan.ids[row]))
-                split_planes(data, int(plan.heights[row]), int(plan.widths[row]))  # kernels trust the index
+                self._reader.read(sample, frame)
+                split_planes(frame, int(plan.heights[row]), int(plan.widths[row]))  # kernels trust the index
             except ValueError as error:
-                report.reasons[int(plan.ids[row])] = str(error)
-            else:
-                frames[ends[row] - data.size : ends[row]] = data
+                report.reasons[sample] = str(error)
         report.decode_seconds = time.perf_counter() - start
         return report

@@ -44,8 +44,8 @@ class Reader:
         # Advice about a cold disk takes 15 us a sample, too much for the thread that training waits for.
         self._adviser = Workers(1, "read-ahead", self.watch)
 
-    def read(self, sample: int) -> NDArray[np.uint8]:
-        """The bytes of a sample, in memory of their own.
+    def read(self, sample: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """The bytes of a sample, in memory of their own, or ``out``, which is as large as they are.
 
         Raises ValueError for bytes that are not those of the build: whether a decoder would notice depends on the
         decoder, and batches must not. Raises OSError, which names the shard, where the disk fails.
@@ -53,7 +53,7 @@ class Reader:
         start = time.perf_counter()
         index = self.shards.index
         shard, offset, size = int(index.shard[sample]), int(index.offset[sample]), int(index.size[sample])
-        data = np.empty(size, np.uint8)
+        data = np.empty(size, np.uint8) if out is None else out
         file = self._file(shard)  # stays open, while it is referred to, whatever other threads do
         with self._watching(shard):
             num_bytes = os.preadv(file.descriptor, [data.data], offset)
