@@ -293,12 +293,9 @@ def _columns(features: dict[str, Any], spec: SourceSpec) -> tuple[str, str | Non
             f"{spec.dataset}: column {label!r} holds {_kind(features[label])}; "
             "--label-column needs class labels, integers or strings, one for each image"
         )
-    return image, label, "" if label else _no_labels(features)
-
-
-def _no_labels(features: dict[str, Any]) -> str:
     found = ", ".join(f"{name!r} holds {_kind(feature)}" for name, feature in features.items())
-    return f"no labels: of the columns ({found}) none is known to hold labels; see --label-column"
+    none = f"no labels: of the columns ({found}) none is known to hold labels; see --label-column"
+    return image, label, "" if label else none
 
 
 def _kind(feature: Any) -> str:
