@@ -35,6 +35,7 @@ Peer = Callable[[], int]  # waits for the next of endless batches, in an order o
 PEERS = {
     "decode-only": "benchmarks.peers.decode:build_cpu",
     "decode-only-dali": "benchmarks.peers.decode:build_dali",
+    "decode-only-torchcodec": "benchmarks.peers.decode:build_torchcodec",
     "imagefolder": "benchmarks.peers.imagefolder:build",
     "webdataset": "benchmarks.peers.webdataset:build",
     "dali-native": "benchmarks.peers.dali:build",
@@ -52,4 +53,5 @@ def build_peer(name: str, options: PeerOptions, stack: ExitStack) -> Peer:
     try:
         return resolve_name(PEERS[name])(options, stack)
     except ImportError as error:
-        raise ImportError(f"{error}; it comes with the extra {name!r}, see pyproject.toml") from error
+        extra = name.removeprefix("decode-only-")
+        raise ImportError(f"{error}; it comes with the extra {extra!r}, see pyproject.toml") from error

@@ -12,9 +12,9 @@ from benchmarks.peers import Peer, PeerOptions
 from pipeline.backends import Backend, BackendContext, Pending, Views
 from pipeline.backends.cpu import Decoder
 from pipeline.backends.dali.backend import DaliBackend
-from pipeline.backends.pool import ThreadedBackend
+from pipeline.backends.pool import ChunkReport, ThreadedBackend
 from pipeline.order import Shuffled, lane_shard_sizes
-from pipeline.plan import plan_samples
+from pipeline.plan import BatchPlan, plan_samples
 from pipeline.reading.reader import Reader
 from pipeline.stats import Stats
 from pipeline.views import ViewSpec
@@ -69,3 +69,18 @@ def build_dali(options: PeerOptions, stack: ExitStack) -> Peer:
     """By DALI, on a GPU if there is one."""
     device = torch.device("cuda") if torch.cuda.is_available() else _CPU
     return _decode_only(options, stack, lambda context: DaliBackend(context, _NoRenderer()), device)
+
+
+def build_torchcodec(options: PeerOptions, stack: ExitStack) -> Peer:
+    """By torchcodec, on a GPU if there is one, in pieces of a batch."""
+    from torchcodec.decoders import decode_jpeg
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    class Pieces(ThreadedBackend[Any]):
+        def _work(self, plan: BatchPlan, rows: slice, *_: object) -> ChunkReport:
+            read = self._context.reader.read
+            decode_jpeg([torch.from_numpy(read(sample)) for sample in plan.ids[rows].tolist()], device=device)
+            return ChunkReport()
+
+    return _decode_only(options, stack, lambda context: Pieces(context, Decoder(), lambda *_: (0.0, 0.0)), _CPU)

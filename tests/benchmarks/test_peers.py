@@ -35,7 +35,7 @@ def test_a_peer_makes_batches_without_end_and_leaves_nothing(name: str, shard_se
 
 
 def test_an_unknown_peer_is_refused(shard_set: ShardSet) -> None:
-    with pytest.raises(ValueError, match="one of decode-only, decode-only-dali, imagefolder"):
+    with pytest.raises(ValueError, match="one of decode-only, decode-only-dali, decode-only-torchcodec, imagefolder"):
         build_peer("magic", options(shard_set), ExitStack())
 
 
