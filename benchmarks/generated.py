@@ -1,5 +1,6 @@
-"""Generated images for benchmarks without data."""
+"""Shards made for a benchmark: of generated images where there are no data, and of given ones."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,21 +12,27 @@ from sharding.command import UserError
 
 def generated_shards(stack: ExitStack, num_images: int, lanes: int = 8) -> Path:
     """Shards of textured JPEGs in a temporary directory: two thirds 500 x 375, about 110 kB, as most of ImageNet."""
+    print(f"no shards given: using {num_images} generated images")
+    return temporary_shards(stack, [_textured(number) for number in range(num_images)], lanes)
+
+
+def temporary_shards(stack: ExitStack, encoded: Sequence[bytes], lanes: int, *options: str) -> Path:
+    """Shards of images with labels 0 to 9, as ``options`` of `sharding.build` say."""
     import datasets
 
     from sharding.build import main as build
 
-    print(f"no shards given: using {num_images} generated images")
     datasets.disable_progress_bars()
     directory = Path(stack.enter_context(TemporaryDirectory()))
     source, out = directory / "source", directory / "shards"
     source.mkdir()
-    images = [{"bytes": _textured(number), "path": None} for number in range(num_images)]
-    columns = {"image": images, "label": [number % 10 for number in range(num_images)]}
+    images = [{"bytes": data, "path": None} for data in encoded]
+    columns = {"image": images, "label": [number % 10 for number in range(len(images))]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     datasets.Dataset.from_dict(columns, features=features).to_parquet(source / "train-00000-of-00001.parquet")
-    if code := build(["--dataset", str(source), "--out", str(out), "--lanes", str(lanes), "--workers", "1"]):
-        raise UserError(f"the generated images could not be built into shards (exit code {code})")
+    arguments = ["--dataset", str(source), "--out", str(out), "--lanes", str(lanes), "--workers", "1", *options]
+    if code := build(arguments):
+        raise UserError(f"{len(images)} images could not be built into shards (exit code {code})")
     return out
 
 

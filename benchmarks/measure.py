@@ -14,6 +14,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.energy import Meter
+
 _IDLE = 0.05  # of a core
 _IDLE_SECONDS = 0.2
 _NOISY = 0.1  # half of a 95 % interval, relative: beyond it a ratio decides nothing
@@ -48,11 +50,16 @@ class Rate:
     def over(self, divisor: float) -> "Rate":
         return self.by_round(lambda a: a / divisor)
 
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the rounds disagree too much to decide anything; of one round it is not known."""
+        return len(self.rounds) > 1 and self.margin > _NOISY * abs(self.mean)
+
     def decided(self) -> str:
         """The value, or that the machine was too noisy for one."""
-        if self.margin <= _NOISY * abs(self.mean):
-            return f"{self.mean:.2f} ± {self.margin:.2f}"
-        return f"too noisy (± {self.margin:.2g})" if len(self.rounds) > 1 else f"{self.mean:.2f} (one round)"
+        if self.is_noisy:
+            return f"too noisy (± {self.margin:.2g})"
+        return f"{self.mean:.2f} ± {self.margin:.2f}" if len(self.rounds) > 1 else f"{self.mean:.2f} (one round)"
 
     def __str__(self) -> str:
         if math.isnan(self.mean):
@@ -86,8 +93,8 @@ def interleaved_names(names: Sequence[str], rounds: int) -> Iterator[str]:
 
 
 def rate_of(work: Callable[[], int], seconds: float, warmup: int, finish: Callable[[], None] = lambda: None) -> Turn:
-    """Images per second of repeated ``work()``, which returns the images it did, and the cores that it kept busy, as a
-    percentage of one; ``warmup`` calls are not timed.
+    """Images per second of repeated ``work()``, which returns the images it did, the cores that it kept busy, as a
+    percentage of one, and joules, where the machine tells; ``warmup`` calls are not timed.
 
     ``finish`` waits for what a device still has to do. The clock starts after that, and stops after that: to wait for
     each unit would keep the host from working ahead, as it does in a real run.
@@ -95,13 +102,14 @@ def rate_of(work: Callable[[], int], seconds: float, warmup: int, finish: Callab
     for _ in range(warmup):
         work()
     finish()
-    start, cpu = time.perf_counter(), cpu_seconds()
+    start, cpu, meter = time.perf_counter(), cpu_seconds(), Meter()
     done = work()  # at least one, however busy the machine is
     while time.perf_counter() - start < seconds:
         done += work()
     finish()
-    elapsed = time.perf_counter() - start
-    return {"images_per_second": done / elapsed, "cpu_percent": 100 * (cpu_seconds() - cpu) / elapsed}
+    elapsed, joules = time.perf_counter() - start, meter.joules()
+    turn = {"images_per_second": done / elapsed, "cpu_percent": 100 * (cpu_seconds() - cpu) / elapsed}
+    return turn if joules is None else {**turn, "joules_per_1000_images": 1000 * joules / done}
 
 
 def come_to_rest(limit_seconds: float = 60.0) -> None:

@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ from typing import Any
 import torch
 
 from benchmarks.generated import generated_shards
+from benchmarks.measure import Turn, rate_of
 from pipeline.loader import Batch, Loader
+from pipeline.stats import Stats
 from sharding.command import UserError
 from sharding.manifest import MANIFEST_FILE, ShardSet
 from train.config import Config, load_config
 from train.engine.plan import plan_run
-from train.pretrain import Pretraining, build, optimizer_of
+from train.pretrain import Pretraining, build, build_loader, optimizer_of
 from train.processes.distributed import World
 
 _NUM_CACHED = 3  # batches on the device for the step alone
@@ -84,6 +88,16 @@ class Training:
         self._waits.append((before, _now()))
         return self(batch)
 
+    def end_to_end(self, loader: Loader, seconds: float, ahead: int) -> tuple[Turn, Stats]:
+        """A turn on what the loader brings, once what it had ``ahead`` is used up, and what the loader spent in it."""
+        both = partial(self.fed, loader)
+        rate_of(both, 0, ahead)
+        self.waited_seconds()
+        before = loader.stats()
+        turn = rate_of(both, seconds, 0, finish=finish)
+        spent = replace(loader.stats() - before, wait_seconds=self.waited_seconds())
+        return {**turn, "wait_percent": 100 * spent.wait_seconds / spent.seconds}, spent
+
     def waited_seconds(self) -> float:
         """Time since the last call in which the train step stood still for data: on a GPU the device's, between the
         end of a step and the beginning of the next (normalising is in it). Waits for the device."""
@@ -92,6 +106,16 @@ class Training:
         waited = sum(a.elapsed_time(b) / 1000 if on_gpu else b - a for a, b in self._waits)
         self._waits = []
         return waited
+
+
+def open_loader(config: Config, shards: ShardSet, **data: object) -> Loader:
+    """Of a configuration whose section ``data`` is changed."""
+    changed = config.model_copy(update={"data": config.data.model_copy(update=data)})
+    return build_loader(changed, shards, World(device=device()), 0)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load(loader: Loader) -> int:

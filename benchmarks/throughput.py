@@ -17,18 +17,17 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from itertools import product
 
 import torch
 
+from benchmarks.energy import NOT_TOLD
 from benchmarks.measure import Rate, Results, Turn, interleave, rate_of
 from benchmarks.peers import PEERS, PeerOptions, build_peer
 from benchmarks.report import chart, save, show
-from benchmarks.stages import Training, add_arguments, finish, load, parse, read_config
+from benchmarks.stages import Training, add_arguments, device, finish, load, open_loader, parse, read_config
 from pipeline.backends import BACKENDS
-from pipeline.loader import Loader
 from pipeline.stats import bound
 from pipeline.views import flatten
 from sharding.command import UserError, command
@@ -37,9 +36,9 @@ from train.config import Config
 from train.engine import automatic
 from train.engine.automatic import environment
 from train.engine.plan import check_batch
-from train.pretrain import build_loader
 from train.processes.distributed import World
 
+_ENERGY = "joules_per_1000_images"
 _NO_LOADER = ("decode-only", "synthetic")  # how the names of contestants begin that make no views
 
 
@@ -70,7 +69,7 @@ def _measure_loaders(options: argparse.Namespace, config: Config, shards: ShardS
         for peer, count in product(PEERS if "all" in options.peers else options.peers, threads):
             contestants |= _enter_peer(options, config, shards, peer, count, stack)
         for backend, count in product(options.backends, threads):
-            loader = stack.enter_context(_loader(config, shards, backend=backend, num_threads=count))
+            loader = stack.enter_context(open_loader(config, shards, backend=backend, num_threads=count))
             # What was prefetched while other contestants ran is not this round's work.
             work, warmup = partial(load, loader), config.data.prefetch + 1
             contestants[_label(backend, count)] = _turn(work, options.seconds, warmup)
@@ -110,15 +109,6 @@ def _label(name: str, threads: int) -> str:
     return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
-def _loader(config: Config, shards: ShardSet, **data: object) -> Loader:
-    changed = config.model_copy(update={"data": config.data.model_copy(update=data)})
-    return build_loader(changed, shards, World(device=_device()), 0)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _show_loaders(title: str, results: Results) -> None:
     rates = {name: turn["images_per_second"] for name, turn in results.items()}
     loaders = [name for name in rates if not name.startswith(_NO_LOADER)]
@@ -131,11 +121,15 @@ def _show_loaders(title: str, results: Results) -> None:
         cpu, rate = turn["cpu_percent"], rates[name]
         cells = [str(rate), str(cpu.by_round(lambda c, r: 100 * r / c if c else math.nan, rate)), f"{cpu.mean:.0f}"]
         cells += [f"{max(turn['gpu_gigabytes'].rounds):.1f}"] if torch.cuda.is_available() else []
+        cells += [str(turn[_ENERGY])] if _ENERGY in turn else []
         rows.append([name, *cells, *(rate.ratio(other).decided() for other in against.values())])
-    gpu = ["GPU GB"] if torch.cuda.is_available() else []
-    columns = ["", "images/s", "per busy core", "CPU %", *gpu, *against]
+    told = any(_ENERGY in turn for turn in results.values())
+    more = [*(["GPU GB"] if torch.cuda.is_available() else []), *(["J / 1000 images"] if told else [])]
+    columns = ["", "images/s", "per busy core", "CPU %", *more, *against]
     show(f"{title}; ± 95 %", columns, sorted(rows, key=lambda row: -rates[row[0]].mean))
     print(f"peer: {peer or 'none'}; decoding: {ceiling or 'not measured'}; CPU: 100 % is one core")
+    if not told:
+        print(NOT_TOLD)
     if (best := _fastest(ours, rates)) and (other := _fastest([name for name in loaders if name != best], rates)):
         print(_verdict(best, other, rates[best].ratio(rates[other])))
 
@@ -152,19 +146,15 @@ def _verdict(first: str, second: str, ratio: Rate) -> str:
 
 def _measure_run(options: argparse.Namespace, config: Config, shards: ShardSet) -> Results:
     """Loader, train step and both, of the configuration as it is."""
-    training, bounds = Training(config, shards, World(device=_device())), [""]
-    with _loader(config, shards) as loader:
-        both, ahead = partial(training.fed, loader), config.data.prefetch + 1
+    training, bounds = Training(config, shards, World(device=device())), [""]
+    with open_loader(config, shards) as loader:
+        ahead = config.data.prefetch + 1
 
         def fed() -> Turn:
             """Also notes what bounded the round; the last one's remains."""
-            rate_of(both, 0, ahead)
-            training.waited_seconds()
-            before = loader.stats()
-            turn = rate_of(both, options.seconds, 0, finish=finish)
-            spent = replace(loader.stats() - before, wait_seconds=training.waited_seconds())
+            turn, spent = training.end_to_end(loader, options.seconds, ahead)
             bounds[0] = bound(spent)
-            return {**turn, "wait_percent": 100 * spent.wait_seconds / spent.seconds}
+            return turn
 
         turns = {
             "loader alone": _turn(partial(load, loader), options.seconds, ahead),
