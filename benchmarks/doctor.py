@@ -1,0 +1,342 @@
+"""What bounds a run on this machine, what would lift it, and whether it does.
+
+    python -m benchmarks.doctor --config configs/demo.yaml --shards DIR --apply tuned.yaml
+
+First everything is measured alone: the cores that are really there, reading (cold and warm, at random and in order),
+decoding, resizing, colours, normalising, the train step, and on a GPU the copy to it. Four limits follow:
+
+    what storage delivers
+    loader threads / seconds that a thread takes for an image
+    cores / CPU seconds of an image, loader and step together
+    1 / seconds that the training thread takes for an image, normalising and the step
+
+A run is as fast as the lowest, whose largest part bounds it. A cure has costs of its own, measured alone as well: those
+of a different backend, of a sample of the images in a different form. So its gain is predicted. Then cures that promise
+5 % run beside the run as it is, in turns, and the measured rate stands beside the predicted. ``synthetic`` is a loader
+without costs: no cure of the loader can give more.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import ceilings
+from benchmarks.generated import temporary_shards
+from benchmarks.measure import Rate, Results, Turn, interleave, rate_of
+from benchmarks.peers import PeerOptions, build_peer
+from benchmarks.report import chart, save, show
+from benchmarks.stages import Training, add_arguments, device, finish, load, open_loader, parse, read_config
+from pipeline.loader import Loader
+from pipeline.reading.reader import Reader
+from pipeline.stats import thread_shares
+from pipeline.views import flatten
+from sharding.command import UserError, command
+from sharding.manifest import ShardSet, open_shards
+from train.config import Config, load_config
+from train.engine import automatic
+from train.engine.plan import check_batch
+from train.processes.distributed import World
+
+STEP, READING, OWN = "the train step", "reading", "normalising"
+_OF_THREADS = (READING, "decoding", "resizing", "changing colours")  # a loader thread's time, see `thread_shares`
+_WORTH = 1.05  # the least gain for which a cure is run
+_SAMPLE = 256  # images that are built in a different form
+_FORMS = {
+    "a short side of 320 px": ("--short-side", "320", "--quality", "90"),
+    "decode-free shards": ("--decode-free",),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run: as it is, or with other settings of ``data``, other shards, or so many threads of torch."""
+
+    name: str
+    shards: ShardSet
+    data: dict[str, Any]
+    torch_threads: int
+    command: str = ""  # that makes the shards
+
+    @property
+    def stages(self) -> tuple[str, str, str]:
+        """What its costs are called among those measured alone: the loader's, the step's, reading's."""
+        where, data = self.shards.directory, self.data
+        loader = f"{data['backend']}, window {data['window']}, {where}"
+        return loader, f"step, {self.torch_threads} threads", f"reading, {data['num_threads']} threads, {where}"
+
+
+@command("benchmarks.doctor")
+def main(arguments: Sequence[str] | None = None) -> int:
+    options, start = parse(_parser(), arguments), automatic.environment()
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        config = read_config(options, stack)
+        shards = open_shards(config.data.shards)
+        check_batch(config, shards.manifest, 1)
+        if not shards.directory.is_local:
+            raise UserError(f"{shards.directory}: expected a local directory, whose storage can be measured")
+        cold = options.cold or sum(shard.num_bytes for shard in shards.manifest.shards) > ceilings.free_memory()
+        as_it_is, *cures = variants(config, shards, ceilings.cores(options.seconds), cold, stack)
+        training = Training(config, shards, World(device=device()))
+        model = Model(measure_alone([as_it_is, *cures], training, config, options, cold), cold)
+        chosen = diagnose(model, as_it_is, cures)
+        runs = measure_runs(chosen, training, config, options, cold)
+    report(model, chosen, runs, options.picture)
+    if options.out:
+        save(options.out, start, ({"contestant": name, **turn} for name, turn in {**model.alone, **runs}.items()))
+    if options.apply:
+        apply(options, fastest(chosen, runs))
+    return 0
+
+
+def variants(config: Config, shards: ShardSet, cores: float, cold: bool, stack: ExitStack) -> list[Variant]:
+    """The run as it is, with a loader without costs, and with each cure."""
+    backend = "cpu" if config.data.backend == "auto" and not torch.cuda.is_available() else config.data.backend
+    threads, num_cores = automatic.num_threads(config.data.num_threads), max(1, math.ceil(cores - 0.25))
+    now = {"backend": backend, "num_threads": threads, "prefetch": config.data.prefetch, "window": config.data.window}
+    as_it_is = Variant("as it is", shards, now, torch.get_num_threads())
+    found = [as_it_is, replace(as_it_is, name="synthetic", data={**now, "backend": "synthetic"})]
+    jpeg = not shards.manifest.is_decode_free
+    for backend, count in product(("cpu", "dali") if jpeg else ("cpu",), (num_cores, 16 * num_cores)):
+        prefetch = max(config.data.prefetch, 1 + count // config.run.global_batch_size)
+        found.append(_with(as_it_is, backend=backend, num_threads=count, prefetch=prefetch))
+    if cold and config.data.window is None:
+        found.append(_with(as_it_is, window=2))
+    if as_it_is.torch_threads > num_cores:
+        found.append(replace(as_it_is, name=f"OMP_NUM_THREADS={num_cores}", torch_threads=num_cores))
+    for name, flags in _FORMS.items() if jpeg else ():
+        sample = open_shards(temporary_shards(stack, _sample(shards, config), shards.manifest.num_lanes, *flags))
+        data = {**now, "backend": "cpu"} if sample.manifest.is_decode_free else now
+        build = f"python -m sharding.build --dataset {shards.directory} --out DIR {' '.join(flags)}"
+        found.append(replace(as_it_is, name=name, shards=sample, data=data, command=build))
+    return [v for v in found if v.name]
+
+
+def _with(variant: Variant, **changes: Any) -> Variant:
+    """Named by what is different; "" where nothing is."""
+    name = " ".join(f"data.{key}={value}" for key, value in changes.items() if value != variant.data[key])
+    return replace(variant, name=name, data={**variant.data, **changes})
+
+
+def _sample(shards: ShardSet, config: Config) -> list[bytes]:
+    """Encoded images, enough for two batches."""
+    count = min(len(shards.index), max(_SAMPLE, 2 * config.run.global_batch_size))
+    drawn = np.random.default_rng(0).choice(len(shards.index), count, replace=False)
+    with closing(Reader(shards)) as reader:
+        return [reader.read(sample).tobytes() for sample in drawn.tolist()]
+
+
+def measure_alone(
+    variants: Sequence[Variant], training: Training, config: Config, options: argparse.Namespace, cold: bool
+) -> Results:
+    """Every stage by itself, each kind once: loaders with one thread, the step on batches that are there."""
+    seconds, batch, shards = options.seconds, config.run.global_batch_size, variants[0].shards
+    dtype = automatic.dtype(config, World(device=device()))
+    turns: dict[str, Callable[[], Turn]] = {
+        "cores": lambda: {"cores": ceilings.cores(seconds)},
+        "machine": lambda: ceilings.arithmetic(device(), dtype, seconds / 4),
+    }
+    with ExitStack() as stack:
+        for peer in () if shards.manifest.is_decode_free else ("decode-only", "decode-only-dali"):
+            work = build_peer(peer, PeerOptions(shards, flatten(config.views), batch, 1, 2), stack)
+            turns[peer] = partial(rate_of, work, seconds, 3, finish)
+        for v in variants:
+            loader_stage, step_stage, reading_stage = v.stages
+            if loader_stage not in turns:
+                loader = stack.enter_context(open_loader(config, v.shards, **{**v.data, "num_threads": 1}))
+                turns[loader_stage] = partial(_loader_turn, loader, v, seconds, cold)
+            if step_stage not in turns:
+                turns[step_stage] = partial(_step_turn, training.alone(loader), v, seconds)
+            if v.data["backend"] != "synthetic":
+                turns[reading_stage] = partial(ceilings.reading, v.shards, v.data["num_threads"], seconds)
+        return interleave(turns, options.rounds)
+
+
+def _loader_turn(loader: Loader, v: Variant, seconds: float, cold: bool) -> Turn:
+    """Seconds of an image: of a loader thread, of processors, and by stage."""
+    if cold:
+        ceilings.forget(v.shards)
+    work = partial(load, loader)
+    rate_of(work, 0, v.data["prefetch"] + 1)
+    before = loader.stats()
+    turn = _seconds(rate_of(work, seconds, 0, finish))
+    spent = loader.stats() - before
+    shares = {**thread_shares(spent), OWN: (spent.copy_seconds + spent.plan_seconds) / spent.seconds}
+    return turn | {name: share * turn["seconds"] for name, share in shares.items()}
+
+
+def _step_turn(step: Callable[[], int], v: Variant, seconds: float) -> Turn:
+    torch.set_num_threads(v.torch_threads)
+    return _seconds(rate_of(step, seconds, 2, finish)) | ceilings.asked(step)
+
+
+def _seconds(turn: Turn) -> dict[str, float]:
+    rate = turn["images_per_second"]
+    return {"seconds": 1 / rate, "cpu_seconds": turn["cpu_percent"] / 100 / rate}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What follows from the stages alone; ``cold``: every pass reads from the disk."""
+
+    alone: Results
+    cold: bool
+
+    def limits(self, v: Variant) -> dict[str, Rate]:
+        """Images/s that a run cannot exceed, by what does not let it."""
+        (loader, step), threads = self.costs(v), v.data["num_threads"]
+        processors = loader["cpu_seconds"], step["cpu_seconds"]
+        found = {
+            f"{threads} loader threads": loader["seconds"].by_round(lambda s: threads / s),
+            "the cores": self.alone["cores"]["cores"].by_round(lambda cores, *cpu: cores / sum(cpu), *processors),
+            "the training thread": step["seconds"].by_round(lambda *s: 1 / sum(s), loader[OWN]),
+        }
+        if v.data["backend"] != "synthetic":
+            kind = f"{'cold' if self.cold else 'warm'} {'sequential' if v.data['window'] else 'random'}"
+            found["storage"] = self.alone[v.stages[2]][kind]
+        return found
+
+    def costs(self, v: Variant) -> tuple[dict[str, Rate], dict[str, Rate]]:
+        return self.alone[v.stages[0]], self.alone[v.stages[1]]
+
+    def predicted(self, v: Variant) -> Rate:
+        first, *others = self.limits(v).values()
+        return first.by_round(min, *others)
+
+    def gain(self, cure: Variant, v: Variant) -> Rate:
+        return self.predicted(cure).ratio(self.predicted(v))
+
+    def bottleneck(self, v: Variant) -> tuple[str, str]:
+        """What is used up first, and the largest part of it."""
+        limits, (loader, step) = self.limits(v), self.costs(v)
+        lowest = min(limits, key=lambda name: limits[name].mean)
+        parts = {name: loader[name].mean for name in _OF_THREADS}
+        if lowest == "the training thread":
+            parts = {OWN: loader[OWN].mean, STEP: step["seconds"].mean}
+        elif lowest == "the cores":  # which a thread that waits for a disk does not need
+            parts |= {READING: 0, OWN: loader[OWN].mean, STEP: step["cpu_seconds"].mean}
+        return lowest, READING if lowest == "storage" else max(parts, key=lambda name: parts[name])
+
+
+def diagnose(model: Model, as_it_is: Variant, cures: Sequence[Variant]) -> list[Variant]:
+    """Print the stages, what bounds the run, and what cures would give. Returns the run as it is and those to run:
+    nothing where noise decides."""
+    _show_stages(model, as_it_is)
+    (lowest, part), (loader, step) = model.bottleneck(as_it_is), model.costs(as_it_is)
+    limit, cores = model.limits(as_it_is)[lowest], model.alone["cores"]["cores"]
+    if limit.is_noisy or cores.is_noisy:
+        print(f"too noisy to say what bounds the run: {limit} images/s; stop other work on this machine")
+        return []
+    print(f"{part} bounds this run at {limit} images/s ({lowest}); {cores} cores are there")
+    print(f"alone, the step makes {_rate(step['seconds'])} images/s, a loader thread {_rate(loader['seconds'])}")
+    chosen = [as_it_is]
+    for cure in cures:
+        gain, fewer = model.gain(cure, as_it_is), _has_fewer_threads(cure, as_it_is)
+        if fewer and gain.mean * _WORTH > 1:
+            print(f"oversubscribed: {cure.name} is enough")
+        if fewer or gain.mean >= _WORTH or cure.data["backend"] == "synthetic":
+            chosen.append(cure)
+            print(f"  {cure.name}: {model.predicted(cure)} images/s predicted, x {gain.decided()}  {cure.command}")
+    return chosen
+
+
+def _has_fewer_threads(v: Variant, other: Variant) -> bool:
+    """Of one kind, and is otherwise the same."""
+    same = v.data["backend"] == other.data["backend"]
+    return same and (v.data["num_threads"] < other.data["num_threads"] or v.torch_threads < other.torch_threads)
+
+
+def _rate(seconds: Rate) -> Rate:
+    return seconds.by_round(lambda s: 1 / s)
+
+
+def _show_stages(model: Model, v: Variant) -> None:
+    (loader, step), machine = model.costs(v), model.alone["machine"]
+    rates = {name: turn["images_per_second"] for name, turn in model.alone.items() if name.startswith("decode-only")}
+    rates |= {f"reading, {name}": rate for name, rate in model.alone[v.stages[2]].items()}
+    rates |= {f"of a loader thread: {name}": _rate(loader[name]) for name in _OF_THREADS if loader[name].mean}
+    rates |= {OWN: _rate(loader[OWN]), STEP: _rate(step["seconds"])}
+    show("each stage alone; ± 95 %", ["", "images/s"], [[name, str(rate)] for name, rate in rates.items()])
+    print(f"an image has {v.shards.index.size.mean() / 1000:.0f} kB")
+    for what, ceiling in (("FLOP", "matmul"), ("bytes", "copy")):
+        used = step[what].ratio(step["seconds"])
+        print(f"the step: {used.over(1e9)} G{what}/s, of a {ceiling}'s: {used.ratio(machine[ceiling]).decided()}")
+    if "peak" in machine:
+        print(f"MFU: {step['FLOP'].ratio(step['seconds']).ratio(machine['peak']).decided()}")
+
+
+def measure_runs(
+    variants: Sequence[Variant], training: Training, config: Config, options: argparse.Namespace, cold: bool
+) -> Results:
+    """Training end to end, in turns."""
+
+    def run(loader: Loader, v: Variant) -> Turn:
+        torch.set_num_threads(v.torch_threads)
+        if cold:
+            ceilings.forget(v.shards)
+        return training.end_to_end(loader, options.seconds, v.data["prefetch"] + 1)[0]
+
+    with ExitStack() as stack:
+        loaders = {v.name: stack.enter_context(open_loader(config, v.shards, **v.data)) for v in variants}
+        return interleave({v.name: partial(run, loaders[v.name], v) for v in variants}, options.rounds)
+
+
+def report(model: Model, chosen: Sequence[Variant], runs: Results, picture: Path | None) -> None:
+    bars, rows = {}, []
+    for v in chosen:
+        predicted, measured = model.predicted(v), runs[v.name]["images_per_second"]
+        gain = measured.ratio(runs[chosen[0].name]["images_per_second"])
+        bars[v.name] = {"predicted": predicted, "measured": measured}
+        rows.append([v.name, str(predicted), str(measured), predicted.ratio(measured).decided(), gain.decided()])
+    if chosen:
+        show("training, images/s; ± 95 %", ["", "predicted", "measured", "ratio", "measured gain"], rows)
+    if chosen and picture:
+        chart(picture, "training", "images/s", bars)
+
+
+def fastest(chosen: Sequence[Variant], runs: Results) -> Variant:
+    """By measurement, of the settings among them; the run as it is where none is surely faster. Raises UserError where
+    noise has decided."""
+    if not chosen:
+        raise UserError("--apply: expected a machine quiet enough to measure, found none; nothing is written")
+    best, least = chosen[0], 1.0
+    for v in chosen[1:]:
+        gain = runs[v.name]["images_per_second"].ratio(runs[chosen[0].name]["images_per_second"])
+        is_setting = v.data["backend"] != "synthetic" and v.data != chosen[0].data and not v.command
+        if is_setting and gain.mean > least and (len(gain.rounds) == 1 or gain.mean - gain.margin > 1):
+            best, least = v, gain.mean
+    return best
+
+
+def apply(options: argparse.Namespace, best: Variant) -> None:
+    """Write the configuration that was given with the settings of ``best``."""
+    shards = [f"data.shards={options.shards}"] if options.shards else []
+    config = load_config(options.config, [*options.overrides, *shards])
+    tuned = config.model_copy(update={"data": config.data.model_copy(update=best.data)})
+    options.apply.write_text(tuned.to_yaml())
+    print(f"{options.apply}: {best.name}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.doctor", description="Say what bounds a run, what would lift it, and try it."
+    )
+    parser.add_argument("--apply", type=Path, metavar="FILE", help="write the configuration with the best settings")
+    cold = "drop the shards from the page cache before each turn (default: if they are larger than the memory left)"
+    parser.add_argument("--cold", action="store_true", help=cold)
+    add_arguments(parser, rounds=5, seconds=1)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
