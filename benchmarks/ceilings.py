@@ -3,10 +3,10 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -57,32 +57,28 @@ def forget(shards: ShardSet) -> None:
 
 
 def reading(shards: ShardSet, num_threads: int, seconds: float) -> Turn:
-    """Samples per second that as many threads read: at random and in the order of the disk, cold and then warm."""
-    count, rng = min(_NUM_READ, len(shards.index)), np.random.default_rng()
-    ids = rng.choice(len(shards.index), count, replace=False)
-    turn = {}
-    for name, samples in (("random", ids.tolist()), ("sequential", range(min(ids), min(ids) + count))):
-        forget(shards)
-        wanted = [sample % len(shards.index) for sample in samples]
-        turn[f"cold {name}"] = _read(shards, wanted, num_threads, seconds)
-        turn[f"warm {name}"] = _read(shards, wanted, num_threads, seconds / 4, again=True)
+    """Samples per second that as many threads read as a loader does, ahead: at random and in the order of the disk,
+    cold and then warm."""
+    count, rng, turn = min(_NUM_READ, len(shards.index)), np.random.default_rng(), {}
+    first = rng.integers(len(shards.index) - count + 1)
+    orders = {"random": rng.permutation(len(shards.index))[:count], "sequential": np.arange(first, first + count)}
+    for (order, ids), state in product(orders.items(), ("cold", "warm")):
+        with closing(Reader(shards)) as reader, ThreadPoolExecutor(num_threads) as pool:
+            if state == "cold":
+                forget(shards)
+            queue, start = (iter if state == "cold" else cycle)(ids.tolist()), time.perf_counter()
+            reader.read_ahead(ids)
+            reads = [pool.submit(_read, reader, queue, start + seconds) for _ in range(num_threads)]
+            turn[f"{state} {order}"] = sum(read.result() for read in reads) / (time.perf_counter() - start)
     return turn
 
 
-def _read(shards: ShardSet, samples: list[int], num_threads: int, seconds: float, again: bool = False) -> float:
-    """As a loader reads: ahead, and by threads."""
-    with closing(Reader(shards)) as reader, ThreadPoolExecutor(num_threads) as pool:
-        queue, start = cycle(samples) if again else iter(samples), time.perf_counter()
-        reader.read_ahead(np.array(samples))
-
-        def read(_: int) -> int:
-            done = 0
-            while time.perf_counter() - start < seconds and (sample := next(queue, None)) is not None:
-                reader.read(sample)
-                done += 1
-            return done
-
-        return sum(pool.map(read, range(num_threads))) / (time.perf_counter() - start)
+def _read(reader: Reader, samples: Iterator[int], end: float) -> int:
+    done = 0
+    while time.perf_counter() < end and (sample := next(samples, None)) is not None:
+        reader.read(sample)
+        done += 1
+    return done
 
 
 def arithmetic(device: torch.device, dtype: torch.dtype, seconds: float) -> Turn:
@@ -131,4 +127,4 @@ def asked(step: Callable[[], int]) -> dict[str, float]:
 def data_sheet(gpu: str, dtype: torch.dtype) -> dict[str, float]:
     """FLOP/s of a GPU in bf16; nothing of one that is not known, or for a different dtype."""
     peak = _PEAKS.get(gpu.removeprefix("NVIDIA "))
-    return {"peak": peak} if peak and dtype == torch.bfloat16 else {}
+    return {"data sheet": peak} if peak and dtype == torch.bfloat16 else {}

@@ -2,18 +2,10 @@
 
     python -m benchmarks.doctor --config configs/demo.yaml --shards DIR --apply tuned.yaml
 
-First everything is measured alone: the cores that are really there, reading (cold and warm, at random and in order),
-decoding, resizing, colours, normalising, the train step, and on a GPU the copy to it. Four limits follow:
-
-    what storage delivers
-    loader threads / seconds that a thread takes for an image
-    cores / CPU seconds of an image, loader and step together
-    1 / seconds that the training thread takes for an image, normalising and the step
-
-A run is as fast as the lowest, whose largest part bounds it. A cure has costs of its own, measured alone as well: those
-of a different backend, of a sample of the images in a different form. So its gain is predicted. Then cures that promise
-5 % run beside the run as it is, in turns, and the measured rate stands beside the predicted. ``synthetic`` is a loader
-without costs: no cure of the loader can give more.
+Every stage is measured alone. Four limits follow: of storage, of the loader's threads, of the cores, of the training
+thread. A run is predicted to be as fast as the lowest, whose largest part bounds it. A cure has costs of its own, also
+measured alone (those of a different form of the images, on a sample), so its rate is predicted before it is run, in
+turns with the run as it is. ``synthetic`` is a loader without costs: no cure of the loader can give more.
 """
 
 import argparse
@@ -50,11 +42,8 @@ from train.processes.distributed import World
 STEP, READING, OWN = "the train step", "reading", "normalising"
 _OF_THREADS = (READING, "decoding", "resizing", "changing colours")  # a loader thread's time, see `thread_shares`
 _WORTH = 1.05  # the least gain for which a cure is run
-_SAMPLE = 256  # images that are built in a different form
-_FORMS = {
-    "a short side of 320 px": ("--short-side", "320", "--quality", "90"),
-    "decode-free shards": ("--decode-free",),
-}
+_SAMPLE = 256  # images that are built in a different form, with options of sharding.build
+_FORMS = {"a short side of 320 px": ("--short-side", "320"), "decode-free shards": ("--decode-free",)}
 
 
 @dataclass(frozen=True)
@@ -66,6 +55,10 @@ class Variant:
     data: dict[str, Any]
     torch_threads: int
     command: str = ""  # that makes the shards
+
+    @property
+    def num_threads(self) -> int:
+        return self.data["num_threads"] + self.torch_threads
 
     @property
     def stages(self) -> tuple[str, str, str]:
@@ -194,31 +187,25 @@ class Model:
 
     def limits(self, v: Variant) -> dict[str, Rate]:
         """Images/s that a run cannot exceed, by what does not let it."""
-        (loader, step), threads = self.costs(v), v.data["num_threads"]
-        processors = loader["cpu_seconds"], step["cpu_seconds"]
+        loader, step, reading = (self.alone.get(stage, {}) for stage in v.stages)
+        cpu, threads = (loader["cpu_seconds"], step["cpu_seconds"]), v.data["num_threads"]
         found = {
             f"{threads} loader threads": loader["seconds"].by_round(lambda s: threads / s),
-            "the cores": self.alone["cores"]["cores"].by_round(lambda cores, *cpu: cores / sum(cpu), *processors),
+            "the cores": self.alone["cores"]["cores"].by_round(lambda cores, *cpu: cores / sum(cpu), *cpu),
             "the training thread": step["seconds"].by_round(lambda *s: 1 / sum(s), loader[OWN]),
         }
         if v.data["backend"] != "synthetic":
             kind = f"{'cold' if self.cold else 'warm'} {'sequential' if v.data['window'] else 'random'}"
-            found["storage"] = self.alone[v.stages[2]][kind]
+            found["storage"] = reading[kind]
         return found
-
-    def costs(self, v: Variant) -> tuple[dict[str, Rate], dict[str, Rate]]:
-        return self.alone[v.stages[0]], self.alone[v.stages[1]]
 
     def predicted(self, v: Variant) -> Rate:
         first, *others = self.limits(v).values()
         return first.by_round(min, *others)
 
-    def gain(self, cure: Variant, v: Variant) -> Rate:
-        return self.predicted(cure).ratio(self.predicted(v))
-
     def bottleneck(self, v: Variant) -> tuple[str, str]:
         """What is used up first, and the largest part of it."""
-        limits, (loader, step) = self.limits(v), self.costs(v)
+        limits, loader, step = self.limits(v), self.alone[v.stages[0]], self.alone[v.stages[1]]
         lowest = min(limits, key=lambda name: limits[name].mean)
         parts = {name: loader[name].mean for name in _OF_THREADS}
         if lowest == "the training thread":
@@ -229,50 +216,40 @@ class Model:
 
 
 def diagnose(model: Model, as_it_is: Variant, cures: Sequence[Variant]) -> list[Variant]:
-    """Print the stages, what bounds the run, and what cures would give. Returns the run as it is and those to run:
+    """Print the stages, what bounds the run, and what cures would give. Returns the run as it is and the cures to run:
     nothing where noise decides."""
     _show_stages(model, as_it_is)
-    (lowest, part), (loader, step) = model.bottleneck(as_it_is), model.costs(as_it_is)
-    limit, cores = model.limits(as_it_is)[lowest], model.alone["cores"]["cores"]
+    lowest, part = model.bottleneck(as_it_is)
+    limit, cores, now = model.limits(as_it_is)[lowest], model.alone["cores"]["cores"], model.predicted(as_it_is)
     if limit.is_noisy or cores.is_noisy:
-        print(f"too noisy to say what bounds the run: {limit} images/s; stop other work on this machine")
+        print(f"too noisy to say what bounds the run: {limit} images/s, {cores} cores; stop other work on this machine")
         return []
     print(f"{part} bounds this run at {limit} images/s ({lowest}); {cores} cores are there")
-    print(f"alone, the step makes {_rate(step['seconds'])} images/s, a loader thread {_rate(loader['seconds'])}")
     chosen = [as_it_is]
     for cure in cures:
-        gain, fewer = model.gain(cure, as_it_is), _has_fewer_threads(cure, as_it_is)
-        if fewer and gain.mean * _WORTH > 1:
-            print(f"oversubscribed: {cure.name} is enough")
-        if fewer or gain.mean >= _WORTH or cure.data["backend"] == "synthetic":
+        gain = model.predicted(cure).ratio(now)
+        fewer = cure.data["backend"] == as_it_is.data["backend"] and cure.num_threads < as_it_is.num_threads
+        oversubscribed = fewer and gain.mean * _WORTH > 1
+        if oversubscribed:
+            print(f"oversubscribed: {cure.name} would do")
+        if oversubscribed or gain.mean >= _WORTH or cure.data["backend"] == "synthetic":
             chosen.append(cure)
             print(f"  {cure.name}: {model.predicted(cure)} images/s predicted, x {gain.decided()}  {cure.command}")
     return chosen
 
 
-def _has_fewer_threads(v: Variant, other: Variant) -> bool:
-    """Of one kind, and is otherwise the same."""
-    same = v.data["backend"] == other.data["backend"]
-    return same and (v.data["num_threads"] < other.data["num_threads"] or v.torch_threads < other.torch_threads)
-
-
-def _rate(seconds: Rate) -> Rate:
-    return seconds.by_round(lambda s: 1 / s)
-
-
 def _show_stages(model: Model, v: Variant) -> None:
-    (loader, step), machine = model.costs(v), model.alone["machine"]
+    loader, step, reading = (model.alone.get(stage, {}) for stage in v.stages)
     rates = {name: turn["images_per_second"] for name, turn in model.alone.items() if name.startswith("decode-only")}
-    rates |= {f"reading, {name}": rate for name, rate in model.alone[v.stages[2]].items()}
-    rates |= {f"of a loader thread: {name}": _rate(loader[name]) for name in _OF_THREADS if loader[name].mean}
-    rates |= {OWN: _rate(loader[OWN]), STEP: _rate(step["seconds"])}
+    rates |= {f"reading, {name}": rate for name, rate in reading.items()}
+    seconds = {f"a loader thread: {name}": loader[name] for name in _OF_THREADS if loader[name].mean}
+    seconds |= {"a loader thread": loader["seconds"], OWN: loader[OWN], STEP: step["seconds"]}
+    rates |= {name: time.by_round(lambda s: 1 / s) for name, time in seconds.items()}
     show("each stage alone; ± 95 %", ["", "images/s"], [[name, str(rate)] for name, rate in rates.items()])
-    print(f"an image has {v.shards.index.size.mean() / 1000:.0f} kB")
-    for what, ceiling in (("FLOP", "matmul"), ("bytes", "copy")):
-        used = step[what].ratio(step["seconds"])
-        print(f"the step: {used.over(1e9)} G{what}/s, of a {ceiling}'s: {used.ratio(machine[ceiling]).decided()}")
-    if "peak" in machine:
-        print(f"MFU: {step['FLOP'].ratio(step['seconds']).ratio(machine['peak']).decided()}")
+    for what, ceiling in (("FLOP", "matmul"), ("FLOP", "data sheet"), ("bytes", "copy")):
+        if most := model.alone["machine"].get(ceiling):
+            share = step[what].ratio(step["seconds"]).ratio(most)
+            print(f"the step: {share.decided()} of the {what}/s of the {ceiling} ({most.over(1e9)} G/s)")
 
 
 def measure_runs(
@@ -295,8 +272,8 @@ def report(model: Model, chosen: Sequence[Variant], runs: Results, picture: Path
     bars, rows = {}, []
     for v in chosen:
         predicted, measured = model.predicted(v), runs[v.name]["images_per_second"]
-        gain = measured.ratio(runs[chosen[0].name]["images_per_second"])
         bars[v.name] = {"predicted": predicted, "measured": measured}
+        gain = measured.ratio(bars[chosen[0].name]["measured"])
         rows.append([v.name, str(predicted), str(measured), predicted.ratio(measured).decided(), gain.decided()])
     if chosen:
         show("training, images/s; ± 95 %", ["", "predicted", "measured", "ratio", "measured gain"], rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-NOT_TOLD = "energy: not told by this machine (RAPL's counters are for root, NVML's need nvidia-ml-py)"
+NOT_TOLD = "energy: not told by this machine (no counters of RAPL that this user may read, none of NVML)"
 _POWERCAP = Path("/sys/class/powercap")
 _NEVER = float("inf")  # where a counter begins again at 0
 
@@ -16,21 +16,17 @@ class Meter:
     """Counts from when it is made."""
 
     def __init__(self) -> None:
-        self._start = _counters()
+        self._start = {**_packages(), **_gpus()}
 
     def joules(self) -> float | None:
         """Spent so far; None where no counter can be read. A counter may have begun again at 0 once."""
-        now = _counters()
+        now = {**_packages(), **_gpus()}
         spent = [(now[name][0] - joules) % limit for name, (joules, limit) in self._start.items() if name in now]
         return sum(spent) if spent else None
 
 
-def _counters() -> dict[str, tuple[float, float]]:
-    """Joules, and those at which the counter begins again, by name."""
-    return {**_packages(), **_gpus()}
-
-
 def _packages() -> dict[str, tuple[float, float]]:
+    """Joules, and those at which the counter begins again, by name."""
     found = {}
     for zone in _POWERCAP.glob("intel-rapl:*"):  # AMD's too
         try:
@@ -49,10 +45,10 @@ def _gpus() -> dict[str, tuple[float, float]]:
         import pynvml
 
         pynvml.nvmlInit()
-        names = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())]
-        handles = {name: pynvml.nvmlDeviceGetHandleByUUID(name) for name in names}
-        return {n: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000, _NEVER) for n, handle in handles.items()}
+        uuids = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())]
+        spent = pynvml.nvmlDeviceGetTotalEnergyConsumption  # thousandths; of GPUs since Volta
+        return {uuid: (spent(pynvml.nvmlDeviceGetHandleByUUID(uuid)) / 1000, _NEVER) for uuid in uuids}
     except ImportError:
         return {}
-    except pynvml.NVMLError:  # a GPU from before Volta
+    except pynvml.NVMLError:  # as of a part of a GPU
         return {}

@@ -11,6 +11,8 @@ from rich.table import Table
 
 from benchmarks.measure import Rate
 
+_WIDTH = 140  # characters, of tables in files
+
 
 def save(path: Path, start: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> None:
     """JSON lines: the command with the `environment` that it was started in, then the records, in which a `Rate` is
@@ -28,7 +30,9 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> N
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.width = console.width if console.is_terminal else _WIDTH
+    console.print(table)
 
 
 def chart(path: Path, title: str, unit: str, bars: Mapping[str, Mapping[str, Rate]]) -> None:

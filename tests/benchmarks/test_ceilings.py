@@ -56,7 +56,7 @@ def test_a_steps_bytes_are_those_that_its_operations_read_and_write() -> None:
 
 
 def test_the_data_sheet_of_an_unknown_gpu_says_nothing() -> None:
-    assert ceilings.data_sheet("NVIDIA H100 80GB HBM3", torch.bfloat16) == {"peak": 989e12}
+    assert ceilings.data_sheet("NVIDIA H100 80GB HBM3", torch.bfloat16) == {"data sheet": 989e12}
     assert ceilings.data_sheet("NVIDIA H100 80GB HBM3", torch.float32) == {}
     assert ceilings.data_sheet("NVIDIA Magic 9000", torch.bfloat16) == {}
 

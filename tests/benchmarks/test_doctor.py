@@ -150,8 +150,8 @@ def test_too_many_threads_are_told_where_fewer_do_as_well(
     )
     printed = capsys.readouterr().out
     assert chosen == [now, fewer, computing]
-    assert "oversubscribed: data.num_threads=2 is enough" in printed
-    assert "oversubscribed: OMP_NUM_THREADS=1 is enough" in printed
+    assert "oversubscribed: data.num_threads=2 would do" in printed
+    assert "oversubscribed: OMP_NUM_THREADS=1 would do" in printed
 
 
 def test_a_machine_that_is_too_noisy_gets_no_diagnosis_and_nothing_is_applied(
