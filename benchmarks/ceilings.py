@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import cycle, product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,12 +39,6 @@ def cores(seconds: float) -> float:
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(compute, range(threads)))
     return (time.process_time() - cpu) / (time.perf_counter() - start)
-
-
-def free_memory() -> int:
-    """Bytes, the page cache included."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def forget(shards: ShardSet) -> None:

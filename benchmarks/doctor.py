@@ -10,6 +10,7 @@ turns with the run as it is. ``synthetic`` is a loader without costs: no cure of
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -41,7 +42,7 @@ from train.processes.distributed import World
 
 STEP, READING, OWN = "the train step", "reading", "normalising"
 _OF_THREADS = (READING, "decoding", "resizing", "changing colours")  # a loader thread's time, see `thread_shares`
-_WORTH = 1.05  # the least gain for which a cure is run
+_WORTH = 1.05  # the least gain for which a cure is run, and taken
 _SAMPLE = 256  # images that are built in a different form, with options of sharding.build
 _FORMS = {"a short side of 320 px": ("--short-side", "320"), "decode-free shards": ("--decode-free",)}
 
@@ -77,8 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shards = open_shards(config.data.shards)
         check_batch(config, shards.manifest, 1)
         if not shards.directory.is_local:
-            raise UserError(f"{shards.directory}: expected a local directory, whose storage can be measured")
-        cold = options.cold or sum(shard.num_bytes for shard in shards.manifest.shards) > ceilings.free_memory()
+            raise UserError(f"{shards.directory}: expected a local directory, whose storage can be measured; copy some")
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        cold = options.cold or sum(shard.num_bytes for shard in shards.manifest.shards) > memory
         as_it_is, *cures = variants(config, shards, ceilings.cores(options.seconds), cold, stack)
         training = Training(config, shards, World(device=device()))
         model = Model(measure_alone([as_it_is, *cures], training, config, options, cold), cold)
@@ -246,10 +248,13 @@ def _show_stages(model: Model, v: Variant) -> None:
     seconds |= {"a loader thread": loader["seconds"], OWN: loader[OWN], STEP: step["seconds"]}
     rates |= {name: time.by_round(lambda s: 1 / s) for name, time in seconds.items()}
     show("each stage alone; ± 95 %", ["", "images/s"], [[name, str(rate)] for name, rate in rates.items()])
+    machine = model.alone["machine"]
     for what, ceiling in (("FLOP", "matmul"), ("FLOP", "data sheet"), ("bytes", "copy")):
-        if most := model.alone["machine"].get(ceiling):
-            share = step[what].ratio(step["seconds"]).ratio(most)
-            print(f"the step: {share.decided()} of the {what}/s of the {ceiling} ({most.over(1e9)} G/s)")
+        if ceiling in machine:
+            share = step[what].ratio(step["seconds"]).ratio(machine[ceiling])
+            print(f"the step: {share.decided()} of the {what}/s of the {ceiling} ({machine[ceiling].over(1e9)} G/s)")
+    if "upload" in machine:
+        print(f"copying to the GPU: {machine['upload'].over(1e9)} GB/s")
 
 
 def measure_runs(
@@ -286,7 +291,7 @@ def fastest(chosen: Sequence[Variant], runs: Results) -> Variant:
     noise has decided."""
     if not chosen:
         raise UserError("--apply: expected a machine quiet enough to measure, found none; nothing is written")
-    best, least = chosen[0], 1.0
+    best, least = chosen[0], _WORTH
     for v in chosen[1:]:
         gain = runs[v.name]["images_per_second"].ratio(runs[chosen[0].name]["images_per_second"])
         is_setting = v.data["backend"] != "synthetic" and v.data != chosen[0].data and not v.command
@@ -309,7 +314,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.doctor", description="Say what bounds a run, what would lift it, and try it."
     )
     parser.add_argument("--apply", type=Path, metavar="FILE", help="write the configuration with the best settings")
-    cold = "drop the shards from the page cache before each turn (default: if they are larger than the memory left)"
+    cold = "drop the shards from the page cache before each turn (default: if they are larger than the memory)"
     parser.add_argument("--cold", action="store_true", help=cold)
     add_arguments(parser, rounds=5, seconds=1)
     return parser
