@@ -266,7 +266,7 @@ def measure_runs(
         torch.set_num_threads(v.torch_threads)
         if cold:
             ceilings.forget(v.shards)
-        return training.end_to_end(loader, options.seconds, v.data["prefetch"] + 1)[0]
+        return training.end_to_end(loader, options.seconds, v.data["prefetch"] + 1)
 
     with ExitStack() as stack:
         loaders = {v.name: stack.enter_context(open_loader(config, v.shards, **v.data)) for v in variants}

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 from benchmarks.generated import generated_shards
 from benchmarks.measure import Turn, rate_of
 from pipeline.loader import Batch, Loader
-from pipeline.stats import Stats
 from sharding.command import UserError
 from sharding.manifest import MANIFEST_FILE, ShardSet
 from train.config import Config, load_config
@@ -88,15 +86,14 @@ class Training:
         self._waits.append((before, _now()))
         return self(batch)
 
-    def end_to_end(self, loader: Loader, seconds: float, ahead: int) -> tuple[Turn, Stats]:
-        """A turn on what the loader brings, once what it had ``ahead`` is used up, and what the loader spent in it."""
+    def end_to_end(self, loader: Loader, seconds: float, ahead: int) -> Turn:
+        """A turn on what the loader brings, once what it had ``ahead`` is used up."""
         both = partial(self.fed, loader)
         rate_of(both, 0, ahead)
         self.waited_seconds()
-        before = loader.stats()
+        start = time.perf_counter()
         turn = rate_of(both, seconds, 0, finish=finish)
-        spent = replace(loader.stats() - before, wait_seconds=self.waited_seconds())
-        return {**turn, "wait_percent": 100 * spent.wait_seconds / spent.seconds}, spent
+        return {**turn, "wait_percent": 100 * self.waited_seconds() / (time.perf_counter() - start)}
 
     def waited_seconds(self) -> float:
         """Time since the last call in which the train step stood still for data: on a GPU the device's, between the

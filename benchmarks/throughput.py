@@ -28,7 +28,6 @@ from benchmarks.peers import PEERS, PeerOptions, build_peer
 from benchmarks.report import chart, save, show
 from benchmarks.stages import Training, add_arguments, device, finish, load, open_loader, parse, read_config
 from pipeline.backends import BACKENDS
-from pipeline.stats import bound
 from pipeline.views import flatten
 from sharding.command import UserError, command
 from sharding.manifest import ShardSet, open_shards
@@ -146,30 +145,20 @@ def _verdict(first: str, second: str, ratio: Rate) -> str:
 
 def _measure_run(options: argparse.Namespace, config: Config, shards: ShardSet) -> Results:
     """Loader, train step and both, of the configuration as it is."""
-    training, bounds = Training(config, shards, World(device=device())), [""]
+    training, ahead = Training(config, shards, World(device=device())), config.data.prefetch + 1
     with open_loader(config, shards) as loader:
-        ahead = config.data.prefetch + 1
-
-        def fed() -> Turn:
-            """Also notes what bounded the round; the last one's remains."""
-            turn, spent = training.end_to_end(loader, options.seconds, ahead)
-            bounds[0] = bound(spent)
-            return turn
-
-        turns = {
+        turns: dict[str, Callable[[], Turn]] = {
             "loader alone": _turn(partial(load, loader), options.seconds, ahead),
             "step alone": _turn(training.alone(loader), options.seconds, 2),
-            "end to end": fed,
+            "end to end": partial(training.end_to_end, loader, options.seconds, ahead),
         }
         results = interleave(turns, options.rounds)
     rates = {name: turn["images_per_second"] for name, turn in results.items()}
     rows = [[name, str(rate), rate.ratio(rates["step alone"]).decided()] for name, rate in rates.items()]
     title = f"a run of {config.method.name}, {config.encoder.name}, {config.run.global_batch_size} images; ± 95 %"
     show(title, ["", "images/s", "x step alone"], rows)
-    print(f"end to end: {bounds[0]}")
-    if not torch.cuda.is_available():
-        shared = rates["loader alone"].by_round(lambda a, b: 1 / (1 / a + 1 / b), rates["step alone"])
-        print(f"loader and step share the cores, so end to end can reach {shared} images/s")
+    wait = results["end to end"]["wait_percent"]
+    print(f"end to end the step waits for data {wait} % of the time; `python -m benchmarks.doctor` says why")
     return results
 
 

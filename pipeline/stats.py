@@ -1,9 +1,6 @@
-"""What a loader spent its time on, and what that says about a run."""
+"""What a loader spent its time on."""
 
 from dataclasses import dataclass, fields
-
-# Below this share of the time spent in `next`, faster data would not make training noticeably faster.
-_NO_WAIT = 0.02
 
 
 @dataclass(frozen=True)
@@ -39,17 +36,6 @@ class Stats:
 
     def __sub__(self, other: "Stats") -> "Stats":
         return Stats(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
-
-
-def bound(spent: Stats) -> str:
-    """What limits a run that ``spent`` this, as one line to print."""
-    waiting = spent.wait_seconds / spent.seconds
-    if waiting < _NO_WAIT:
-        return f"bound by the train step: {waiting:.1%} of the time is spent waiting for data"
-    if spent.plan_seconds + spent.copy_seconds > spent.wait_seconds / 2:
-        return f"bound by the loader ({waiting:.0%} of the time), in its own thread: planning, normalising and copying"
-    name, share = max(thread_shares(spent).items(), key=lambda item: item[1])
-    return f"bound by the loader ({waiting:.0%} of the time), whose threads spend most of theirs ({share:.0%}) {name}"
 
 
 def thread_shares(spent: Stats) -> dict[str, float]:

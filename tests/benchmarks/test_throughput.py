@@ -59,7 +59,7 @@ def test_gives_the_three_numbers_of_any_run(
     assert all(0 <= percent <= 100 for percent in turns["end to end"]["wait_percent"])
     printed = capsys.readouterr().out
     assert f"a run of {method}, resnet18, 8 images" in printed
-    assert "end to end: bound by the " in printed
+    assert "end to end the step waits for data " in printed
 
 
 class Slowed:

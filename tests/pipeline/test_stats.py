@@ -1,5 +1,3 @@
-import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +5,7 @@ import pytest
 from PIL import Image
 
 from pipeline.loader import Loader
-from pipeline.stats import Stats, bound, thread_shares
+from pipeline.stats import Stats, thread_shares
 from pipeline.views import ViewSpec
 from sharding.manifest import open_shards
 from tests.sharding.conftest import build_shards, encoded, write_parquet
@@ -22,24 +20,6 @@ QUIET = Stats(
     geometry_seconds=0.5,
     photometric_seconds=1.5,
 )
-
-
-@pytest.mark.parametrize(
-    ("spent", "sentence"),
-    [
-        (replace(QUIET, wait_seconds=0.1), "bound by the train step: 1.0% of the time is spent waiting for data"),
-        (replace(QUIET, wait_seconds=0.3, geometry_seconds=12), r"bound by the loader \(3% of the time\)"),
-        (replace(QUIET, wait_seconds=5, geometry_seconds=12), r"bound by the loader \(50% .* \(60%\) resizing"),
-        (replace(QUIET, wait_seconds=5, photometric_seconds=12), r"\(60%\) changing colours"),
-        (replace(QUIET, wait_seconds=9, decode_seconds=18), r"\(89%\) decoding"),
-        (replace(QUIET, wait_seconds=9, decode_seconds=18, read_seconds=16), r"\(80%\) reading"),
-        (Stats(seconds=10, thread_seconds=20, wait_seconds=9), r"\(100%\) idle"),
-        (replace(QUIET, wait_seconds=6, copy_seconds=5), r"\(60% of the time\), in its own thread"),
-    ],
-    ids=["network", "hardly", "geometry", "photometric", "decoding", "disk", "idle", "copy"],
-)
-def test_names_what_bounds_ten_seconds(spent: Stats, sentence: str) -> None:
-    assert re.search(sentence, bound(spent))
 
 
 def test_shares_count_reading_once_and_add_up() -> None:
@@ -70,5 +50,6 @@ def test_decoding_is_found_to_be_the_limit_where_it_is(tmp_path: Path, backend: 
         for _ in range(3):
             next(loader)
         spent = loader.stats() - before
-    assert bound(spent).endswith("decoding")
+    shares = thread_shares(spent)
+    assert max(shares, key=lambda name: shares[name]) == "decoding"
     assert spent.read_seconds > 0
