@@ -102,7 +102,8 @@ def variants(config: Config, shards: ShardSet, cores: float, cold: bool, stack: 
     as_it_is = Variant("as it is", shards, now, torch.get_num_threads())
     found = [as_it_is, replace(as_it_is, name="synthetic", data={**now, "backend": "synthetic"})]
     jpeg = not shards.manifest.is_decode_free
-    for backend, count in product(("cpu", "dali") if jpeg else ("cpu",), (num_cores, 16 * num_cores)):
+    backends = ("cpu", "dali") if jpeg or torch.cuda.is_available() else ("cpu",)  # of planes, both are one on a CPU
+    for backend, count in product(backends, (num_cores, 16 * num_cores)):
         prefetch = max(config.data.prefetch, 1 + count // config.run.global_batch_size)
         found.append(_with(as_it_is, backend=backend, num_threads=count, prefetch=prefetch))
     if cold and config.data.window is None:
@@ -111,9 +112,8 @@ def variants(config: Config, shards: ShardSet, cores: float, cold: bool, stack: 
         found.append(replace(as_it_is, name=f"OMP_NUM_THREADS={num_cores}", torch_threads=num_cores))
     for name, flags in _FORMS.items() if jpeg else ():
         sample = open_shards(temporary_shards(stack, _sample(shards, config), shards.manifest.num_lanes, *flags))
-        data = {**now, "backend": "cpu"} if sample.manifest.is_decode_free else now
         build = f"python -m sharding.build --dataset {shards.directory} --out DIR {' '.join(flags)}"
-        found.append(replace(as_it_is, name=name, shards=sample, data=data, command=build))
+        found.append(replace(as_it_is, name=name, shards=sample, command=build))
     return [v for v in found if v.name]
 
 

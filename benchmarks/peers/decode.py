@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -12,7 +13,7 @@ from benchmarks.peers import Peer, PeerOptions
 from pipeline.backends import Backend, BackendContext, Pending, Views
 from pipeline.backends.cpu import Decoder
 from pipeline.backends.dali.backend import DaliBackend
-from pipeline.backends.pool import ChunkReport, ThreadedBackend
+from pipeline.backends.pool import ChunkReport, Pool, ThreadedBackend
 from pipeline.order import Shuffled, lane_shard_sizes
 from pipeline.plan import BatchPlan, plan_samples
 from pipeline.reading.reader import Reader
@@ -77,10 +78,16 @@ def build_torchcodec(options: PeerOptions, stack: ExitStack) -> Peer:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    class Pieces(ThreadedBackend[Any]):
-        def _work(self, plan: BatchPlan, rows: slice, *_: object) -> ChunkReport:
-            read = self._context.reader.read
-            decode_jpeg([torch.from_numpy(read(sample)) for sample in plan.ids[rows].tolist()], device=device)
+    class Pieces(Pool):
+        def __init__(self, context: BackendContext) -> None:
+            super().__init__(context.num_threads, "torchcodec", context.reader.watch)
+            self._read = context.reader.read
+
+        def submit(self, plan: BatchPlan) -> Pending:
+            return self.spread(partial(self._decode, plan), len(plan), list)
+
+        def _decode(self, plan: BatchPlan, rows: slice) -> ChunkReport:
+            decode_jpeg([torch.from_numpy(self._read(sample)) for sample in plan.ids[rows].tolist()], device=device)
             return ChunkReport()
 
-    return _decode_only(options, stack, lambda context: Pieces(context, Decoder(), lambda *_: (0.0, 0.0)), _CPU)
+    return _decode_only(options, stack, Pieces, _CPU)
