@@ -53,7 +53,7 @@ class Rate:
     @property
     def is_noisy(self) -> bool:
         """Whether the rounds disagree too much to decide anything; of one round it is not known."""
-        return len(self.rounds) > 1 and self.margin > _NOISY * abs(self.mean)
+        return len(self.rounds) > 1 and not self.margin <= _NOISY * abs(self.mean)  # nor where a round has no value
 
     def decided(self) -> str:
         """The value, or that the machine was too noisy for one."""
