@@ -7,6 +7,7 @@ python -m train.report runs/mine --watch
 import argparse
 import base64
 import io
+import json
 import math
 import statistics
 import sys
@@ -63,6 +64,7 @@ class Run:
     evaluations: list[Record]
     starts: list[Record]
     problems: list[str]
+    study: Record  # `train.tune`'s of which it is a trial; empty if it is none
 
     def steady(self, name: str) -> list[float]:
         """A metric without intervals after a start, in which things warm up, if there are any others."""
@@ -93,7 +95,9 @@ def _read(path: Path, name: str) -> Run:
     metrics, torn = read_metrics(path), read_lines(path / "metrics.jsonl", "step")[1]
     evaluations, torn_too = read_lines(path / "evaluation.jsonl", "results")
     starts, torn_as_well = read_lines(path / PROVENANCE, "commit")
-    return Run(name, settings, config, metrics, evaluations, starts, problems + torn + torn_too + torn_as_well)
+    study = path.parent / "study.json"
+    told = json.loads(study.read_text()) if study.exists() else {}
+    return Run(name, settings, config, metrics, evaluations, starts, problems + torn + torn_too + torn_as_well, told)
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str | None]]:

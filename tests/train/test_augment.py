@@ -10,6 +10,7 @@ from tests.train.test_tune import write_study
 from train.augment import cells, draw, main, matrix
 from train.config import load_config
 from train.overrides import ConfigError
+from train.report import read_runs, render
 
 pytest.importorskip("optuna", reason="Optuna is not installed: pip install 'parallax-ssl[tune]'")
 pytestmark = pytest.mark.filterwarnings("ignore:.*importances will be equal")  # as they are of so few trials
@@ -63,5 +64,7 @@ def test_a_study_runs_every_cell_and_once_only(
     kept = json.loads((tmp_path / "study" / "study.json").read_text())
     assert kept["matrix"] == {"names": ["crop"], "rows": [[kept["trials"][0]["value"]]]}
     assert len(kept["trials"]) == 1
+    page = render(read_runs([tmp_path / "study" / "trial-0000"]), [])
+    assert f"<tr><th>crop</th><td>{kept['trials'][0]['value']:.1f}</td></tr>" in page
     assert main([*arguments[:4], "--objective", "knn", *arguments[4:]]) == 2
     assert "begun with the objective 'linear', now 'knn'" in capsys.readouterr().err
