@@ -259,6 +259,7 @@ class Study:
             state = states.PRUNED
         elif request.requested or process.returncode == stop.EXIT_CODE:
             request.requested = True
+            print(f"trial {trial.number}: stopped; the same command continues it", flush=True)
             return
         else:
             state, note = states.FAIL, f"exit code {process.returncode}, {len(parts)} accuracies; see {run}/output.log"
