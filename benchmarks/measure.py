@@ -8,11 +8,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import track
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.energy import Meter
 
@@ -110,6 +113,21 @@ def rate_of(work: Callable[[], int], seconds: float, warmup: int, finish: Callab
     elapsed, joules = time.perf_counter() - start, meter.joules()
     turn = {"images_per_second": done / elapsed, "cpu_percent": 100 * (cpu_seconds() - cpu) / elapsed}
     return turn if joules is None else {**turn, "joules_per_1000_images": 1000 * joules / done}
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that torch's allocator has given out at a time within ``work()``, beyond what it had before: of a GPU as
+    it counts itself, else of the CPU from a profile."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0))
 
 
 def come_to_rest(limit_seconds: float = 60.0) -> None:

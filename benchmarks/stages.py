@@ -23,7 +23,7 @@ from train.engine.plan import plan_run
 from train.pretrain import Pretraining, build, build_loader, optimizer_of
 from train.processes.distributed import World
 
-_NUM_CACHED = 3  # batches on the device for the step alone
+NUM_CACHED = 3  # batches on the device for the step alone
 
 
 def add_arguments(parser: argparse.ArgumentParser, rounds: int, seconds: float) -> None:
@@ -77,7 +77,7 @@ class Training:
 
     def alone(self, loader: Loader) -> Callable[[], int]:
         """Steps on batches that are there already: the ceiling of what any loader can reach."""
-        cached = cycle([next(loader) for _ in range(_NUM_CACHED)])
+        cached = cycle([next(loader) for _ in range(NUM_CACHED)])
         return lambda: self(next(cached))
 
     def fed(self, loader: Loader) -> int:
