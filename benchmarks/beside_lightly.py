@@ -1,36 +1,54 @@
 """Methods of ours beside lightly's: each trained from the same initial weights by `train.pretrain`, and by lightly's
-transform, loss and a plain loop, then evaluated alike.
+transform and loss in a DataLoader and a plain loop, then evaluated alike by `train.evaluate`.
 
     python -m benchmarks.beside_lightly --methods simclr --seeds 0 1 2
 
-Recipes are `configs/cifar10-narrow-METHOD.yaml`. Each finished run is a line of ``--out`` at once; started again, the
-command leaves out what is there. The table has mean and standard deviation over seeds, and the 95 % interval of the
-differences seed by seed. Images need not come in the same order, nor views be drawn alike.
+Recipes are `configs/cifar10-narrow-METHOD.yaml`, for both; the order of images and what views draw are not the same.
+Each finished run is a line of ``--out`` at once; started again, the command leaves out what is there. Several of them
+may write to the same file, for different methods or seeds. The table has means and standard deviations over seeds, and
+the mean of the differences seed by seed with its 95 % interval.
 """
 
 import argparse
+import io
 import json
-import os
 import statistics
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from PIL import Image
 from rich.progress import track
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader
 
 from benchmarks.measure import Rate
-from benchmarks.methods import run_module, top_1
+from benchmarks.methods import top_1
+from benchmarks.peers.steps import PlainStep, lightly
 from benchmarks.report import show
+from pipeline.loader import Batch
+from pipeline.reading.reader import Reader
+from pipeline.views import preset
 from sharding.command import UserError, command
+from sharding.manifest import ShardSet, open_shards
+from train.config import Config, load_config
+from train.engine import checkpoint
 from train.engine.automatic import environment
 from train.engine.monitor import read_lines
+from train.engine.plan import plan_run
+from train.evaluate.__main__ import RESULTS
+from train.evaluate.__main__ import main as evaluate
+from train.pretrain import pretrain
+from train.processes.distributed import World
 
 METHODS = ("simclr", "barlow", "vicreg", "lejepa")
-SIDES = {"ours": "train.pretrain", "lightly": "benchmarks.peers.lightly"}
-_PROTOCOLS = ("knn", "linear")
+SIDES = ("ours", "lightly")
+VIEWS = "simclr-cifar"
 
 
 class Cell(NamedTuple):
@@ -44,35 +62,68 @@ class Cell(NamedTuple):
 @command("benchmarks.beside_lightly")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    os.environ |= {"OMP_NUM_THREADS": "1"}  # of the runs, of which ``jobs`` go on at a time
     done = _rows(options.out)
-    cells = [Cell(*names) for names in product(options.methods, options.seeds, SIDES)]
-    missing = [cell for cell in cells if cell not in done]
-    options.runs.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        started = [pool.submit(_measured, cell, options) for cell in missing]
-        for finished in track(as_completed(started), "runs", total=len(started)):
+    for cell in product(options.methods, options.seeds, SIDES):
+        if Cell(*cell) not in done:
+            row = _measured(Cell(*cell), options)
             with options.out.open("a") as file:
-                file.write(json.dumps({**finished.result(), "environment": environment()}) + "\n")
+                file.write(json.dumps({**row, "environment": environment()}) + "\n")
     rows = _rows(options.out)
-    table = (_cells(method, protocol, options.seeds, rows) for method, protocol in product(options.methods, _PROTOCOLS))
+    table = (_cells(*names, options.seeds, rows) for names in product(options.methods, ("knn", "linear")))
     show("top-1, percent", ["method", *SIDES, "ours - lightly", "untrained"], table)
     return 0
 
 
 def _measured(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
-    """A run and its evaluation; what they print goes to a file beside the run's directory."""
-    run, recipe = options.runs / "-".join(map(str, cell)), f"configs/cifar10-narrow-{cell.method}.yaml"
-    settings = [f"data.shards={options.data}/train", f"run.dir={run}", f"run.seed={cell.seed}", "data.num_threads=1"]
-    train = [SIDES[cell.side], "--config", recipe, *settings, *options.overrides]
-    with run.with_suffix(".txt").open("a") as log:
-        run_module(train, log)
-        evaluate = ["train.evaluate", "--checkpoint", str(run), "--test", f"{options.data}/test", "--untrained"]
-        run_module([*evaluate, "data.num_threads=1"], log)
-    (*_, evaluation), _ = read_lines(run / "evaluation.jsonl", "results")
+    run = options.runs / "-".join(map(str, cell))
+    settings = [f"data.shards={options.data}/train", f"run.dir={run}", f"run.seed={cell.seed}", *options.overrides]
+    config = load_config(Path(f"configs/cifar10-narrow-{cell.method}.yaml"), settings)
+    train = pretrain if cell.side == "ours" else train_by_lightly
+    train(config, World())
+    if evaluate(["--checkpoint", str(run), "--test", f"{options.data}/test", "--untrained"]):
+        raise UserError(f"{run}: could not be evaluated; see the line above")
+    (*_, evaluation), _ = read_lines(run / RESULTS, "results")
     accuracies = {encoder: top_1(results) for encoder, results in evaluation["results"].items()}
-    row = {**cell._asdict(), "steps": evaluation["step"], "accuracy_percent": accuracies}
-    return {**row, "command": f"python -m {' '.join(train)}", "data": evaluation["train"]["fingerprint"]}
+    row = {**cell._asdict(), "steps": evaluation["step"], "accuracy_percent": accuracies, "settings": settings}
+    return row | {"data": evaluation["train"]["fingerprint"]}
+
+
+def train_by_lightly(config: Config, world: World) -> None:
+    """As lightly's examples have it; leaves a checkpoint."""
+    shards = open_shards(config.data.shards)
+    total_steps = plan_run(config, shards.manifest.num_samples).total_steps
+    step = PlainStep(config, world, lightly)
+    schedule = CosineAnnealingLR(step.optimizer, total_steps)
+    for _, batch in zip(track(range(total_steps), str(config.run.dir)), _batches(config, shards), strict=False):
+        step(batch)
+        schedule.step()
+    state = {"method": step.method.state_dict(), "optimizer": step.optimizer.state_dict(), "step": total_steps}
+    state |= {"identity": checkpoint.identity_of(config, shards.manifest.fingerprint)}
+    checkpoint.save(config.run.dir, total_steps, state | {"config": config.model_dump(mode="json")})
+
+
+def _batches(config: Config, shards: ShardSet) -> Iterator[Batch]:
+    """Endless, shuffled, of lightly's views of images that are decoded once and stay in memory."""
+    from lightly.transforms import SimCLRTransform
+
+    if config.views != preset(VIEWS):
+        raise UserError(f"views: expected the preset {VIEWS}, as lightly has it for CIFAR-10; leave views out")
+    view = config.views[0]
+    scaling = {"mean": list(view.mean), "std": list(view.std)}
+    transform = SimCLRTransform(view.size, cj_strength=0.5, gaussian_blur=0.0, normalize=scaling)
+    with closing(Reader(shards)) as reader:
+        files = [reader.read(sample).tobytes() for sample in range(shards.manifest.num_samples)]
+    images = [(Image.open(io.BytesIO(file)).convert("RGB"), sample) for sample, file in enumerate(files)]
+
+    def collate(chosen: list[tuple[Image.Image, int]]) -> Batch:
+        views = [torch.stack(made) for made in zip(*(transform(image) for image, _ in chosen), strict=True)]
+        ids = torch.tensor([sample for _, sample in chosen])
+        return Batch(0, views, torch.full_like(ids, -1), ids)
+
+    torch.manual_seed(config.run.seed)
+    loader: Any = DataLoader(images, config.run.global_batch_size, shuffle=True, drop_last=True, collate_fn=collate)  # type: ignore[arg-type]
+    while True:
+        yield from loader
 
 
 def _rows(path: Path) -> dict[Cell, dict[str, Any]]:
@@ -89,10 +140,10 @@ def _cells(method: str, protocol: str, seeds: Sequence[int], rows: dict[Cell, di
     def found(side: str, encoder: str = "pretrained") -> Rate:
         return Rate(tuple(rows[Cell(method, s, side)]["accuracy_percent"][encoder][protocol] for s in seeds))
 
-    sides = [found(side) for side in SIDES]
-    spreads = [f" (sd {statistics.stdev(side.rounds):.1f})" if len(seeds) > 1 else "" for side in sides]
-    difference = sides[0].by_round(lambda ours, theirs: ours - theirs, sides[1])
-    cells = [f"{side.mean:.1f}{spread}" for side, spread in zip(sides, spreads, strict=True)]
+    ours, theirs = found("ours"), found("lightly")
+    difference = ours.by_round(lambda a, b: a - b, theirs)
+    deviations = [statistics.stdev(side.rounds) if len(seeds) > 1 else np.nan for side in (ours, theirs)]
+    cells = [f"{side.mean:.1f} (sd {sd:.1f})" for side, sd in zip((ours, theirs), deviations, strict=True)]
     cells.append(f"{difference.mean:+.1f} ± {difference.margin:.1f}")
     return [f"{method}, {protocol}", *cells, f"{found('ours', 'untrained').mean:.1f}"]
 
@@ -103,7 +154,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, default=Path("data/cifar10-narrow"), help="shards: train/ and test/")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)}")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--jobs", type=int, default=2, help="runs at a time, a thread each (default: %(default)s)")
     add("--runs", type=Path, default=Path("runs/beside-lightly"), help="a run goes to METHOD-SEED-SIDE in it")
     add("--out", type=Path, default=Path("benchmarks/results/beside-lightly-cifar10.jsonl"))
     add("overrides", nargs="*", metavar="section.field=value", help="for all runs, first on the line")

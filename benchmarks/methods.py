@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from benchmarks.report import show
 from sharding.build import main as build_shards
@@ -50,8 +50,8 @@ def measured(method: str, seed: int, options: argparse.Namespace) -> dict[str, A
     run = options.runs / f"{method}-{seed}"
     settings = [f"data.shards={options.data}/train", f"run.dir={run}", f"run.seed={seed}", *options.overrides]
     train = ["train.pretrain", "--config", f"configs/demo-{method}.yaml", *settings]
-    memory = run_module(train)
-    run_module(["train.evaluate", "--checkpoint", str(run), "--test", f"{options.data}/test", "--untrained"])
+    memory = _run(train)
+    _run(["train.evaluate", "--checkpoint", str(run), "--test", f"{options.data}/test", "--untrained"])
     evaluation = json.loads((run / "evaluation.jsonl").read_text().splitlines()[-1])
     records: list[dict[str, Any]] = list(read_metrics(run))
     return {
@@ -71,9 +71,9 @@ def top_1(results: dict[str, dict[str, float]]) -> dict[str, float]:
     return {p: v for p, values in results.items() for name, v in values.items() if name.endswith("top-1 %")}
 
 
-def run_module(arguments: Sequence[str], log: TextIO | None = None) -> float:
-    """``python -m`` in a process of its own: the peak of its memory, MiB. Raises UserError where it failed."""
-    process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=log, stderr=log)
+def _run(arguments: Sequence[str]) -> float:
+    """The peak of its memory, MiB."""
+    process = subprocess.Popen([sys.executable, "-m", *arguments])
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

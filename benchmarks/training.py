@@ -1,13 +1,12 @@
-"""The train step alone, on batches that are there already, beside the same work in plain torch.
+"""The train step alone, on batches that are there already, beside the same work in a plain loop.
 
-    python -m benchmarks.training --methods simclr byol optim.name=sgd
-    python -m benchmarks.training --config 'configs/cifar10-resnet18-{}.yaml' optim.name=sgd --rounds 8
+    python -m benchmarks.training --config configs/demo-byol.yaml
+    python -m benchmarks.training --config configs/imagenet-vicreg.yaml optim.name=sgd run.global_batch_size=256
 
-*plain* is a loop as one would write it by hand, with the loss in a few lines (`benchmarks.peers.steps`), *lightly* the
-same loop with lightly's loss, where that is installed. All have the method's networks and initial weights. Ours also
-takes the gradient's norm, watches for values that are not finite, and copies what the health board looks at.
-
-Memory is the most that torch's allocator has given out at a time within a step, beyond what lies between steps.
+*plain* is a loop as one would write it by hand, with the method's networks and loss (`benchmarks.peers.steps`).
+*lightly* is the same with lightly's loss, where it is installed and has one. Beyond them ours can take a batch in
+pieces, stops at gradients that are not finite, and copies what the health board looks at. Memory is the most that
+torch's allocator has given out at a time within a step, beyond what lies between steps.
 """
 
 import argparse
@@ -16,16 +15,15 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 
 import torch
 
 from benchmarks.measure import Rate, Results, interleave, peak_bytes, rate_of
-from benchmarks.peers.steps import LOSSES, METHODS, PlainStep
-from benchmarks.report import save, show
+from benchmarks.peers.steps import PlainStep, lightly
+from benchmarks.report import chart, save, show
 from benchmarks.stages import NUM_CACHED, Training, add_arguments, finish, parse, read_config
 from pipeline.loader import Batch
-from sharding.command import command
+from sharding.command import UserError, command
 from sharding.manifest import open_shards
 from train.config import Config
 from train.engine.automatic import environment
@@ -35,36 +33,43 @@ from train.processes.distributed import World
 
 @command("benchmarks.training")
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, start, results = parse(_parser(), arguments), environment(), {}
-    pattern = str(options.config)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training", description="Measure the train step beside the same work in a plain loop."
+    )
+    add_arguments(parser, rounds=5, seconds=3)
+    options, start = parse(parser, arguments), environment()
     with ExitStack() as stack:
-        for method in options.methods:
-            options.config = Path(pattern.format(method))
-            config = read_config(options, stack)
-            options.shards = config.data.shards
-            results[method] = _measured(config, options)
-    columns = ["method", "images/s", "of plain", "MiB"]
-    title = f"the step alone, {config.encoder.name}, batches of {config.run.global_batch_size}; ± 95 %"
-    show(title, columns, (row for method, found in results.items() for row in _rows(method, found)))
+        config = read_config(options, stack)
+        results = _measured(config, options)
+    rates = {name: turn["images_per_second"] for name, turn in results.items()}
+    rows = [
+        [name, str(rate), rate.ratio(rates["plain"]).decided(), f"{results[name]['peak_mib'].mean:.0f}"]
+        for name, rate in rates.items()
+    ]
+    title = f"the step alone: {config.method.name}, {config.encoder.name}, batches of {config.run.global_batch_size}"
+    show(title, ["± 95 %", "images/s", "of plain", "peak MiB"], rows)
     if options.out:
-        lines = [{"method": m, "contestant": n, **turn} for m, found in results.items() for n, turn in found.items()]
-        save(options.out, start, lines)
+        save(options.out, start, ({"contestant": name, **turn} for name, turn in results.items()))
+    if options.picture:
+        chart(options.picture, title, "images/s", {name: {"step": rate} for name, rate in rates.items()})
     return 0
 
 
 def _measured(config: Config, options: argparse.Namespace) -> Results:
     world, shards = (
         World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        open_shards(options.shards),
+        open_shards(config.data.shards),
     )
     with build_loader(config, shards, world, 0) as loader:
         batches = cycle([next(loader) for _ in range(NUM_CACHED)])
-    steps: dict[str, Callable[[Batch], object]] = {"ours": Training(config, shards, world)}
-    for name, losses in LOSSES.items():
-        try:
-            steps[name] = _of_views(PlainStep(config, losses, world))
-        except ImportError as error:
-            print(f"left out {name}: {error}")
+    steps: dict[str, Callable[[Batch], object]] = {
+        "ours": Training(config, shards, world),
+        "plain": PlainStep(config, world),
+    }
+    try:
+        steps["lightly"] = PlainStep(config, world, lightly)
+    except (ImportError, UserError) as error:
+        print(f"left out lightly: {error}")
 
     def work(step: Callable[[Batch], object]) -> int:
         step(batch := next(batches))
@@ -75,35 +80,6 @@ def _measured(config: Config, options: argparse.Namespace) -> Results:
     for name, step in steps.items():
         results[name]["peak_mib"] = Rate((peak_bytes(partial(work, step)) / 2**20,))
     return results
-
-
-def _of_views(step: PlainStep) -> Callable[[Batch], object]:
-    return lambda batch: step(batch.views)
-
-
-def _rows(method: str, results: Results) -> list[list[str]]:
-    plain = results["plain"]["images_per_second"]
-    return [
-        [
-            f"{method}, {name}",
-            str(rate := turn["images_per_second"]),
-            rate.ratio(plain).decided(),
-            f"{turn['peak_mib'].mean:.0f}",
-        ]
-        for name, turn in results.items()
-    ]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training", description="Measure the train step beside the same work in plain torch."
-    )
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)}"
-    )
-    add_arguments(parser, rounds=5, seconds=3)
-    parser.set_defaults(config=Path("configs/demo-{}.yaml"))
-    return parser
 
 
 if __name__ == "__main__":
