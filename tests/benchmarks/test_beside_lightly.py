@@ -59,7 +59,7 @@ def test_the_recipes_differ_in_the_method_alone(method: str) -> None:
 def test_lightly_has_the_settings_of_our_views(shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     transforms, made = importlib.import_module("lightly.transforms"), []
 
-    class Kept(transforms.SimCLRTransform):  # type: ignore[misc,name-defined]
+    class Kept(transforms.SimCLRTransform):  # type: ignore[name-defined]
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             made.append(self)
