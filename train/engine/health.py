@@ -9,6 +9,9 @@ of their dimensions. So the numbers of embeddings with more dimensions are those
     rankme            the number of dimensions in use
     alpha_req         how fast their variances fall: near 1 is best, much above 1 few dimensions hold everything
     lidar             the number of dimensions that tell images apart rather than views of one
+    contrast_top1_percent, contrast_top5_percent
+                      how often the other view is the nearest, or of the nearest five, of all views but the same; for
+                      MoCo v2 the teacher's key among the queue's; 0 where all are the same
     teacher_distance  of the teacher's weights from the student's, relative to the student's
 """
 
@@ -17,6 +20,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from train.losses.contrastive import contrast_accuracy
 from train.methods import Loss, Method
 from train.model.teacher import distance
 from train.processes.distributed import World
@@ -41,7 +45,7 @@ def measure(method: Method, loss: Loss, world: World) -> dict[str, torch.Tensor]
     spectrum = _spectrum(z[0])
     found |= {"rankme": rankme(spectrum.sqrt()), "alpha_req": alpha_req(spectrum)}
     if len(z) > 1:
-        found |= {"alignment": alignment(z), "lidar": lidar(z)}
+        found |= {"alignment": alignment(z), "lidar": lidar(z), **contrast(z)}
     if pairs := method.teachers():
         found["teacher_distance"] = distance(pairs)
     return found
@@ -56,6 +60,15 @@ def alignment(z: torch.Tensor) -> torch.Tensor:
     """``E |x - y|^2`` of two views on the sphere (Wang & Isola, 2020, section 4.1)."""
     x, y = F.normalize(z[:2], dim=-1)
     return (x - y).square().sum(-1).mean()
+
+
+def contrast(z: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`contrast_accuracy` of the first view's z (2, N, D) with the second's, among the 2 N - 2 of other images."""
+    unit = F.normalize(z[:2], dim=-1)
+    similarity = unit[0] @ unit.mT  # (2, N, N)
+    positives = similarity[1].diagonal().clone()
+    similarity.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
+    return contrast_accuracy(positives, torch.cat([*similarity], dim=1))
 
 
 def uniformity(z: torch.Tensor) -> torch.Tensor:

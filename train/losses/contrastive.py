@@ -154,9 +154,16 @@ def info_nce(queries: torch.Tensor, keys: torch.Tensor, offset: int, temperature
     return (log_sum_exp(queries, keys, none, temperature) - positives / temperature).mean()
 
 
-def queue_info_nce(q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature: float) -> torch.Tensor:
-    """InfoNCE of MoCo (He et al., 2020, equation 1): each query (b, D) against its key (b, D) and a ``queue`` (K, D) of
-    keys of length 1, which are all negatives; the mean over queries, a scalar."""
+def queue_logits(q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Of MoCo's InfoNCE (He et al., 2020, equation 1), (b, 1 + K): each query (b, D) with its key (b, D), then with a
+    ``queue`` (K, D) of keys of length 1, which are all negatives. The loss is their cross entropy with class 0."""
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    logits = torch.cat([(q * k).sum(-1, keepdim=True), q @ queue.T], dim=1) / temperature
-    return (logits.logsumexp(1) - logits[:, 0]).mean()
+    return torch.cat([(q * k).sum(-1, keepdim=True), q @ queue.T], dim=1) / temperature
+
+
+@torch.no_grad()
+def contrast_accuracy(positives: torch.Tensor, others: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Percent of anchors whose similarity to the positive (n,) is above those to all ``others`` (n, K), or to all but
+    four. Equal ones count against it, so collapsed embeddings have 0."""
+    better = (others >= positives[:, None]).sum(1)
+    return {f"contrast_top{k}_percent": 100 * (better < k).double().mean() for k in (1, 5)}

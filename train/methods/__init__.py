@@ -119,7 +119,16 @@ def method_class(name: str) -> type[Method]:
 
 def build_method(config: MethodConfig, encoder: EncoderConfig, world: World) -> Method:
     """The method on its freshly initialised encoder; the caller seeds torch's generator."""
-    return method_class(config.name)(config, Encoder(encoder), world)
+    method = method_class(config.name)(config, Encoder(encoder), world)
+    if encoder.drop_path:
+        method.register_forward_pre_hook(_drop_paths)
+    return method
+
+
+def _drop_paths(method: nn.Module, arguments: Any) -> None:
+    """Before `Method.forward`: tells the encoder, but no teacher, the draws of its images."""
+    assert isinstance(method, Method)
+    method.encoder.draw_from(arguments[1])
 
 
 def same_size(views: list[torch.Tensor]) -> list[list[torch.Tensor]]:

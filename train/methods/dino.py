@@ -4,9 +4,9 @@
 first two, global views. Each view predicts, by ``softmax(s / 0.1)``, the teacher's ``softmax((t - centre) / tau)`` of
 every other global view (equations 2 and 3); the centre follows the mean of t over the global batch (equation 4).
 
-Frozen and warmed up for fractions of the run. Substituted: timm's ViT and its initialisation without drop path (0.1 in
-main_dino.py). Left out: main_dino.py's bound of 3.0 on the norm of each tensor's gradient, and gains of the last layer
-that are trained, which it recommends for a ViT-S.
+Frozen and warmed up for fractions of the run. Substituted: timm's ViT and its initialisation; drop path
+is in configs/imagenet-dino.yaml, as only ViTs have it. Left out: main_dino.py's bound of 3.0 on the norm of each
+tensor's gradient, and gains of the last layer that are trained, which it recommends for a ViT-S.
 """
 
 from typing import Literal, NamedTuple

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from train.losses.contrastive import queue_info_nce
+from train.losses.contrastive import contrast_accuracy, queue_logits
 from train.methods import Loss, Method, MethodConfig, Recipe, Update, encode
 from train.model.draws import Draws
 from train.model.encoder import Encoder
@@ -68,8 +68,11 @@ class MoCoV2(Method):
 
     def loss(self, e: Embeddings, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
         q, k = e.q[0], e.k[0].detach()
-        value = queue_info_nce(q, k, self.queue.rows, self._temperature)
-        return Loss(value, {"teacher_similarity": F.cosine_similarity(q.detach(), k, dim=-1).mean()})
+        logits = queue_logits(q, k, self.queue.rows, self._temperature)
+        accuracy = contrast_accuracy(logits[:, 0], logits[:, 1:])
+        similarity = F.cosine_similarity(q.detach(), k, dim=-1).mean()
+        value = F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.int64))
+        return Loss(value, {"teacher_similarity": similarity, **accuracy})
 
     def teachers(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(self.teacher, nn.Sequential(self.encoder, self.projector))]

@@ -9,8 +9,9 @@ The three regularisers (`train.losses.distribution`) are taken for each view ove
 each step; every process sorts the whole batch along its own K / W of them, so that together they do what one process
 would (HaiyuWu/visreg draws K more with every process).
 
-The rate of 9e-4 is for a batch of 128: 16 images a GPU (configs/default.yaml) on 8 of them (README). Substituted: no
-drop path; 1e-4 is added to the standard deviation in the shape term alone (theirs: 1e-6, in the scale term too).
+The rate of 9e-4 is for a batch of 128: 16 images a GPU (configs/default.yaml) on 8 of them (README). Drop path is in
+configs/imagenet-visreg.yaml, as only ViTs have it. Substituted: 1e-4 is added to the standard deviation in the shape
+term alone (theirs: 1e-6, in the scale term too).
 """
 
 from typing import ClassVar, Literal

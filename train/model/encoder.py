@@ -10,6 +10,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from pipeline.settings import Settings
 from sharding.command import UserError
+from train.model.draws import Draws
 
 TIMM = "timm:"
 
@@ -42,6 +43,9 @@ class EncoderConfig(Settings):
     )
     width: int = Field(64, ge=1, description="channels of the first stage; 64 is the standard network")
     zero_init_residual: bool = Field(True, description="residual branches start at zero (Goyal et al., 2017)")
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="timm's: probability of leaving out the last block's branches, of others less"
+    )
     image_size: int | None = Field(
         None, ge=1, description="ViTs: view size that has position embeddings of its own; others interpolate them"
     )
@@ -62,6 +66,8 @@ class EncoderConfig(Settings):
                 if getattr(self, field) != EncoderConfig.model_fields[field].default:
                     raise ValueError(f"{field}: only the ResNets without {TIMM} have it, {self.name} does not")
             return self
+        if self.drop_path:
+            raise ValueError(f"drop_path: only {TIMM} has it, {self.name} does not")
         if self.image_size is not None:
             raise ValueError(f"image_size: {self.name} takes views of any size; leave it out")
         if self.width * _RESNETS[self.name].width_per_group % 64:
@@ -73,7 +79,8 @@ class EncoderConfig(Settings):
 class Encoder(nn.Module):
     """``forward``: images (n, 3, H, W) -> representations h (n, ``num_features``): averaged over positions, or what the
     timm model pools them to (of most ViTs the class token). ViTs take any size that their patches divide, so views of
-    many sizes. Nothing is drawn in it: timm's dropout and drop path are off."""
+    many sizes. Of what timm may draw in it dropout is off, and paths are dropped by the draws of a step alone: see
+    `DropPath`."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -84,10 +91,37 @@ class Encoder(nn.Module):
             shape = _RESNETS[config.name]
             self.backbone = _ScaledResNet(shape, config)
             self.num_features = 8 * config.width * shape.block.expansion
+        self._paths = [module for module in self.modules() if isinstance(module, DropPath)]
+
+    def draw_from(self, draws: Draws) -> None:
+        """Paths are dropped by the draws of this step from now on; a network that was never told drops none."""
+        for path in self._paths:
+            path.draws, path.calls = draws, 0
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         h: torch.Tensor = self.backbone(images)
         return h
+
+
+class DropPath(nn.Module):
+    """Leaves a residual branch out for some rows, with a probability, and makes up for it in the others (Huang et al.,
+    "Deep networks with stochastic depth", 2016; timm's layer of that name). Rows (V b, ...) are V views of the b images
+    of ``draws``, a view after the other; each is drawn for its image, so a part of a batch drops what the whole does.
+    """
+
+    def __init__(self, probability: float, name: str) -> None:
+        super().__init__()
+        self.probability, self.name = probability, name
+        self.draws: Draws | None = None
+        self.calls = 0  # within the step: views of other sizes come in others
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.draws is None or not self.training:
+            return x
+        self.calls += 1
+        units = self.draws.uniform(f"{self.name} {self.calls}", len(x) // len(self.draws.ids))
+        kept = (units >= self.probability).T.flatten().to(x) / (1 - self.probability)
+        return x * kept.view(-1, *[1] * (x.ndim - 1))
 
 
 def _timm() -> Any:
@@ -100,23 +134,29 @@ def _timm() -> Any:
 def _timm_model(config: EncoderConfig) -> Any:
     """Without classifier, randomly initialised, with positions for any view size where the model can have them."""
     name = config.name.removeprefix(TIMM)
+    dropping = {"drop_path_rate": config.drop_path} if config.drop_path else {}
     for options in ({"dynamic_img_size": True}, {}):
         try:
-            model = _timm().create_model(name, num_classes=0, img_size=config.image_size, **options)
-            return _without_dropping(model)
+            model = _timm().create_model(name, num_classes=0, img_size=config.image_size, **options, **dropping)
+            return _without_dropping(model, config.drop_path > 0)
         except TypeError as error:  # from the constructor's signature, before anything is built
             if "unexpected keyword" not in str(error):
                 raise
-    raise UserError(f"encoder.image_size: {config.name} has no position embeddings; leave it out")
+    fields = " and ".join(f for f in ("image_size", "drop_path") if getattr(config, f))
+    raise UserError(f"encoder: {config.name} has no position embeddings, or no paths to drop; leave out {fields}")
 
 
-def _without_dropping(model: nn.Module) -> nn.Module:
-    """Some models drop paths by default, and would draw them from torch's generator."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
+def _without_dropping(model: nn.Module, paths: bool) -> nn.Module:
+    """Some models drop by default, and all would draw it from torch's generator. With ``paths`` these are ours."""
+    from timm.layers.drop import DropPath as Theirs
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Theirs) and paths:
+            model.set_submodule(name, DropPath(module.drop_prob, name))
+        elif isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif hasattr(module, "drop_prob"):  # timm's DropPath
-            module.drop_prob = 0.0  # type: ignore[assignment]
+        elif hasattr(module, "drop_prob"):  # drop paths of their own
+            module.drop_prob = 0.0
     return model
 
 

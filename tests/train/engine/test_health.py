@@ -115,6 +115,21 @@ def test_all_processes_measure_the_global_batch() -> None:
         assert rank == pytest.approx(alone, rel=1e-6)
 
 
+def test_contrast_is_how_often_the_other_view_is_the_nearest() -> None:
+    z = views(0.5, 30)
+    unit = z / z.norm(dim=-1, keepdim=True)
+    places = []
+    for i in range(30):
+        own = float(unit[0, i] @ unit[1, i])
+        places.append(sum(float(unit[0, i] @ unit[v, j]) >= own for v in range(2) for j in range(30) if j != i))
+    found = health.contrast(z)
+    for k in (1, 5):
+        expected = 100 * sum(place < k for place in places) / 30
+        assert 0 < expected < 100
+        assert found[f"contrast_top{k}_percent"].item() == pytest.approx(expected)
+    assert health.contrast(z[:, :1].expand(2, 30, 6))["contrast_top5_percent"] == 0, "collapsed"
+
+
 def test_samples_of_wide_embeddings_are_bounded() -> None:
     z = normal(8, 3, 65536)
     assert health.sample(z).shape == (2, 3, 512)

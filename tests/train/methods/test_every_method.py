@@ -44,9 +44,9 @@ def narrow(config: type[MethodConfig]) -> MethodConfig:
 
 
 def small_encoder(name: str) -> EncoderConfig:
-    """Of the kind that the recipe has: a ViT or a ResNet."""
+    """Of the kind that the recipe has: a ViT, which drops paths, or a ResNet."""
     if method_class(name).recipe.sections.get("encoder", {}).get("name", "").startswith("timm:vit"):
-        return EncoderConfig(name="timm:vit_tiny_patch16_224", image_size=32)
+        return EncoderConfig(name="timm:vit_tiny_patch16_224", image_size=32, drop_path=0.4)
     return EncoderConfig(name="resnet18", width=8, stem="cifar")
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.train.methods.steps import STEPS, assert_steps, batch, descend, embeddings, sgd
 from train.engine.step import TrainStep
-from train.losses.contrastive import queue_info_nce
+from train.losses.contrastive import contrast_accuracy, queue_logits
 from train.methods import build_method
 from train.methods.mocov2 import MoCoV2, MoCoV2Config
 from train.model.draws import Draws
@@ -65,12 +65,25 @@ def test_pieces_keys_enter_the_queue_in_the_order_of_the_batch() -> None:
     torch.testing.assert_close(queues[0], queues[1], rtol=1e-12, atol=1e-12)
 
 
+def loss_of(q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits = queue_logits(q, k, queue, temperature)
+    return (logits.logsumexp(1) - logits[:, 0]).mean()
+
+
 def test_known_values() -> None:
     q, queue = F.normalize(embeddings(6, 8), dim=-1), torch.zeros(7, 8).double()
-    assert queue_info_nce(q, 3 * q, queue, 0.5).item() == pytest.approx(math.log1p(7 * math.exp(-1 / 0.5)))
-    assert queue_info_nce(q, q, q[:1].expand(7, 8), 1.0).item() <= math.log(8)
+    assert loss_of(q, 3 * q, queue, 0.5).item() == pytest.approx(math.log1p(7 * math.exp(-1 / 0.5)))
+    assert loss_of(q, q, q[:1].expand(7, 8), 1.0).item() <= math.log(8)
 
 
 def test_a_collapsed_network_has_the_loss_of_chance() -> None:
     same = F.normalize(torch.ones(6, 8).double(), dim=-1)
-    assert queue_info_nce(same, same, same[:1].expand(10, 8), 0.2).item() == pytest.approx(math.log(11))
+    assert loss_of(same, same, same[:1].expand(10, 8), 0.2).item() == pytest.approx(math.log(11))
+
+
+def test_the_log_says_how_often_the_key_is_before_the_queues() -> None:
+    positives = torch.tensor([0.9, 0.5, 0.5, 0.5])
+    others = torch.tensor([[0.8] * 6, [0.6] * 4 + [0.1] * 2, [0.6] * 5 + [0.1], [0.5] * 6])
+    accuracy = contrast_accuracy(positives, others)
+    assert accuracy["contrast_top1_percent"] == 25, "the first alone"
+    assert accuracy["contrast_top5_percent"] == 50, "four are before the second; equal ones count against the last"

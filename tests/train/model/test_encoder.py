@@ -6,7 +6,11 @@ from pydantic import ValidationError
 from torchvision.models import get_model
 
 from sharding.command import UserError
-from train.model.encoder import Encoder, EncoderConfig, sines_and_cosines
+from train.methods import build_method
+from train.methods.byol import BYOLConfig
+from train.model.draws import Draws
+from train.model.encoder import DropPath, Encoder, EncoderConfig, sines_and_cosines
+from train.processes.distributed import World
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
@@ -80,6 +84,43 @@ def test_nothing_is_dropped(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def droppings(draws: Draws | None, rows: int, training: bool = True) -> torch.Tensor:
+    path = DropPath(0.25, "blocks.0").train(training)
+    path.draws = draws
+    return path(torch.ones(rows, 3, 2))
+
+
+def test_paths_are_dropped_by_the_draws_of_images_and_views() -> None:
+    draws = Draws(0, 7, torch.arange(4000))
+    factors = droppings(draws, 8000)
+    assert factors.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert factors.mean().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(factors, factors[:, :1, :1].expand_as(factors)), "a row is kept or left out"
+    first, second = factors[:, 0, 0].chunk(2)
+    assert (first == second).float().mean() == pytest.approx(0.25**2 + 0.75**2, abs=0.03), "views are drawn apart"
+    part = droppings(draws.rows(slice(1000, 1200)), 400)[:, 0, 0].chunk(2)
+    assert torch.equal(part[0], first[1000:1200])
+    assert torch.equal(part[1], second[1000:1200])
+
+
+def test_no_path_is_dropped_without_draws_or_in_evaluation() -> None:
+    assert torch.equal(droppings(None, 6), torch.ones(6, 3, 2))
+    assert torch.equal(droppings(Draws(0, 7, torch.arange(6)), 6, training=False), torch.ones(6, 3, 2))
+
+
+def test_a_vit_drops_paths_of_the_student_and_not_of_the_teacher() -> None:
+    encoder = EncoderConfig(name="timm:vit_tiny_patch16_224", image_size=32, drop_path=0.9)
+    method: Any = build_method(BYOLConfig(hidden=8, out=8), encoder, World())
+    views = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))] * 2
+    before = torch.get_rng_state()
+    found = [method(views, Draws(0, step, torch.arange(4))) for step in (1, 2, 1)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(found[0].h, found[2].h), "the same step draws the same"
+    assert not torch.equal(found[0].h, found[1].h)
+    assert not torch.equal(*found[0].h), "nor are equal views treated alike"
+    torch.testing.assert_close(method.teacher_encoder(views[0]), method.encoder.eval()(views[0]))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -89,6 +130,7 @@ def test_nothing_is_dropped(name: str) -> None:
         ({"name": "timm:resnet18", "width": 32}, "width: only the ResNets"),
         ({"name": "timm:resnet18", "stem": "cifar"}, "stem: only the ResNets"),
         ({"name": "resnet18", "image_size": 32}, "image_size: resnet18 takes views of any size"),
+        ({"name": "resnet18", "drop_path": 0.1}, "drop_path: only timm: has it, resnet18 does not"),
         ({"name": "resnext50_32x4d", "width": 8}, "width: expected a multiple of 16"),
     ],
 )
@@ -98,7 +140,7 @@ def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> N
 
 
 def test_image_size_of_a_convolutional_network_of_timm_is_refused() -> None:
-    with pytest.raises(UserError, match=r"encoder.image_size: timm:resnet18 has no position embeddings"):
+    with pytest.raises(UserError, match=r"encoder: timm:resnet18 has no position embeddings.*leave out image_size"):
         Encoder(EncoderConfig(name="timm:resnet18", image_size=64))
 
 
