@@ -19,6 +19,7 @@ from train.methods import Loss, Recipe
 from train.methods.networks import Embeddings, Projected, ProjectorConfig
 from train.model.draws import Draws
 from train.model.encoder import Encoder
+from train.model.heads import Norm, mlp
 from train.processes.distributed import World
 
 
@@ -28,6 +29,7 @@ class SimCLRConfig(ProjectorConfig):
         "ntxent", description="the loss; see train/losses/contrastive.py"
     )
     temperature: float = Field(0.1, gt=0, description="tau of equation 1, and of DCL and DCLW; the others have none")
+    norm: Norm = Field("batch", description="after each layer of the projector: batch, layer or none; VISSL has none")
 
 
 class SimCLR(Projected):
@@ -36,6 +38,9 @@ class SimCLR(Projected):
 
     def __init__(self, config: SimCLRConfig, encoder: Encoder, world: World) -> None:
         super().__init__(config, encoder, world)
+        if config.norm != "batch":
+            widths = encoder.num_features, config.hidden, config.out
+            self.projector = mlp(*widths, config.layers, norm=config.norm)
         self._contrast = _loss(config)
 
     def loss(self, e: Embeddings, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:

@@ -28,6 +28,13 @@ def test_embeddings_and_loss() -> None:
     assert metrics == {}
 
 
+def test_a_projector_without_norms_is_vissls() -> None:
+    config = SimCLRConfig(norm="none", layers=2, hidden=16, out=8)
+    projector = build_method(config, EncoderConfig(name="resnet18", width=8), World()).projector
+    shapes = [tuple(parameter.shape) for parameter in projector.parameters()]  # type: ignore[union-attr]
+    assert shapes == [(16, 64), (16,), (8, 16), (8,)], "mlp {dims: [64, 16], use_relu: True}, mlp {dims: [16, 8]}"
+
+
 def test_views_of_several_sizes() -> None:
     sizes = [32, 32, 16, 16, 16]
     views = [torch.randn(4, 3, size, size) for size in sizes]
