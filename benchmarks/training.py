@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.measure import Rate, Results, interleave, peak_bytes, rate_of
 from benchmarks.peers.steps import PlainStep, lightly
-from benchmarks.report import chart, save, show
+from benchmarks.report import save, show
 from benchmarks.stages import NUM_CACHED, Training, add_arguments, finish, parse, read_config
 from pipeline.loader import Batch
 from sharding.command import UserError, command
@@ -42,16 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = read_config(options, stack)
         results = _measured(config, options)
     rates = {name: turn["images_per_second"] for name, turn in results.items()}
-    rows = [
-        [name, str(rate), rate.ratio(rates["plain"]).decided(), f"{results[name]['peak_mib'].mean:.0f}"]
-        for name, rate in rates.items()
-    ]
+    per_cpu = {name: rate.ratio(results[name]["cpu_percent"].over(100)) for name, rate in rates.items()}
+    rows = []
+    for name, turn in results.items():
+        ratios = [(kind[name], kind[name].ratio(kind["plain"])) for kind in (rates, per_cpu)]
+        texts = [text for rate, ratio in ratios for text in (str(rate), ratio.decided())]
+        rows.append([name, *texts, f"{turn['peak_mib'].mean:.0f}"])
     title = f"the step alone: {config.method.name}, {config.encoder.name}, batches of {config.run.global_batch_size}"
-    show(title, ["± 95 %", "images/s", "of plain", "peak MiB"], rows)
+    show(title, ["± 95 %", "images/s", "of plain", "per CPU s", "of plain", "peak MiB"], rows)
     if options.out:
         save(options.out, start, ({"contestant": name, **turn} for name, turn in results.items()))
-    if options.picture:
-        chart(options.picture, title, "images/s", {name: {"step": rate} for name, rate in rates.items()})
     return 0
 
 
