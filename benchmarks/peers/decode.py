@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
+from importlib import import_module
 from itertools import count
 from typing import Any
 
@@ -74,8 +75,7 @@ def build_dali(options: PeerOptions, stack: ExitStack) -> Peer:
 
 def build_torchcodec(options: PeerOptions, stack: ExitStack) -> Peer:
     """By torchcodec, on a GPU if there is one, in pieces of a batch."""
-    from torchcodec.decoders import decode_jpeg
-
+    decoders = import_module("torchcodec.decoders")
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     class Pieces(Pool):
@@ -87,7 +87,9 @@ def build_torchcodec(options: PeerOptions, stack: ExitStack) -> Peer:
             return self.spread(partial(self._decode, plan), len(plan), list)
 
         def _decode(self, plan: BatchPlan, rows: slice) -> ChunkReport:
-            decode_jpeg([torch.from_numpy(self._read(sample)) for sample in plan.ids[rows].tolist()], device=device)
+            decoders.decode_jpeg(
+                [torch.from_numpy(self._read(sample)) for sample in plan.ids[rows].tolist()], device=device
+            )
             return ChunkReport()
 
     return _decode_only(options, stack, Pieces, _CPU)
