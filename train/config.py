@@ -18,6 +18,7 @@ from train.methods import METHODS, MethodConfig, method_class
 from train.model.encoder import EncoderConfig
 from train.optim.optimizers import OptimConfig
 from train.overrides import ConfigError, apply, check_length, preset_groups, read_yaml
+from train.processes.communication import Over, ParallelConfig
 
 _DEFAULT_METHOD = "simclr"
 
@@ -59,7 +60,7 @@ class DataConfig(Settings):
     max_replaced_samples: int = Field(100, ge=0, description="undecodable samples to replace before giving up")
 
 
-class RunConfig(Settings):
+class RunConfig(ParallelConfig):
     dir: HomePath = Field(Path("runs/simclr"), description="checkpoints, logs and the effective configuration")
     seed: int = Field(0, ge=0, lt=2**64, description="of initial weights, order and views")
     global_batch_size: int = Field(512, ge=2, description="images per step, over all processes")
@@ -69,14 +70,9 @@ class RunConfig(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
         "auto", description="auto: bf16 on a GPU, fp32 elsewhere; fp64: on a CPU, to verify"
     )
-    batchnorm: Annotated[str, Field(pattern=r"^(local|node|global|[1-9]\d*)$", coerce_numbers_to_str=True)] = Field(
+    batchnorm: Over = Field(
         "global", description="statistics over the images of all processes, of one (local), of a node, or of so many"
     )
-    gradient_compression: Literal["none", "bf16", "fp16"] = Field(
-        "none", description="dtype that gradients are sent in"
-    )
-    bucket_mb: int = Field(25, ge=1, description="gradients that DDP sends together, in MiB")
-    shard_optimizer: bool = Field(False, description="each process has the optimizer's state of a share only (ZeRO-1)")
     noise_scale: bool = Field(False, description="log the gradient noise scale and the critical batch size")
     compile: bool = Field(False, description="torch.compile the method's forward")
     init_from: HomePath | None = Field(
@@ -94,6 +90,22 @@ class RunConfig(Settings):
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints; the last step always makes one")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints to keep")
     keep_every: int | None = Field(None, ge=1, description="keep the checkpoints of every so many steps for ever")
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        """Refuses what does not go together."""
+        is_local, is_power = self.local_sgd_period > 0, self.gradient_compression == "powersgd"
+        apart = [
+            ("gradient_compression=powersgd", is_power, ("static_graph", "replay_every")),
+            ("local_sgd_period", is_local, ("gradient_compression", "shard_optimizer", "noise_scale", "replay_every")),
+        ]
+        for strategy, is_chosen, others in apart:
+            for name in others:
+                default = type(self).model_fields[name].default
+                if is_chosen and getattr(self, name) != default:
+                    found = str(getattr(self, name)).lower()
+                    raise ValueError(f"{name}: expected {str(default).lower()} with {strategy}, found {found}")
+        return self
 
     @model_validator(mode="before")
     @classmethod

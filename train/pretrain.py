@@ -36,6 +36,7 @@ from train.model.draws import Draws
 from train.online import Online, has_labels
 from train.optim.optimizers import build_optimizer, plain, restore
 from train.processes import stop
+from train.processes.communication import Communication, own_state
 from train.processes.distributed import AnyRank, World, session
 from train.processes.run_directory import run_directory
 
@@ -94,17 +95,21 @@ def train(
     with ExitStack() as stack:
         if world.is_main:
             stack.enter_context(run_directory(config.run.dir))
-        state = world.broadcast(_resumed(config, identity) if world.is_main else None)
+        found = _resumed(config, identity) if world.is_main else None
+        ranks = found.pop("ranks", None) if found else None
+        state, own = world.broadcast(found), own_state(ranks, world, config.run)
         start_step = state["step"] if state else 0
         world.require_agreement(run_facts(config, shards, start_step))
         method, optimizer = begin()
         if state:
+            state |= own
             method.load_state_dict(state["method"])
             restore(optimizer, state["optimizer"])
         if start_step >= plan.total_steps:
             return method, _nothing_to_do(config, start_step, plan, world)
 
         task = Pretraining(config, world, plan, method, optimizer)
+        task.communication.load(own)
         online = _online(config, shards, method, world, state)
         request = stack.enter_context(stop.StopRequest())
         any_rank = AnyRank(world)
@@ -155,9 +160,13 @@ class Pretraining:
     ) -> None:
         self.method, self.optimizer, self.world, self._plan, self._run = method, optimizer, world, plan, config.run
         compiled: Any = torch.compile(method) if config.run.compile else method
+        teachers = [p for teacher, _ in method.teachers() for p in teacher.parameters()]
+        averaged = [*(p for p in method.parameters() if p.requires_grad), *teachers]
+        self.communication = Communication(compiled, world, config.run, averaged)
+        optimizer.register_step_post_hook(self.communication.average)
         self.step = TrainStep(
             method,
-            world.wrap(compiled, config.run.gradient_compression, config.run.bucket_mb),
+            self.communication.module,
             optimizer,
             automatic.dtype(config, world),
             micro_batch_size=config.run.micro_batch_size,
@@ -168,6 +177,7 @@ class Pretraining:
         self._noise = NoiseScale(method, batch, part, world.size) if config.run.noise_scale else None
 
     def __call__(self, batch: Batch, step: int) -> Loss:
+        self.communication.begin(step)
         draws = Draws(self._run.seed, step, batch.ids)
         labels = batch.labels if self.method.takes_labels else None
         for group in self.optimizer.param_groups:
@@ -237,7 +247,7 @@ class Save:
             return
         self.task.step.check(self.config.run.dir)
         with self.clock.pausing():
-            tensors = self.world.full_state(self.task.method, self.task.optimizer)
+            tensors = self.task.communication.full_state(self.task.method, self.task.optimizer)
             if self.writer and tensors:
                 tensors |= {"online": self.online.state_dict()} if self.online else {}
                 plain = {"step": state.done, "identity": self.identity, "config": self.config.model_dump(mode="json")}

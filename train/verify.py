@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipeline.loader import Batch
 from sharding.command import UserError, command
 from sharding.manifest import open_shards
-from train.config import Config, load_config
+from train.config import Config, RunConfig, load_config
 from train.engine import automatic
 from train.engine.plan import RunPlan, plan_run
 from train.engine.repeat import StepDiffersError, unequal_ranks
@@ -36,6 +36,9 @@ _EXACT = 1e-9  # in float64, whose rounding was 1e-12 at most, over all methods
 
 _STATISTICS, _LOSS, _GRADIENT = "BatchNorm's statistics", "loss", "averaged gradient"
 _BUFFERS, _WEIGHTS = "teacher, queue, other buffers after the update", "weights after the update"
+_CHANGE = "change of the weights"
+
+_AVERAGED = {"gradient_compression": "none", "local_sgd_period": 0}  # whole gradients, every step
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -122,7 +125,7 @@ def verify(config: Config, world: World, images: int | None = None) -> Iterator[
         yield _check("a step done twice", True, f"bit for bit on all ranks, in {dtype}")
     except StepDiffersError as error:
         yield _check("a step done twice", False, error)
-    yield from _compare(exact, world, peak, own, whole, config.run.gradient_compression)
+    yield from _compare(exact, world, peak, own, whole, config.run)
 
 
 def _check(name: str, passed: bool, detail: object, figures: dict[str, Any] | None = None) -> Check:
@@ -131,7 +134,7 @@ def _check(name: str, passed: bool, detail: object, figures: dict[str, Any] | No
 
 def _changed(config: Config, **run: Any) -> Config:
     """The configuration of a check: undivided, with gradients as long as they are, with some fields of ``run``."""
-    run = {"micro_batch_size": None, "replay_every": 0, "gradient_compression": "none"} | run
+    run = {"micro_batch_size": None, "replay_every": 0, **_AVERAGED, "powersgd_start": 0, "local_sgd_start": 0} | run
     optim = config.optim.model_copy(update={"clip_norm": None})
     return config.model_copy(update={"run": config.run.model_copy(update=run), "optim": optim})
 
@@ -146,7 +149,7 @@ def _same(name: str, world: World, pairs: Iterable[tuple[Batch, Batch]], rows: s
 
 
 def _compare(
-    config: Config, world: World, peak: float, own: list[Batch], whole: list[Batch], compression: str
+    config: Config, world: World, peak: float, own: list[Batch], whole: list[Batch], run: RunConfig
 ) -> Iterator[Check]:
     """Two steps of all ranks beside those of one process with the same global batches, from the same weights."""
     alone, eager = World(device=world.device), _changed(config, compile=False)
@@ -181,10 +184,16 @@ def _compare(
     if has_norm:
         measured = gradient(pieces, many, own[0], True, math.inf)
         yield Check(kind, "MEASURED", f"{measured}; BatchNorm's statistics are a piece's", measured._asdict())
-    if compression != "none":
-        compressed = _task(_changed(config, gradient_compression=compression), world, peak)
+    if run.gradient_compression != "none":
+        compressed = _task(_changed(config, gradient_compression=run.gradient_compression), world, peak)
         measured = gradient(compressed, many, own[0], trains, math.inf)
-        yield Check(_GRADIENT, "MEASURED", f"{measured}; sent as {compression}", measured._asdict())
+        yield Check(_GRADIENT, "MEASURED", f"{measured}; sent as {run.gradient_compression}", measured._asdict())
+    if run.local_sgd_period:
+        tasks = (_task(_changed(config, local_sgd_period=period), world, peak) for period in (len(own), 0))
+        found_change, expected = (_change(task, own, start) for task in tasks)
+        measured = deviation(found_change, expected, math.inf)
+        detail = f"{measured}; by post-local SGD, averaged after {len(own)} steps"
+        yield Check(_CHANGE, "MEASURED", detail, measured._asdict())
     if has_norm and not trains:
         measured = gradient(many, one, whole[0], True, math.inf)
         yield Check(_GRADIENT, "MEASURED", f"{measured}; BatchNorm's statistics are a rank's", measured._asdict())
@@ -219,6 +228,14 @@ def _outcome(task: Pretraining, batch: Batch, state: Tensors, trains: bool) -> d
         is_running = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
         parts[_STATISTICS if is_running else _WEIGHTS if name in named else _BUFFERS][name] = tensor
     return {name: tensors for name, tensors in parts.items() if tensors}
+
+
+def _change(task: Pretraining, batches: list[Batch], start: Tensors) -> Tensors:
+    """Of the weights that are trained, by an update with each of the batches."""
+    task.method.load_state_dict(dict(start))
+    for batch in batches:
+        task(_cast(batch, next(task.method.parameters()).dtype), batch.step)
+    return {n: p.detach() - start[n] for n, p in task.method.named_parameters() if p.requires_grad}
 
 
 def deviation(found: Tensors, expected: Tensors, limit: float = _EXACT) -> Deviation:

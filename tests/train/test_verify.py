@@ -138,6 +138,14 @@ FOUND: dict[str, tuple[list[str], str]] = {
 }
 
 
+# what claims no exact gradient -> its settings
+NOT_EXACT: dict[str, list[str]] = {
+    "bf16": ["run.gradient_compression=bf16"],
+    "powersgd": ["run.gradient_compression=powersgd"],
+    "local": ["run.local_sgd_period=4", "run.local_sgd_group=local"],
+}
+
+
 def checks(world: World, shards: Path, run: Path, fault: str) -> list[list[str]]:
     kind, _, precision = fault.partition(", ")
     planted: Any = globals().get(kind)
@@ -149,8 +157,8 @@ def checks(world: World, shards: Path, run: Path, fault: str) -> list[list[str]]
         METHODS["simclr"] = f"{__name__}:{kind}"
     elif planted:
         vars(train.verify)["build_loader"] = planted
-    if kind == "compressed":
-        more += ["run.gradient_compression=bf16"]
+    if kind in NOT_EXACT:
+        more += NOT_EXACT[kind]
     if kind == "other settings" and world.rank == 1:
         more += ["method.temperature=0.7"]
     if method == "dino":
@@ -164,7 +172,7 @@ def checks(world: World, shards: Path, run: Path, fault: str) -> list[list[str]]
 
 
 def all_checks(world: World, shards: Path, run: Path) -> dict[str, list[list[str]]]:
-    return {fault: checks(world, shards, run, fault) for fault in ["none", "none, fp32", "compressed", *FOUND]}
+    return {fault: checks(world, shards, run, fault) for fault in ["none", "none, fp32", *NOT_EXACT, *FOUND]}
 
 
 @pytest.fixture(scope="module")
@@ -187,14 +195,27 @@ def test_without_a_fault_everything_passes(precision: str, found: dict[str, list
     assert measured == "averaged gradient, GradCache of 2 pieces"
 
 
-def test_what_compression_changes_is_measured_and_the_rest_is_verified_without(
-    found: dict[str, list[list[str]]],
+@pytest.mark.parametrize(
+    ("kind", "what", "words", "least", "most"),
+    [
+        ("bf16", GRADIENT, "sent as bf16", 1e-4, 2**-8),  # which rounds by at most a 256th
+        ("powersgd", GRADIENT, "sent as powersgd", 0.1, 1),  # a rank of 1; never longer than the gradient
+        (
+            "local",
+            "change of the weights",
+            "by post-local SGD, averaged after 2 steps",
+            1e-4,
+            1.5,
+        ),  # of 4 images a rank
+    ],
+)
+def test_what_is_not_exact_is_measured_and_the_rest_is_verified_without(
+    kind: str, what: str, words: str, least: float, most: float, found: dict[str, list[list[str]]]
 ) -> None:
-    assert failures(found["compressed"]) == {}
-    (sent,) = [detail for name, status, detail in found["compressed"] if (name, status) == (GRADIENT, "MEASURED")]
-    assert sent.endswith("; sent as bf16")
-    off = float(sent.removeprefix("off by ").split(",")[0])
-    assert 1e-4 < off < 2**-8, "bf16 rounds by at most a 256th"
+    assert failures(found[kind]) == {}
+    (detail,) = [d for name, status, d in found[kind] if (name, status) == (what, "MEASURED")]
+    assert detail.endswith(f"; {words}")
+    assert least < float(detail.removeprefix("off by ").split(",")[0]) < most
 
 
 @pytest.mark.parametrize("fault", FOUND)

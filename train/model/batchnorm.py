@@ -1,6 +1,5 @@
 """BatchNorm over the images of several processes, on GPUs by torch's own, on CPU processes by `GlooBatchNorm`."""
 
-import os
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,11 +19,10 @@ def synchronize_batchnorm(module: Network, world: World, over: str = "global") -
     consecutive ranks. On GPUs the layers are `torch.nn.SyncBatchNorm`, which refuses CPU tensors; elsewhere
     `GlooBatchNorm`. To be called on all ranks. Raises UserError where the groups would not be of equal size.
     """
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # of torchrun
-    size = {"local": 1, "node": node, "global": world.size}.get(over, over)
+    size = world.group_size(over)
     if world.size == 1 or size == 1:
         return module
-    group = world.subgroup(int(size), f"run.batchnorm={over}")
+    group = world.subgroup(size, f"run.batchnorm={over}")
     if world.device.type == "cuda":
         return cast(Network, nn.SyncBatchNorm.convert_sync_batchnorm(module, group))
     return cast(Network, _with_gloo_batchnorm(module, Neighbours(group)))

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -70,6 +69,21 @@ class World:
             dist.all_gather_object(everyone, value, group=self.control)
         return everyone
 
+    def collect(self, value: T) -> list[T] | None:
+        """All ranks' ``value`` (anything that can be pickled) on rank 0, None on the others. Synchronises ranks."""
+        everyone = [value] * self.size if self.is_main else None
+        if self.size > 1:
+            dist.gather_object(value, everyone, group=self.control)
+        return everyone
+
+    def scatter(self, values: list[T] | None) -> T | None:
+        """To each rank its own of rank 0's ``values``, or None to all. Synchronises ranks."""
+        if self.size == 1:
+            return values[0] if values else None
+        own: list[Any] = [None]
+        dist.scatter_object_list(own, (values or [None] * self.size) if self.is_main else None, group=self.control)
+        return own[0]
+
     def require_agreement(self, facts: Mapping[str, object]) -> None:
         """Raises UserError on every rank unless all have the same ``facts``; it names the fact and two ranks."""
         everyone = self.gather_objects(dict(facts))
@@ -93,6 +107,11 @@ class World:
         the others: ZeRO's first stage (Rajbhandari et al., 2020). To be called on all ranks."""
         return kind(groups, **options) if self.size == 1 else ZeroRedundancyOptimizer(groups, kind, **options)
 
+    def group_size(self, over: str) -> int:
+        """Of the group that this process is in: "local", "node" (the processes of a machine), "global", or a number."""
+        named = {"local": 1, "node": int(os.environ.get("LOCAL_WORLD_SIZE", "0")), "global": self.size}
+        return named[over] if over in named else int(over)
+
     def subgroup(self, size: int, name: str) -> Any:
         """The group of ``size`` consecutive ranks that this one is in, or None for that of all. Synchronises ranks.
 
@@ -107,15 +126,13 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def wrap(self, module: nn.Module, compression: str = "none", bucket_mb: int = 25) -> nn.Module:
-        """The module with gradients averaged over ranks, in bf16 or fp16 where ``compression`` says so."""
+    def wrap(self, module: nn.Module, **options: Any) -> nn.Module:
+        """The module with gradients averaged over ranks, by DDP with these ``options`` of its own."""
         if self.size == 1:
             return module
         ids = [self.device] if self.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb)
+        wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **options)
         wrapped.broadcast_buffers = False  # they stay equal; a queue would be sent each step
-        if compression != "none":
-            wrapped.register_comm_hook(None, getattr(default_hooks, f"{compression}_compress_hook"))
         return wrapped
 
 

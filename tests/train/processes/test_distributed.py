@@ -11,6 +11,7 @@ from sharding.command import UserError
 from tests.processes import run_ranks
 from train.losses.contrastive import nt_xent
 from train.model.batchnorm import synchronize_batchnorm
+from train.processes.communication import Communication, ParallelConfig
 from train.processes.distributed import AnyRank, World
 
 _BATCH = 12
@@ -159,9 +160,10 @@ def test_groups_that_would_not_be_equal_are_refused() -> None:
 def gradients_by(world: World) -> list[torch.Tensor]:
     """Of all parameters together: as they are, in small buckets, and compressed."""
     results = []
-    for options in (("none", 25), ("none", 1), ("bf16", 25), ("fp16", 25)):
+    for kind, bucket_mb in (("none", 25), ("none", 1), ("bf16", 25), ("fp16", 25)):
         module = synchronize_batchnorm(network(), world)
-        wrapped = world.wrap(module, *options)
+        config = ParallelConfig(gradient_compression=kind, bucket_mb=bucket_mb)
+        wrapped = Communication(module, world, config).module
         for _ in range(2):  # DDP rearranges its buckets after the first
             module.zero_grad()
             x = images()[0][world.rank * _BATCH // world.size :][: _BATCH // world.size]

@@ -1,0 +1,88 @@
+"""Runs whose processes work together in different ways: killed and continued they are the same, to the bit."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.processes import run_ranks
+from tests.train.runs import settings_of
+from train.config import load_config
+from train.engine.checkpoint import checkpoints, load, step_of
+from train.pretrain import pretrain
+from train.processes.distributed import World
+
+STRATEGIES = {
+    "powersgd": ("simclr", ["run.gradient_compression=powersgd", "run.powersgd_start=2", "run.bucket_mb=1"]),
+    "local": ("byol", ["run.local_sgd_period=3", "run.local_sgd_start=2", "run.local_sgd_group=local"]),
+}
+MORE = ["run.checkpoint_every=1", "run.keep_checkpoints=9", "optim.steps=6", "run.bucket_mb=1"]
+
+
+def arguments_of(strategy: str, shards: Path, run: Path) -> list[str]:
+    method, how = STRATEGIES[strategy]
+    return settings_of(method, shards, run, *MORE, *how)
+
+
+def interrupted(world: World, runs: dict[str, list[str]]) -> None:
+    """Each run, and again from its third step on."""
+    for arguments in runs.values():
+        config = load_config(None, arguments)
+        for rest in (slice(3, None), slice(0)):
+            pretrain(config, world)
+            if world.is_main and rest.stop is None:
+                (config.run.dir / "step-000000006.pt").rename(config.run.dir / "whole.pt")
+                for path in checkpoints(config.run.dir)[rest]:
+                    path.unlink()
+            world.barrier()
+
+
+@pytest.fixture(scope="module")
+def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("strategies")
+    started = {name: arguments_of(name, shards, root / name) for name in STRATEGIES}
+    run_ranks(interrupted, 2, started)
+    return {name: root / name for name in STRATEGIES}
+
+
+def states(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    return load(run / "whole.pt"), load(checkpoints(run)[-1])
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return bool(torch.equal(a, b)) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_interrupted_run_is_the_whole_one(strategy: str, runs: dict[str, Path]) -> None:
+    whole, continued = states(runs[strategy])
+    assert step_of(checkpoints(runs[strategy])[-1]) == 6
+    for part in ("method", "optimizer", "ranks"):
+        assert same(whole.get(part), continued.get(part)), part
+
+
+def test_on_other_processes_their_own_state_is_left_out_and_a_line_says_so(
+    runs: dict[str, Path], shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["powersgd"], run)
+    checkpoints(run)[-1].unlink()
+    pretrain(load_config(None, arguments_of("powersgd", shards, run)), World())
+    assert "is left out: it is of {'processes': 2, 'run.gradient_compression': 'powersgd'" in caplog.text
+    assert "ranks" not in load(checkpoints(run)[-1])
+
+
+def test_post_local_sgd_averages_weights_and_teachers_when_they_are_due(runs: dict[str, Path]) -> None:
+    """After steps 3 to 5 of gradients of their own; the checkpoint's weights are the averages all along."""
+    moving = ["encoder.backbone.conv1.weight", "teacher_encoder.backbone.conv1.weight"]
+    for step, equal in ((3, False), (4, False), (5, True)):
+        state = load(runs["local"] / f"step-{step:09}.pt")
+        first, second = (state["ranks"]["states"][rank]["method"] for rank in (0, 1))
+        for name in moving:
+            assert torch.equal(first[name], second[name]) == equal, f"{name} after step {step}"
+            torch.testing.assert_close(state["method"][name], (first[name] + second[name]) / 2, rtol=0, atol=1e-7)
+    assert "ranks" not in load(runs["local"] / "step-000000002.pt")
