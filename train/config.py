@@ -67,8 +67,8 @@ class RunConfig(ParallelConfig):
     micro_batch_size: int | None = Field(
         None, ge=1, description="images of a process that pass the network at a time, to save memory; default: all"
     )
-    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
-        "auto", description="auto: bf16 on a GPU, fp32 elsewhere; fp64: on a CPU, to verify"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = Field(
+        "auto", description="auto: bf16 on a GPU, fp32 elsewhere; fp16: with a scaled loss; fp64: on a CPU, to verify"
     )
     batchnorm: Over = Field(
         "global", description="statistics over the images of all processes, of one (local), of a node, or of so many"
@@ -98,6 +98,7 @@ class RunConfig(ParallelConfig):
         apart = [
             ("gradient_compression=powersgd", is_power, ("static_graph", "replay_every")),
             ("local_sgd_period", is_local, ("gradient_compression", "shard_optimizer", "noise_scale", "replay_every")),
+            ("precision=fp16", self.precision == "fp16", ("noise_scale", "local_sgd_period")),
         ]
         for strategy, is_chosen, others in apart:
             for name in others:

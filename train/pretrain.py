@@ -110,6 +110,8 @@ def train(
 
         task = Pretraining(config, world, plan, method, optimizer)
         task.communication.load(own)
+        if task.step.scaler.is_enabled() and (saved := (state or {}).get("scaler")):
+            task.step.scaler.load_state_dict(saved)
         online = _online(config, shards, method, world, state)
         request = stack.enter_context(stop.StopRequest())
         any_rank = AnyRank(world)
@@ -250,6 +252,7 @@ class Save:
             tensors = self.task.communication.full_state(self.task.method, self.task.optimizer)
             if self.writer and tensors:
                 tensors |= {"online": self.online.state_dict()} if self.online else {}
+                tensors |= {"scaler": self.task.step.scaler.state_dict()}
                 plain = {"step": state.done, "identity": self.identity, "config": self.config.model_dump(mode="json")}
                 self.writer.save(state.done, tensors | plain)
 

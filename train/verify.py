@@ -222,6 +222,8 @@ def _outcome(task: Pretraining, batch: Batch, state: Tensors, trains: bool) -> d
     is_double = next(iter(named.values())).dtype == torch.float64
     loss = task(_cast(batch, torch.float64) if is_double else batch, batch.step).value.item()
     hook.remove()
+    if task.step.scaler.get_scale() > 1 and not all(g.isfinite().all() for g in gradients.values()):
+        return _outcome(task, batch, state, trains)  # with half the scale
     everyone = torch.tensor(task.world.gather_objects(loss), dtype=torch.float64)
     parts = {_STATISTICS: {}, _LOSS: {"loss": everyone.mean()}, _GRADIENT: gradients, _BUFFERS: {}, _WEIGHTS: {}}
     for name, tensor in deepcopy(method.state_dict()).items():

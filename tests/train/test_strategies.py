@@ -16,6 +16,7 @@ from train.processes.distributed import World
 
 STRATEGIES = {
     "powersgd": ("simclr", ["run.gradient_compression=powersgd", "run.powersgd_start=2", "run.bucket_mb=1"]),
+    "fp16": ("simclr", ["run.precision=fp16", "run.micro_batch_size=6"]),
     "local": ("byol", ["run.local_sgd_period=3", "run.local_sgd_start=2", "run.local_sgd_group=local"]),
 }
 MORE = ["run.checkpoint_every=1", "run.keep_checkpoints=9", "optim.steps=6", "run.bucket_mb=1"]
@@ -61,7 +62,7 @@ def same(a: Any, b: Any) -> bool:
 def test_an_interrupted_run_is_the_whole_one(strategy: str, runs: dict[str, Path]) -> None:
     whole, continued = states(runs[strategy])
     assert step_of(checkpoints(runs[strategy])[-1]) == 6
-    for part in ("method", "optimizer", "ranks"):
+    for part in ("method", "optimizer", "ranks", "scaler"):
         assert same(whole.get(part), continued.get(part)), part
 
 
@@ -86,3 +87,9 @@ def test_post_local_sgd_averages_weights_and_teachers_when_they_are_due(runs: di
             assert torch.equal(first[name], second[name]) == equal, f"{name} after step {step}"
             torch.testing.assert_close(state["method"][name], (first[name] + second[name]) / 2, rtol=0, atol=1e-7)
     assert "ranks" not in load(runs["local"] / "step-000000002.pt")
+
+
+def test_fp16_takes_its_scale_along(runs: dict[str, Path]) -> None:
+    """Of which this run had refused the first updates, by 2^16 and so on."""
+    state = load(runs["fp16"] / "step-000000003.pt")["scaler"]
+    assert state["scale"] < 2**16

@@ -138,6 +138,7 @@ FOUND: dict[str, tuple[list[str], str]] = {
 }
 
 
+NO_FAULT = ["none", "none, fp32", "none, fp16"]
 # what claims no exact gradient -> its settings
 NOT_EXACT: dict[str, list[str]] = {
     "bf16": ["run.gradient_compression=bf16"],
@@ -172,7 +173,7 @@ def checks(world: World, shards: Path, run: Path, fault: str) -> list[list[str]]
 
 
 def all_checks(world: World, shards: Path, run: Path) -> dict[str, list[list[str]]]:
-    return {fault: checks(world, shards, run, fault) for fault in ["none", "none, fp32", *NOT_EXACT, *FOUND]}
+    return {fault: checks(world, shards, run, fault) for fault in [*NO_FAULT, *NOT_EXACT, *FOUND]}
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ def failures(found: list[list[str]]) -> dict[str, str]:
     return {name: detail for name, status, detail in found if status == "FAIL"}
 
 
-@pytest.mark.parametrize("precision", ["none", "none, fp32"])
+@pytest.mark.parametrize("precision", NO_FAULT)
 def test_without_a_fault_everything_passes(precision: str, found: dict[str, list[list[str]]]) -> None:
     assert failures(found[precision]) == {}
     names = [name for name, status, _ in found[precision] if status == "PASS"]

@@ -21,11 +21,11 @@ _LIBRARIES = (
     *("torch", "torchvision", "nvidia-dali-cuda120", "numba", "simplejpeg", "webdataset", "datasets", "pillow"),
     *("albumentations", "opencv-python-headless"),
 )
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 def dtype(config: Config, world: World) -> torch.dtype:
-    """The dtype of the batches: for bf16 that of autocast, with parameters, losses and optimizer state in float32."""
+    """The dtype of the batches: for bf16 and fp16 autocast's; parameters, losses and optimizer state are float32."""
     automatic = "bf16" if world.device.type == "cuda" else "fp32"
     return _DTYPES[automatic if config.run.precision == "auto" else config.run.precision]
 

@@ -35,22 +35,27 @@ class Piece(NamedTuple):
 
 Forward = Callable[[list[torch.Tensor], Draws], Any]  # the method's, in mixed precision, with graph
 NoSync = Callable[[], AbstractContextManager[None]]  # within it, gradients are not averaged over ranks
+Scale = Callable[[torch.Tensor], torch.Tensor]  # of the loss, and so of all gradients: that of fp16
 
 
-def accumulate(method: Method, forward: Forward, no_sync: NoSync, batch: Piece, size: int) -> tuple[Loss, Any]:
+def accumulate(
+    method: Method, forward: Forward, no_sync: NoSync, batch: Piece, size: int, scale: Scale = lambda loss: loss
+) -> tuple[Loss, Any]:
     """Backward of the mean of the losses of pieces of ``size`` images. Returns it, and E of all without gradient."""
     pieces, losses, parts = batch.split(size), [], []
     for piece in pieces:
         with nullcontext() if piece is pieces[-1] else no_sync():
             e = forward(piece.views, piece.draws)
             loss = method.loss(e, piece.labels, piece.draws)
-            (loss.value / len(pieces)).backward()
+            scale(loss.value / len(pieces)).backward()
         losses.append(loss)
         parts.append(type(e)(*(tensor.detach() for tensor in e)))
     return _mean(losses), _joined(parts)
 
 
-def grad_cache(method: Method, forward: Forward, no_sync: NoSync, batch: Piece, size: int) -> tuple[Loss, Any]:
+def grad_cache(
+    method: Method, forward: Forward, no_sync: NoSync, batch: Piece, size: int, scale: Scale = lambda loss: loss
+) -> tuple[Loss, Any]:
     """Backward of the loss of all pieces together, with the graph of one of them in memory at a time. Returns what
     `accumulate` does."""
     pieces = batch.split(size)
@@ -58,7 +63,7 @@ def grad_cache(method: Method, forward: Forward, no_sync: NoSync, batch: Piece, 
         whole = _joined([forward(piece.views, piece.draws) for piece in pieces])
     cached = type(whole)(*(tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in whole))
     loss = method.loss(cached, batch.labels, batch.draws)
-    loss.value.backward()
+    scale(loss.value).backward()
     rows = slice(0, 0)
     for piece in pieces:
         rows = slice(rows.stop, rows.stop + len(piece.draws.ids))

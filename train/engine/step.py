@@ -17,6 +17,8 @@ from train.model.draws import Draws
 from train.optim.optimizers import acting
 from train.processes.distributed import World
 
+_PATIENCE = 24  # updates that fp16 refuses in a row: halvings of the scale, which begins at 2^16
+
 
 class NonFiniteGradientError(UserError):
     """The gradient of a step has NaN or infinite values; the parameters are those before that step."""
@@ -29,7 +31,9 @@ class TrainStep:
     where it is None. ``clip_norm`` bounds the gradient's norm.
 
     A non-finite gradient norm (which averaging over ranks spreads to all of them) stops every further update on the
-    device itself; the host learns of it from `check`, which the loop calls whenever it reads the losses anyway.
+    device itself; the host learns of it from `check`, which the loop calls whenever it reads the losses anyway. In
+    fp16 it refuses one update, and ``scaler`` halves the loss's scale; only `_PATIENCE` of them in a row and one more
+    stop the others.
     """
 
     def __init__(
@@ -47,10 +51,11 @@ class TrainStep:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         device = self._parameters[0].device
         self._device_type = device.type
-        self._stopped = torch.zeros((), device=device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self._stopped, self._refused, self._in_a_row = (torch.zeros((), device=device) for _ in range(3))
         self._bad_step = torch.full((), -1, device=device)
         reader: Any = acting(optimizer)
-        reader.found_inf = self._stopped  # by fused optimizers and LARS
+        reader.found_inf = self._refused  # by fused optimizers and LARS
         reader.grad_scale = None
 
     def __call__(
@@ -68,19 +73,29 @@ class TrainStep:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         batch = Piece(views, draws, labels)
         loss, e = done_twice(self._method, self._backward, batch, twice) if twice else self._backward(batch)
+        self.scaler.unscale_(self._optimizer)
+        self.scaler.update()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
-        bad = ~norm.isfinite()
-        self._bad_step.copy_(torch.where(bad & (self._stopped == 0), draws.step + 1, self._bad_step))
-        self._stopped.copy_(torch.maximum(self._stopped, bad.to(self._stopped.dtype)))
+        self._refuse(~norm.isfinite(), draws.step + 1)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            self._method.after_update(Update(progress, 1 - self._stopped, e))
-        metrics = {**loss.metrics, "gradient_norm": norm}
+            self._method.after_update(Update(progress, 1 - self._refused, e))
+        metrics = {**loss.metrics, "gradient_norm": norm.nan_to_num(0, 0)}
+        if self.scaler.is_enabled():
+            metrics |= {"loss_scale": self.scaler.scale(torch.ones_like(norm)), "refused": self._refused.clone()}
         return Loss(loss.value.detach(), metrics, health.sample(e[0]), e.h[0].clone())
+
+    def _refuse(self, bad: torch.Tensor, step: int) -> None:
+        """Sets the flags of an update whose gradient is ``bad``, or which comes after the last one."""
+        self._in_a_row.copy_(torch.where(bad, self._in_a_row + 1, 0))
+        stops = self._in_a_row > (_PATIENCE if self.scaler.is_enabled() else 0)
+        self._bad_step.copy_(torch.where(stops & (self._stopped == 0), step, self._bad_step))
+        self._stopped.copy_(torch.maximum(self._stopped, stops.to(self._stopped.dtype)))
+        self._refused.copy_(torch.maximum(self._stopped, bad.to(self._stopped.dtype)))
 
     def check(self, directory: Path) -> None:
         """Raises `NonFiniteGradientError` if updates have stopped. Waits for the device."""
@@ -97,7 +112,9 @@ class TrainStep:
         images = len(batch.draws.ids)
         size = self._micro_batch_size or images
         by_pieces = grad_cache if size < images and self._method.images_meet else accumulate
-        return by_pieces(self._method, self._forward, getattr(self._wrapped, "no_sync", nullcontext), batch, size)
+        return by_pieces(
+            self._method, self._forward, getattr(self._wrapped, "no_sync", nullcontext), batch, size, self.scaler.scale
+        )
 
     def _forward(self, views: list[torch.Tensor], draws: Draws) -> Any:
         """The method's, in mixed precision; what it returns is at least float32, because losses sum over many images

@@ -57,14 +57,53 @@ def test_non_finite_gradient_stops_all_further_updates(optimizer: str, tmp_path:
         step.check(tmp_path)
 
 
-def test_bfloat16_stays_close_to_float32() -> None:
+@pytest.mark.parametrize("short", [torch.bfloat16, torch.float16])
+def test_short_floats_stay_close_to_float32(short: torch.dtype) -> None:
     losses = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, short):
         method, step = small_run("sgd")
         step = TrainStep(method, method, step._optimizer, dtype)
         losses.append(step(views(0), draws(), 0.01, 0.1)[0].item())
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
+
+
+def in_float16(init_scale: float) -> tuple[SimCLR, TrainStep]:
+    method, step = small_run("lars")
+    step = TrainStep(method, method, step._optimizer, torch.float16)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=2)
+    return method, step
+
+
+def test_float16_refuses_an_update_halves_the_scale_and_goes_on() -> None:
+    method, step = in_float16(2.0**30)
+    seen = []
+    for number in range(40):
+        before = {name: p.detach().clone() for name, p in method.named_parameters()}
+        loss = step(views(number), draws(number), 0.1, 0.1)
+        changed = any(not torch.equal(p, before[name]) for name, p in method.named_parameters())
+        assert changed != bool(loss.metrics["refused"]), f"update {number}"
+        assert (loss.metrics["gradient_norm"] > 0) == changed, "0 where there is none"
+        seen.append((changed, loss.metrics["loss_scale"].item()))
+    step.check(Path("runs/x"))
+    accepted = [changed for changed, _ in seen].index(True)
+    assert [scale for _, scale in seen[:accepted]] == [2.0 ** (29 - n) for n in range(accepted)]
+    assert seen[accepted + 1] == (True, 2 * seen[accepted][1]), "and grows after two"
+    assert [changed for changed, _ in seen].count(False) > accepted, "until it is too large again"
+
+
+def test_float16_stops_at_a_gradient_that_no_scale_makes_finite() -> None:
+    method, step = in_float16(2.0**16)
+    before = {name: p.detach().clone() for name, p in method.named_parameters()}
+    poisoned = views(1)
+    poisoned[0][0, 0, 0, 0] = float("nan")
+    for number in range(25):
+        step.check(Path("runs/x"))
+        step(poisoned, draws(number), 0.1, 0.1)
+    step(views(2), draws(25), 0.1, 0.1)
+    with pytest.raises(NonFiniteGradientError, match="at step 25; no update"):
+        step.check(Path("runs/x"))
+    assert all(torch.equal(p, before[name]) for name, p in method.named_parameters())
 
 
 def test_clipping_bounds_the_norm_of_the_update() -> None:
