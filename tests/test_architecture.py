@@ -52,14 +52,14 @@ def test_the_folders_of_train_stand_on_each_other(folder: str) -> None:
             assert allowed, f"{path.relative_to(ROOT)} imports {name}"
 
 
-def test_only_three_files_talk_to_torch_distributed() -> None:
+def test_only_four_files_talk_to_torch_distributed() -> None:
     users = {
         str(path.relative_to(ROOT))
         for package in MAY_IMPORT
         for path in modules(package)
         if any(name.startswith("torch.distributed") for name in imports(path))
     }
-    assert users == {f"train/processes/{name}.py" for name in ("distributed", "neighbours", "communication")}
+    assert users == {f"train/processes/{name}.py" for name in ("distributed", "neighbours", "communication", "fsdp")}
 
 
 def test_core_arithmetic_knows_no_devices() -> None:

@@ -60,6 +60,15 @@ class DataConfig(Settings):
     max_replaced_samples: int = Field(100, ge=0, description="undecodable samples to replace before giving up")
 
 
+# A field, its value (None: any but 0), and fields that it does not go together with.
+_APART = (
+    ("parallel", "fsdp", "gradient_compression local_sgd_period shard_optimizer static_graph noise_scale compile"),
+    ("local_sgd_period", None, "gradient_compression shard_optimizer noise_scale replay_every"),
+    ("gradient_compression", "powersgd", "static_graph replay_every"),
+    ("precision", "fp16", "noise_scale local_sgd_period parallel"),
+)
+
+
 class RunConfig(ParallelConfig):
     dir: HomePath = Field(Path("runs/simclr"), description="checkpoints, logs and the effective configuration")
     seed: int = Field(0, ge=0, lt=2**64, description="of initial weights, order and views")
@@ -94,18 +103,11 @@ class RunConfig(ParallelConfig):
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         """Refuses what does not go together."""
-        is_local, is_power = self.local_sgd_period > 0, self.gradient_compression == "powersgd"
-        apart = [
-            ("gradient_compression=powersgd", is_power, ("static_graph", "replay_every")),
-            ("local_sgd_period", is_local, ("gradient_compression", "shard_optimizer", "noise_scale", "replay_every")),
-            ("precision=fp16", self.precision == "fp16", ("noise_scale", "local_sgd_period")),
-        ]
-        for strategy, is_chosen, others in apart:
-            for name in others:
-                default = type(self).model_fields[name].default
-                if is_chosen and getattr(self, name) != default:
-                    found = str(getattr(self, name)).lower()
-                    raise ValueError(f"{name}: expected {str(default).lower()} with {strategy}, found {found}")
+        for name, value, others in _APART:
+            chosen = getattr(self, name)
+            wrong = [o for o in others.split() if getattr(self, o) != type(self).model_fields[o].default]
+            if wrong and (chosen == value if value else chosen):
+                raise ValueError(f"{wrong[0]}: expected its default with {name}={chosen}; set one of them back")
         return self
 
     @model_validator(mode="before")

@@ -33,9 +33,10 @@ from train.engine.step import TrainStep
 from train.methods import Loss, Method, build_method
 from train.model.batchnorm import synchronize_batchnorm
 from train.model.draws import Draws
+from train.model.encoder import Encoder
 from train.online import Online, has_labels
-from train.optim.optimizers import build_optimizer, plain, restore
-from train.processes import stop
+from train.optim.optimizers import Make, build_optimizer, plain, restore
+from train.processes import fsdp, stop
 from train.processes.communication import Communication, own_state
 from train.processes.distributed import AnyRank, World, session
 from train.processes.run_directory import run_directory
@@ -103,7 +104,7 @@ def train(
         method, optimizer = begin()
         if state:
             state |= own
-            method.load_state_dict(state["method"])
+            fsdp.load(method, state["method"])
             restore(optimizer, state["optimizer"])
         if start_step >= plan.total_steps:
             return method, _nothing_to_do(config, start_step, plan, world)
@@ -146,12 +147,20 @@ def build(config: Config, world: World) -> Method:
         else:
             checkpoint.initialize(encoder, weights, "method.weights")
     dtype = torch.float64 if config.run.precision == "fp64" else torch.float32
-    method.to(world.device, dtype).to(memory_format=torch.channels_last)
-    return synchronize_batchnorm(method, world, config.run.batchnorm)
+    method.to(world.device, dtype)
+    if not (is_sharded := config.run.parallel == "fsdp" and world.size > 1):
+        method.to(memory_format=torch.channels_last)
+    method = synchronize_batchnorm(method, world, config.run.batchnorm)
+    if is_sharded:
+        fsdp.shard_parameters(method, [m.backbone for m in method.modules() if isinstance(m, Encoder)])
+    return method
 
 
 def optimizer_of(config: Config, method: Method, world: World) -> torch.optim.Optimizer:
-    return build_optimizer(config.optim, method, world.shard if config.run.shard_optimizer else plain)
+    make: Make = world.shard if config.run.shard_optimizer else plain
+    if config.run.parallel == "fsdp" and world.size > 1:
+        make = fsdp.ShardOptimizer
+    return build_optimizer(config.optim, method, make)
 
 
 class Pretraining:
@@ -182,8 +191,10 @@ class Pretraining:
         self.communication.begin(step)
         draws = Draws(self._run.seed, step, batch.ids)
         labels = batch.labels if self.method.takes_labels else None
+        momentum = self._plan.moving("momentum", step)
         for group in self.optimizer.param_groups:
-            group["weight_decay"] = self._plan.weight_decay(step) if group["adapt"] else 0.0
+            group["weight_decay"] = self._plan.moving("weight_decay", step) if group["adapt"] else 0.0
+            group |= {"betas": (momentum, group["betas"][1])} if "betas" in group else {"momentum": momentum}
         rate, progress = self._plan.learning_rate(step), (step + 1) / self._plan.total_steps
         twice = self.world if self._run.replay_every and step % self._run.replay_every == 0 else None
         loss = self.step(batch.views, draws, rate, progress, labels, twice)

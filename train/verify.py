@@ -29,6 +29,7 @@ from train.engine.plan import RunPlan, plan_run
 from train.engine.repeat import StepDiffersError, unequal_ranks
 from train.methods import Method
 from train.pretrain import Pretraining, build, build_loader, optimizer_of, parser, run_facts
+from train.processes import fsdp
 from train.processes.distributed import World, launch, session
 
 _LEAST_IMAGES = 16
@@ -166,7 +167,7 @@ def _compare(
             limit = max(1e-6, 3 * deviation(b[name], exact[name]).norm) if truth else _EXACT
             everyone = world.gather_objects(deviation(a[name], b[name], limit))
             found[name] = max(*everyone, found.get(name, everyone[0]))
-        unequal = unequal or unequal_ranks(many.method.state_dict(), world)
+        unequal = unequal or unequal_ranks(fsdp.whole(many.method.state_dict()), world)
         state = deepcopy(one.method.state_dict())
     for name, worst in found.items():
         yield _check(name, worst.excess <= 1, worst, worst._asdict())
@@ -208,7 +209,7 @@ def _outcome(task: Pretraining, batch: Batch, state: Tensors, trains: bool) -> d
     """Of an update from ``state``: the loss over all ranks, the gradient, and the state after it, in three parts.
     ``trains``: BatchNorm by the batch, else by its running statistics."""
     method = task.method
-    method.load_state_dict(dict(state))
+    fsdp.load(method, state)
     for module in method.modules():
         if isinstance(module, _BatchNorm):
             module.train(trains)
@@ -216,7 +217,8 @@ def _outcome(task: Pretraining, batch: Batch, state: Tensors, trains: bool) -> d
     gradients = dict[str, torch.Tensor]()
 
     def keep(*_: Any) -> None:
-        gradients.update({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named.items()})
+        found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named.items()}
+        gradients.update(fsdp.whole(found))
 
     hook = task.optimizer.register_step_pre_hook(keep)
     is_double = next(iter(named.values())).dtype == torch.float64
@@ -226,7 +228,7 @@ def _outcome(task: Pretraining, batch: Batch, state: Tensors, trains: bool) -> d
         return _outcome(task, batch, state, trains)  # with half the scale
     everyone = torch.tensor(task.world.gather_objects(loss), dtype=torch.float64)
     parts = {_STATISTICS: {}, _LOSS: {"loss": everyone.mean()}, _GRADIENT: gradients, _BUFFERS: {}, _WEIGHTS: {}}
-    for name, tensor in deepcopy(method.state_dict()).items():
+    for name, tensor in deepcopy(fsdp.whole(method.state_dict())).items():
         is_running = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
         parts[_STATISTICS if is_running else _WEIGHTS if name in named else _BUFFERS][name] = tensor
     return {name: tensors for name, tensors in parts.items() if tensors}

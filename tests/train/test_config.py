@@ -188,8 +188,10 @@ def test_batchnorm_by_its_name_of_before(old: bool, new: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("gradient_compression=powersgd static_graph=true", "static_graph: expected false with gradient_compression=p"),
-        ("gradient_compression=powersgd replay_every=7", "replay_every: expected 0 with .*powersgd, found 7"),
+        ("gradient_compression=powersgd static_graph=true", "static_graph: .* with gradient_compression=powersgd; set"),
+        ("local_sgd_period=4 shard_optimizer=true", "shard_optimizer: expected its default with local_sgd_period=4"),
+        ("parallel=fsdp noise_scale=true", "noise_scale: expected its default with parallel=fsdp"),
+        ("parallel=fsdp precision=fp16", "parallel: expected its default with precision=fp16"),
     ],
 )
 def test_ways_to_work_together_that_do_not_fit_are_refused(settings: str, message: str) -> None:

@@ -9,14 +9,17 @@ import torch
 
 from tests.processes import run_ranks
 from tests.train.runs import settings_of
-from train.config import load_config
+from train.config import Config, load_config
 from train.engine.checkpoint import checkpoints, load, step_of
-from train.pretrain import pretrain
+from train.optim.optimizers import acting
+from train.pretrain import build, optimizer_of, pretrain
 from train.processes.distributed import World
+from train.processes.fsdp import local
 
 STRATEGIES = {
     "powersgd": ("simclr", ["run.gradient_compression=powersgd", "run.powersgd_start=2", "run.bucket_mb=1"]),
     "fp16": ("simclr", ["run.precision=fp16", "run.micro_batch_size=6"]),
+    "fsdp": ("byol", ["run.parallel=fsdp", "optim.name=lars", "run.precision=fp64"]),
     "local": ("byol", ["run.local_sgd_period=3", "run.local_sgd_start=2", "run.local_sgd_group=local"]),
 }
 MORE = ["run.checkpoint_every=1", "run.keep_checkpoints=9", "optim.steps=6", "run.bucket_mb=1"]
@@ -27,8 +30,8 @@ def arguments_of(strategy: str, shards: Path, run: Path) -> list[str]:
     return settings_of(method, shards, run, *MORE, *how)
 
 
-def interrupted(world: World, runs: dict[str, list[str]]) -> None:
-    """Each run, and again from its third step on."""
+def interrupted(world: World, runs: dict[str, list[str]]) -> list[int]:
+    """Each run, and again from its third step on. Returns `held_bytes` of the one in shards."""
     for arguments in runs.values():
         config = load_config(None, arguments)
         for rest in (slice(3, None), slice(0)):
@@ -38,14 +41,33 @@ def interrupted(world: World, runs: dict[str, list[str]]) -> None:
                 for path in checkpoints(config.run.dir)[rest]:
                     path.unlink()
             world.barrier()
+    return held_bytes(world, load_config(None, [*runs["fsdp"], "optim.name=adamw"]))
+
+
+def held_bytes(world: World, config: Config) -> list[int]:
+    """Of a rank's trained parameters and AdamW's state of them, and what they are without shards."""
+    method = build(config, world)
+    optimizer = optimizer_of(config, method, world)
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    held = [local(p) for p in parameters]
+    held += [t for state in acting(optimizer).state.values() for name, t in state.items() if name != "step"]
+    return [sum(t.nbytes for t in held), 3 * sum(p.nbytes for p in parameters)]
 
 
 @pytest.fixture(scope="module")
-def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def both(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], list[list[int]]]:
     root = tmp_path_factory.mktemp("strategies")
     started = {name: arguments_of(name, shards, root / name) for name in STRATEGIES}
-    run_ranks(interrupted, 2, started)
-    return {name: root / name for name in STRATEGIES}
+    ranks = run_ranks(interrupted, 2, started)
+    return {name: root / name for name in STRATEGIES}, ranks
+
+
+@pytest.fixture
+def runs(both: tuple[dict[str, Path], list[list[int]]]) -> dict[str, Path]:
+    return both[0]
 
 
 def states(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -75,6 +97,26 @@ def test_on_other_processes_their_own_state_is_left_out_and_a_line_says_so(
     pretrain(load_config(None, arguments_of("powersgd", shards, run)), World())
     assert "is left out: it is of {'processes': 2, 'run.gradient_compression': 'powersgd'" in caplog.text
     assert "ranks" not in load(checkpoints(run)[-1])
+
+
+def test_shards_are_saved_whole_and_continued_by_a_single_process(
+    runs: dict[str, Path], shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["fsdp"], run)
+    checkpoints(run)[-1].unlink()
+    pretrain(load_config(None, arguments_of("fsdp", shards, run)), World())
+    expected, found = load(runs["fsdp"] / "whole.pt"), load(checkpoints(run)[-1])
+    torch.testing.assert_close(found["method"], expected["method"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found["optimizer"]["state"], expected["optimizer"]["state"], rtol=1e-6, atol=1e-12)
+
+
+def test_a_rank_holds_its_share_of_parameters_and_of_the_optimizers_state(
+    both: tuple[dict[str, Path], list[list[int]]],
+) -> None:
+    (first, total), (second, _) = both[1]
+    assert first + second == total
+    assert 0.45 * total < first < 0.55 * total
 
 
 def test_post_local_sgd_averages_weights_and_teachers_when_they_are_due(runs: dict[str, Path]) -> None:

@@ -138,7 +138,7 @@ FOUND: dict[str, tuple[list[str], str]] = {
 }
 
 
-NO_FAULT = ["none", "none, fp32", "none, fp16"]
+NO_FAULT = ["none", "none, fp32", "none, fp16", "fsdp"]
 # what claims no exact gradient -> its settings
 NOT_EXACT: dict[str, list[str]] = {
     "bf16": ["run.gradient_compression=bf16"],
@@ -160,6 +160,8 @@ def checks(world: World, shards: Path, run: Path, fault: str) -> list[list[str]]
         vars(train.verify)["build_loader"] = planted
     if kind in NOT_EXACT:
         more += NOT_EXACT[kind]
+    if kind == "fsdp":
+        more += ["run.parallel=fsdp"]
     if kind == "other settings" and world.rank == 1:
         more += ["method.temperature=0.7"]
     if method == "dino":

@@ -30,18 +30,23 @@ class RunPlan:
             step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, peak=self.peak, final=final
         )
 
-    def weight_decay(self, step: int) -> float:
-        start, end = self.optim.weight_decay, self.optim.weight_decay_end
+    def moving(self, name: str, step: int) -> float:
+        """Weight decay or momentum: from ``optim.<name>`` by a cosine to ``optim.<name>_end``, where that is set."""
+        start, end = getattr(self.optim, name), getattr(self.optim, f"{name}_end")
         return start if end is None else schedule.cosine(step / self.total_steps, start, end)
 
     def __str__(self) -> str:
         """What follows from the configuration and the data."""
-        first, last = self.weight_decay(0), self.weight_decay(self.total_steps)
+        moves = f"; momentum {self._ends('momentum')}" if self.optim.momentum_end is not None else ""
         return (
             f"{self.total_steps} steps; learning rate {self.peak:.4g} after {self.warmup_steps} steps of warm-up, "
-            f"{self.learning_rate(self.total_steps):.4g} at the end ({self.optim.schedule}); weight decay {first:g}"
-            + (f" to {last:g}" if last != first else "")
+            f"{self.learning_rate(self.total_steps):.4g} at the end ({self.optim.schedule}); weight decay "
+            f"{self._ends('weight_decay')}{moves}"
         )
+
+    def _ends(self, name: str) -> str:
+        first, last = self.moving(name, 0), self.moving(name, self.total_steps)
+        return f"{first:g}" + (f" to {last:g}" if last != first else "")
 
 
 def plan_run(config: Config, num_samples: int) -> RunPlan:

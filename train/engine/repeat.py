@@ -14,6 +14,7 @@ from sharding.command import UserError
 from train.engine.gradcache import Piece
 from train.methods import Loss, Method
 from train.processes.distributed import World
+from train.processes.fsdp import local
 
 Hashes = list[tuple[str, int]]  # of what a step computes: by name, in the order of computation
 
@@ -47,7 +48,8 @@ def done_twice(method: Method, backward: Backward, batch: Piece, world: World) -
             "not deterministic (torch.use_deterministic_algorithms(True) names it), or a layer draws from a generator, "
             "or the device is faulty"
         )
-    if unequal := unequal_ranks({n: p.grad for n, p in method.named_parameters() if p.grad is not None}, world):
+    gradients = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
+    if unequal := unequal_ranks({n: g for n, g in gradients.items() if local(g) is g}, world):  # of shards each its own
         raise StepDiffersError(f"{where} has averaged gradients that are not the same on all ranks: {unequal}")
     return made
 
@@ -85,6 +87,6 @@ def _hash(name: str, value: Any) -> Hashes:
     tensors = value if isinstance(value, tuple) else (value,)
     return [
         (name, int(torch.hash_tensor(t.detach()).view(torch.int64)))
-        for t in tensors
+        for t in map(local, tensors)
         if isinstance(t, torch.Tensor) and t.numel()
     ]

@@ -16,6 +16,7 @@ from train.methods import Loss, Method, Update
 from train.model.draws import Draws
 from train.optim.optimizers import acting
 from train.processes.distributed import World
+from train.processes.fsdp import whole
 
 _PATIENCE = 24  # updates that fp16 refuses in a row: halvings of the scale, which begins at 2^16
 
@@ -76,7 +77,7 @@ class TrainStep:
         self.scaler.unscale_(self._optimizer)
         self.scaler.update()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         if self._clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
         self._refuse(~norm.isfinite(), draws.step + 1)

@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from train.processes.fsdp import local, whole
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -22,7 +24,7 @@ Pairs = Iterable[tuple[nn.Module, nn.Module]]  # of a teacher and the student th
 def follow(pairs: Pairs, tau: float, accepted: torch.Tensor) -> None:
     """``teacher <- tau teacher + (1 - tau) student`` for all parameters where ``accepted`` (a scalar on their device)
     is 1, nothing where it is 0. Buffers (BatchNorm's statistics) are the teacher's own."""
-    teachers, students = _parameters(pairs)
+    teachers, students = ([local(p) for p in parameters] for parameters in _parameters(pairs))
     change = list(torch._foreach_sub(students, teachers))
     torch._foreach_mul_(change, (1 - tau) * accepted.double())  # a float32 would round tau, in float64 runs too
     torch._foreach_add_(teachers, change)
@@ -30,10 +32,11 @@ def follow(pairs: Pairs, tau: float, accepted: torch.Tensor) -> None:
 
 @torch.no_grad()
 def distance(pairs: Pairs) -> torch.Tensor:
-    """``|teacher - student| / |student|`` over all parameters, a scalar."""
+    """``|teacher - student| / |student|`` over all parameters, a scalar. Synchronises ranks if they hold shards."""
     teachers, students = _parameters(pairs)
     apart = torch.nn.utils.get_total_norm(torch._foreach_sub(teachers, students))
-    return apart / torch.nn.utils.get_total_norm(students)
+    distance: torch.Tensor = whole(apart / torch.nn.utils.get_total_norm(students))
+    return distance
 
 
 def _parameters(pairs: Pairs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

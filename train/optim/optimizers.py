@@ -38,6 +38,7 @@ class OptimConfig(Settings):
     )
     excluded_rate: float = Field(1.0, gt=0, description="learning rate of what is excluded: share of the others'")
     momentum: float = Field(0.9, ge=0, lt=1, description="of LARS, LARC and SGD; beta_1 of AdamW and LAMB")
+    momentum_end: float | None = Field(None, ge=0, lt=1, description="by a cosine over the run; default: stays")
     nesterov: bool = Field(False, description="SGD: Nesterov's correction of the momentum")
     beta2: float = Field(0.999, ge=0, lt=1, description="of AdamW and LAMB")
     eta: float = Field(0.001, gt=0, description="LARS, LARC: trust coefficient; 0.02 on small data sets")
@@ -116,6 +117,10 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     if (share := acting(optimizer)) is not optimizer:  # whose own copy is not used; counts of updates are on the host
         share.load_state_dict(share.state_dict())
         optimizer.state.clear()
+    for parameter, values in acting(optimizer).state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:  # fused kernels take for granted that both lie alike in memory
+                values[name] = torch.empty_like(parameter).copy_(value)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group |= own
 
@@ -128,6 +133,7 @@ class LARS(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    sum_over_ranks: Callable[[torch.Tensor], object] | None = None  # in place, where tensors are shards of them
 
     def __init__(self, params: Any, *, lr: float = 0.0, momentum: float = 0.9, eta: float = 0.001) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "eta": eta, "weight_decay": 0.0, "adapt": True})
@@ -146,11 +152,18 @@ class LARS(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_add_(gradients, params, alpha=group["weight_decay"])
         if group["adapt"]:
-            w, g = _norms(params), _norms(gradients)
+            w, g = self._norms(params), self._norms(gradients)
             trust = torch.where((w > 0) & (g > 0), group["eta"] * w / g, 1.0)
             torch._foreach_mul_(gradients, list(trust.unbind()))
         torch._foreach_mul_(gradients, group["lr"])
         self._descend(params, gradients, momentum=group["momentum"], lr=1.0)
+
+    def _norms(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        norms = torch.stack(torch._foreach_norm(tensors))
+        if self.sum_over_ranks is None:
+            return norms
+        self.sum_over_ranks(norms.square_())
+        return norms.sqrt_()
 
     def _descend(
         self, params: list[torch.Tensor], gradients: list[torch.Tensor], *, momentum: float, lr: float
@@ -178,7 +191,7 @@ class LARC(LARS):
     """
 
     def _update(self, group: dict[str, Any], params: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
-        w, g = _norms(params), _norms(gradients)
+        w, g = self._norms(params), self._norms(gradients)
         torch._foreach_add_(gradients, params, alpha=group["weight_decay"])
         if group["adapt"]:
             trust = group["eta"] * w / (g + group["weight_decay"] * w + _LARC_EPS)
@@ -196,8 +209,8 @@ class LAMB(LARS):
     """
 
     def __init__(self, params: Any, *, betas: tuple[float, float] = (0.9, 0.999)) -> None:
-        super().__init__(params)
-        self._betas = {"beta1": betas[0], "beta2": betas[1]}
+        super().__init__(params, momentum=betas[0])
+        self._beta2 = betas[1]
         for group in self.param_groups:
             group["fused"] = True  # `load_state_dict` then takes the counts of updates to the device
 
@@ -206,16 +219,13 @@ class LAMB(LARS):
         moved, fused = [torch.zeros_like(p) for p in params], self._fused()
         first, second = (self._buffers(params, name) for name in ("exp_avg", "exp_avg_sq"))
         steps = self._buffers(params, "step", lambda p: torch.zeros((), device=p.device))
-        options = fused | self._betas | {"lr": 1.0, "eps": _LAMB_EPS, "amsgrad": False}
+        betas = {"beta1": group["momentum"], "beta2": self._beta2}
+        options = fused | betas | {"lr": 1.0, "eps": _LAMB_EPS, "amsgrad": False}
         adam(moved, gradients, first, second, [], steps, **options)
         update = list(torch._foreach_neg(moved))
         torch._foreach_add_(update, params, alpha=group["weight_decay"])
-        w, u = _norms(params), _norms(update)
+        w, u = self._norms(params), self._norms(update)
         trust = torch.where((w > 0) & (u > 0), w / u, 1.0) if group["adapt"] else torch.ones_like(w)
         accepted = 1.0 if fused["found_inf"] is None else 1 - fused["found_inf"]
         torch._foreach_mul_(update, list((-group["lr"] * accepted * trust).unbind()))
         torch._foreach_add_(params, update)
-
-
-def _norms(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(torch._foreach_norm(tensors))

@@ -30,6 +30,9 @@ _MEMORY = ("error_dict", "p_memory_dict", "q_memory_dict")  # of PowerSGDState: 
 class ParallelConfig(Settings):
     """The fields of ``run`` that say how processes work together."""
 
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="fsdp: each process has a share of parameters, gradients and optimizer (FSDP2)"
+    )
     gradient_compression: Literal["none", "bf16", "fp16", "powersgd"] = Field(
         "none", description="how gradients are sent: in a shorter dtype, or as matrices of low rank"
     )

@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from sharding.command import UserError
 from train.processes.failure import Failures
+from train.processes.fsdp import ShardOptimizer, whole
 
 T = TypeVar("T")
 
@@ -100,6 +102,9 @@ class World:
         """The state of both on rank 0, None on the others. To be called on all ranks: it may be gathered."""
         if isinstance(optimizer, ZeroRedundancyOptimizer):
             optimizer.consolidate_state_dict()
+        if isinstance(optimizer, ShardOptimizer):
+            state = whole({"method": method.state_dict(), "optimizer": optimizer.state_dict()})
+            return state if self.is_main else None
         return {"method": method.state_dict(), "optimizer": optimizer.state_dict()} if self.is_main else None
 
     def shard(self, kind: type[torch.optim.Optimizer], groups: Any, **options: Any) -> torch.optim.Optimizer:
@@ -128,7 +133,7 @@ class World:
 
     def wrap(self, module: nn.Module, **options: Any) -> nn.Module:
         """The module with gradients averaged over ranks, by DDP with these ``options`` of its own."""
-        if self.size == 1:
+        if self.size == 1 or isinstance(module, FSDPModule):
             return module
         ids = [self.device] if self.device.type == "cuda" else None
         wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **options)

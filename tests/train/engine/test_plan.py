@@ -41,8 +41,17 @@ def test_the_supervised_baseline_divides_by_ten_at_epochs_30_60_and_80(shards: A
 
 def test_dinos_weight_decay_rises_by_a_cosine(shards: Any) -> None:
     chosen = plan(shards, "method.name=dino", "optim.epochs=25")
-    assert [chosen.weight_decay(step) for step in (0, 50, 100)] == pytest.approx([0.04, 0.22, 0.4])
-    assert plan(shards).weight_decay(7) == 1e-6, "by default it does not move"
+    assert [chosen.moving("weight_decay", step) for step in (0, 50, 100)] == pytest.approx([0.04, 0.22, 0.4])
+    assert plan(shards).moving("weight_decay", 7) == 1e-6, "by default it does not move"
+
+
+@pytest.mark.parametrize(("optimizer", "name"), [("sgd", "momentum"), ("lamb", "momentum"), ("adamw", "betas")])
+def test_a_run_moves_its_momentum(optimizer: str, name: str, shards: Any, tmp_path: Any) -> None:
+    """Of two updates the second's is half way by the cosine."""
+    more = [f"optim.name={optimizer}", "optim.momentum=0.8", "optim.momentum_end=0.4", "optim.steps=2"]
+    assert main(settings(shards, tmp_path, *more)) == 0
+    for group in load(checkpoints(tmp_path)[-1])["optimizer"]["param_groups"]:
+        assert (group[name][0] if name == "betas" else group[name]) == pytest.approx(0.6)
 
 
 def test_a_run_moves_its_weight_decay_and_shows_what_is_derived(

@@ -1,0 +1,100 @@
+"""Parameters, gradients and the optimizer's state in shards, one a rank: torch's FSDP2 (`fully_shard`).
+
+An optimizer updates a rank's shards as they are; what is saved is whole, and the same as without shards.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+State = dict[str, Any]
+
+
+def shard_parameters(module: nn.Module, encoders: Iterable[nn.Module]) -> None:
+    """Shard the parameters over all ranks. The blocks of the encoders' sequences (a ResNet's layers, a ViT's blocks)
+    are gathered one at a time, what is left with the ``module``. FSDP2 refuses channels_last weights."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is changed in place
+    for sequence in (child for encoder in encoders for child in encoder.children()):
+        if isinstance(sequence, nn.Sequential | nn.ModuleList):
+            for block in sequence:
+                fully_shard(block)
+    fully_shard(module)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard, or the tensor itself where it is none."""
+    shard: torch.Tensor = tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+    return shard
+
+
+def whole(value: Any) -> Any:
+    """A tensor with its shards put together; of a state all of them, on the host. Synchronises ranks."""
+    if isinstance(value, Mapping):
+        return {key: whole(t).cpu() if isinstance(t, DTensor) else whole(t) for key, t in value.items()}
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def load(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """``load_state_dict`` of whole tensors, of which each rank takes its shards."""
+    module.load_state_dict({name: _like(state[name], own) for name, own in module.state_dict().items()})
+
+
+def _like(value: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    if not isinstance(own, DTensor) or value.shape != own.shape:
+        return value
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
+class ShardOptimizer(torch.optim.Optimizer):
+    """Of parameters in shards: ``optim`` updates those of this rank. Its states are whole ones, for `whole`."""
+
+    optim: Any
+
+    def __init__(self, kind: type[torch.optim.Optimizer], groups: Any, **options: Any) -> None:
+        super().__init__(groups, {})
+        shards = [{**group, "params": [local(p) for p in group["params"]]} for group in self.param_groups]
+        self.optim = kind(shards, **options)
+        self.optim.sum_over_ranks = dist.all_reduce  # for LARS
+        _settings(self.optim, self)
+
+    def step(self, _: None = None) -> None:  # type: ignore[override]
+        _settings(self, self.optim)
+        for parameter, own in self._pairs():
+            own.grad = None if parameter.grad is None else local(parameter.grad)
+        self.optim.step()
+
+    def state_dict(self) -> State:
+        state, pairs = self.optim.state_dict(), self._pairs()
+        states = {n: {k: _placed(v, *pairs[n]) for k, v in values.items()} for n, values in state["state"].items()}
+        return state | {"state": states}
+
+    def load_state_dict(self, state: State) -> None:
+        pairs = self._pairs()
+        states = {
+            n: {k: local(_like(v, pairs[n][0])) for k, v in values.items()} for n, values in state["state"].items()
+        }
+        self.optim.load_state_dict(state | {"state": states})
+
+    def _pairs(self) -> list[tuple[Any, torch.Tensor]]:
+        groups = zip(self.param_groups, self.optim.param_groups, strict=True)
+        return [pair for a, b in groups for pair in zip(a["params"], b["params"], strict=True)]
+
+
+def _placed(value: torch.Tensor, parameter: DTensor, own: torch.Tensor) -> torch.Tensor:
+    """What is of the shape of a rank's ``own`` shard as a shard of all."""
+    if value.shape != own.shape:
+        return value
+    shape, mesh, placements = parameter.shape, parameter.device_mesh, parameter.placements
+    return DTensor.from_local(value, mesh, placements, shape=shape, stride=parameter.stride())
+
+
+def _settings(giver: torch.optim.Optimizer, taker: torch.optim.Optimizer) -> None:
+    """Those of the groups are handed over."""
+    for own, theirs in zip(taker.param_groups, giver.param_groups, strict=True):
+        own |= {name: value for name, value in theirs.items() if name != "params"}
