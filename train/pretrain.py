@@ -147,20 +147,16 @@ def build(config: Config, world: World) -> Method:
         else:
             checkpoint.initialize(encoder, weights, "method.weights")
     dtype = torch.float64 if config.run.precision == "fp64" else torch.float32
-    method.to(world.device, dtype)
-    if not (is_sharded := config.run.parallel == "fsdp" and world.size > 1):
-        method.to(memory_format=torch.channels_last)
-    method = synchronize_batchnorm(method, world, config.run.batchnorm)
-    if is_sharded:
+    method = synchronize_batchnorm(method.to(world.device, dtype), world, config.run.batchnorm)
+    if config.run.parallel == "fsdp" and world.size > 1:
         fsdp.shard_parameters(method, [m.backbone for m in method.modules() if isinstance(m, Encoder)])
-    return method
+        return method
+    return method.to(memory_format=torch.channels_last)
 
 
 def optimizer_of(config: Config, method: Method, world: World) -> torch.optim.Optimizer:
     make: Make = world.shard if config.run.shard_optimizer else plain
-    if config.run.parallel == "fsdp" and world.size > 1:
-        make = fsdp.ShardOptimizer
-    return build_optimizer(config.optim, method, make)
+    return build_optimizer(config.optim, method, fsdp.ShardOptimizer if fsdp.is_sharded(method) else make)
 
 
 class Pretraining:

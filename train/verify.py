@@ -37,9 +37,6 @@ _EXACT = 1e-9  # in float64, whose rounding was 1e-12 at most, over all methods
 
 _STATISTICS, _LOSS, _GRADIENT = "BatchNorm's statistics", "loss", "averaged gradient"
 _BUFFERS, _WEIGHTS = "teacher, queue, other buffers after the update", "weights after the update"
-_CHANGE = "change of the weights"
-
-_AVERAGED = {"gradient_compression": "none", "local_sgd_period": 0}  # whole gradients, every step
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -135,7 +132,8 @@ def _check(name: str, passed: bool, detail: object, figures: dict[str, Any] | No
 
 def _changed(config: Config, **run: Any) -> Config:
     """The configuration of a check: undivided, with gradients as long as they are, with some fields of ``run``."""
-    run = {"micro_batch_size": None, "replay_every": 0, **_AVERAGED, "powersgd_start": 0, "local_sgd_start": 0} | run
+    exact = {"gradient_compression": "none", "local_sgd_period": 0, "powersgd_start": 0, "local_sgd_start": 0}
+    run = {"micro_batch_size": None, "replay_every": 0} | exact | run
     optim = config.optim.model_copy(update={"clip_norm": None})
     return config.model_copy(update={"run": config.run.model_copy(update=run), "optim": optim})
 
@@ -190,11 +188,11 @@ def _compare(
         measured = gradient(compressed, many, own[0], trains, math.inf)
         yield Check(_GRADIENT, "MEASURED", f"{measured}; sent as {run.gradient_compression}", measured._asdict())
     if run.local_sgd_period:
-        tasks = (_task(_changed(config, local_sgd_period=period), world, peak) for period in (len(own), 0))
-        found_change, expected = (_change(task, own, start) for task in tasks)
-        measured = deviation(found_change, expected, math.inf)
+        tasks = [_task(_changed(config, local_sgd_period=period), world, peak) for period in (len(own), 0)]
+        averaged, expected = (_change(task, own, start) for task in tasks)
+        measured = deviation(averaged, expected, math.inf)
         detail = f"{measured}; by post-local SGD, averaged after {len(own)} steps"
-        yield Check(_CHANGE, "MEASURED", detail, measured._asdict())
+        yield Check("change of the weights", "MEASURED", detail, measured._asdict())
     if has_norm and not trains:
         measured = gradient(many, one, whole[0], True, math.inf)
         yield Check(_GRADIENT, "MEASURED", f"{measured}; BatchNorm's statistics are a rank's", measured._asdict())

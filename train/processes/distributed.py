@@ -15,13 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from sharding.command import UserError
 from train.processes.failure import Failures
-from train.processes.fsdp import ShardOptimizer, whole
+from train.processes.fsdp import ShardOptimizer, is_sharded, whole
 
 T = TypeVar("T")
 
@@ -133,7 +132,7 @@ class World:
 
     def wrap(self, module: nn.Module, **options: Any) -> nn.Module:
         """The module with gradients averaged over ranks, by DDP with these ``options`` of its own."""
-        if self.size == 1 or isinstance(module, FSDPModule):
+        if self.size == 1 or is_sharded(module):
             return module
         ids = [self.device] if self.device.type == "cuda" else None
         wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **options)

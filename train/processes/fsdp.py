@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 State = dict[str, Any]
@@ -25,6 +25,10 @@ def shard_parameters(module: nn.Module, encoders: Iterable[nn.Module]) -> None:
             for block in sequence:
                 fully_shard(block)
     fully_shard(module)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -42,10 +46,11 @@ def whole(value: Any) -> Any:
 
 def load(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """``load_state_dict`` of whole tensors, of which each rank takes its shards."""
-    module.load_state_dict({name: _like(state[name], own) for name, own in module.state_dict().items()})
+    own = module.state_dict()
+    module.load_state_dict({name: _like(value, own.get(name)) for name, value in state.items()})
 
 
-def _like(value: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+def _like(value: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
     if not isinstance(own, DTensor) or value.shape != own.shape:
         return value
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
