@@ -51,6 +51,7 @@ class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
         if input.ndim < 2:
             raise ValueError(f"GlooBatchNorm: expected (n, C, ...), found shape {tuple(input.shape)}")
 
+    @torch.compiler.disable  # its messages are not to be traced
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
