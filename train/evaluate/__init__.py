@@ -15,7 +15,6 @@ from train.evaluate.features import Features
 PROTOCOLS = {
     "knn": "train.evaluate.knn:KNN",
     "linear": "train.evaluate.linear:Linear",
-    "linear-sgd": "train.evaluate.linear_sgd:LinearSGD",
     "linear-augmented": "train.evaluate.finetune:LinearAugmented",
     "finetune": "train.evaluate.finetune:Finetune",
     "retrieve": "train.evaluate.knn:Retrieve",
