@@ -1,6 +1,6 @@
 """What the user says of a configuration: a YAML file and ``a.b=value`` arguments, into one tree of plain values."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,17 @@ def _one_line(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
     return " ".join(str(error).split())
+
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The settings of a tree, by names as overrides have them (``views.0.size``)."""
+    if isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict):
+        yield prefix[1:], str(tree)
+        return
+    for key, value in tree.items():
+        yield from leaves(value, f"{prefix}.{key}")
 
 
 def check_length(given: Any, where: str) -> None:

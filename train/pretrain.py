@@ -36,6 +36,7 @@ from train.model.draws import Draws
 from train.model.encoder import Encoder
 from train.online import Online, has_labels
 from train.optim.optimizers import Make, build_optimizer, plain, restore
+from train.overrides import leaves
 from train.processes import fsdp, stop
 from train.processes.communication import Communication, own_state
 from train.processes.distributed import AnyRank, World, session
@@ -311,9 +312,7 @@ def run_facts(config: Config, shards: ShardSet, start_step: int) -> dict[str, ob
     """All that the ranks must agree on; where data lie and with how many threads they are read may differ."""
     facts: dict[str, object] = {"the fingerprint of data.shards": shards.manifest.fingerprint}
     facts |= {"the step to start at": start_step, "the source code (its checksum)": automatic.code_version()}
-    for section, fields in config.model_dump(mode="json").items():
-        pairs = {f"{section}.{k}": v for k, v in fields.items()} if isinstance(fields, dict) else {section: fields}
-        facts |= pairs
+    facts |= dict(leaves(config.model_dump(mode="json")))
     for name in ("data.shards", "data.cache_dir", "data.num_threads", "run.dir"):
         del facts[name]
     return facts

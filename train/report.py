@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import cycle
@@ -26,8 +26,8 @@ from pipeline.preview import draw_sheet
 from sharding.command import UserError, command
 from train.config import Config, validate
 from train.engine.automatic import PROVENANCE
-from train.engine.monitor import read_lines, read_metrics
-from train.overrides import ConfigError, read_yaml
+from train.engine.monitor import read_lines, settled
+from train.overrides import ConfigError, leaves, read_yaml
 
 _PORT, _REFRESH_SECONDS = 6007, 30
 _MOST = 5000  # points of a curve: a browser draws dozens of such figures at once
@@ -92,30 +92,20 @@ def _read(path: Path, name: str) -> Run:
         config = validate(settings, str(path / "config.yaml"))
     except ConfigError as error:
         problems.append(str(error))
-    metrics, torn = read_metrics(path), read_lines(path / "metrics.jsonl", "step")[1]
+    metrics, torn = read_lines(path / "metrics.jsonl", "step")
     evaluations, torn_too = read_lines(path / "evaluation.jsonl", "results")
     starts, torn_as_well = read_lines(path / PROVENANCE, "commit")
     study = path.parent / "study.json"
     told = json.loads(study.read_text()) if study.exists() else {}
-    return Run(name, settings, config, metrics, evaluations, starts, problems + torn + torn_too + torn_as_well, told)
+    torn += torn_too + torn_as_well
+    return Run(name, settings, config, settled(metrics), evaluations, starts, problems + torn, told)
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str | None]]:
     """The settings that are not the same in all runs, None where a run has no such setting; but for ``run.dir``."""
-    flat = [dict(_leaves(run.settings)) for run in runs]
+    flat = [dict(leaves(run.settings)) for run in runs]
     found = {name: [one.get(name) for one in flat] for one in flat for name in one if name != "run.dir"}
     return {name: values for name, values in found.items() if len(set(values)) > 1}
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Names as overrides have them (``views.0.size``), and values."""
-    if isinstance(tree, list) and tree and isinstance(tree[0], dict):
-        tree = dict(enumerate(tree))
-    if not isinstance(tree, dict):
-        yield prefix[1:], str(tree)
-        return
-    for key, value in tree.items():
-        yield from _leaves(value, f"{prefix}.{key}")
 
 
 def evaluated(runs: Sequence[Run]) -> list[Record]:

@@ -15,6 +15,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from sharding.command import UserError
+from train.overrides import leaves
 
 
 class Logger(Protocol):
@@ -72,7 +73,7 @@ class _MLflow:
             self._mlflow.start_run(run_id=note.read_text())
         else:
             note.write_text(self._mlflow.start_run(run_name=directory.name).info.run_id)
-            self._mlflow.log_params(_flat(yaml.safe_load(config) or {}))
+            self._mlflow.log_params(dict(leaves(yaml.safe_load(config) or {})))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._mlflow.log_metrics(values, step=step, synchronous=False)
@@ -87,8 +88,3 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise UserError(f"run.loggers: {name} is not installed; pip install 'parallax-ssl[{name}]'") from None
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    nested = [_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in tree.items()]
-    return {k: v for part in nested for k, v in part.items()}

@@ -103,13 +103,15 @@ class Monitor:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run in step order; what a resumed run did again replaces what had been done before.
-
-    A line that a crash left half written is reported and passed over.
-    """
+    """The records of a run, `settled`. A line that a crash left half written is reported and passed over."""
     lines, problems = read_lines(run / "metrics.jsonl", "step")
     for problem in problems:
         log.warning("%s", problem)
+    return settled(lines)
+
+
+def settled(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records in step order; what a resumed run did again replaces what had been done before."""
     records: dict[int, dict[str, Any]] = {}
     for line in lines:
         if "resumed_at" in line:

@@ -31,7 +31,7 @@ def test_mlflow_has_one_run_with_settings_and_values_however_often_it_is_continu
         log("mlflow", tmp_path / "run", start, stop)
     (run,) = mlflow.MlflowClient().search_runs(["0"])
     assert run.info.status == "FINISHED"
-    assert run.data.params == {"run.seed": "7", "run.loggers": "['mlflow']", "views": "[{'size': 96}]"}
+    assert run.data.params == {"run.seed": "7", "run.loggers": "['mlflow']", "views.0.size": "96"}
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
     assert sorted((metric.step, metric.value) for metric in history) == [(1, 10), (2, 20), (3, 30), (4, 40)]
 
