@@ -120,9 +120,11 @@ def hash_of(encoder: Encoder, shards: ShardSet, view: ViewSpec) -> str:
 def _write_share(
     encoder: Encoder, shards: ShardSet, view: ViewSpec, folder: Path, world: World, options: dict[str, Any]
 ) -> None:
-    """This rank's: the samples from ``rank * n / W`` up to ``(rank + 1) * n / W``."""
-    first, last = (rank * shards.manifest.num_samples // world.size for rank in (world.rank, world.rank + 1))
-    order = Sequential(np.arange(first, last), _BATCH)
+    """This rank's: whole batches, the same ones on any number of ranks, so that no bit of the representations differs."""
+    num_samples = shards.manifest.num_samples
+    num_batches = -(-num_samples // _BATCH)
+    first, last = (rank * num_batches // world.size * _BATCH for rank in (world.rank, world.rank + 1))
+    order = Sequential(np.arange(first, min(last, num_samples)), _BATCH)
     encoder.to(world.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     (folder / "h").touch()
     decoded: list[int] = []

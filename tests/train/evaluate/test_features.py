@@ -43,12 +43,16 @@ def made_by_rank(world: World, shards: str, folder: str) -> list[Any]:
     return [found.h.clone(), found.ids, found.labels] if found else []
 
 
-def test_two_processes_make_what_one_makes(shard_set: ShardSet, tmp_path: Path) -> None:
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_several_processes_make_what_one_makes_to_the_bit(
+    shard_set: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    monkeypatch.setattr(features, "_BATCH", 20)
     alone = made(shard_set, tmp_path / "alone")
     assert alone is not None
     assert alone.labels.tolist() == shard_set.index.label.tolist()
-    (h, ids, labels), *others = run_ranks(made_by_rank, 2, str(shard_set.root), str(tmp_path / "many"))
-    torch.testing.assert_close(h, alone.h, rtol=1e-5, atol=1e-6)
+    (h, ids, labels), *others = run_ranks(made_by_rank, world_size, str(shard_set.root), str(tmp_path / "many"))
+    assert torch.equal(h, alone.h)
     assert (ids.tolist(), labels.tolist()) == (list(range(92)), alone.labels.tolist())
     assert not any(others), "rank 0 alone has them"
     assert [path.is_dir() for path in (tmp_path / "many").iterdir()] == [True], "nothing unfinished is left"
