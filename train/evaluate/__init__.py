@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pipeline.settings import Settings, problem
 from sharding.command import UserError
 from train.evaluate.features import Features
+from train.evaluate.pictures import Album
 
 # name -> "module:class", imported when chosen
 PROTOCOLS = {
@@ -20,14 +21,14 @@ PROTOCOLS = {
     "retrieve": "train.evaluate.knn:Retrieve",
     "cluster": "train.evaluate.cluster:Cluster",
     "health": "train.evaluate.health:Health",
+    "project": "train.evaluate.project:Project",
 }
 
 Values = Iterator[tuple[str, float]]
 
-
-_one_too = BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else (value,))
-Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], _one_too, Field(min_length=1)]
-Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], _one_too, Field(min_length=1)]
+one_too = BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else (value,))
+Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], one_too, Field(min_length=1)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], one_too, Field(min_length=1)]
 
 
 class Protocol(Settings):
@@ -40,7 +41,11 @@ class Protocol(Settings):
 
     def __call__(self, train: Features, test: Features, device: torch.device) -> Values:
         """Pairs (name, value); the name says the unit. Deterministic."""
-        raise NotImplementedError
+        yield from ()
+
+    def draw(self, test: Features, album: Album, device: torch.device) -> dict[str, float]:
+        """Leaves pictures in the album, if it has any, and returns values that say something of them."""
+        return {}
 
 
 def build_protocol(name: str, settings: dict[str, Any]) -> Protocol:

@@ -16,12 +16,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.views import ViewSpec
 from sharding.command import UserError, command
+from sharding.manifest import ShardSet
 from train.engine import automatic
 from train.engine.checkpoint import Pretrained, load_pretrained
 from train.evaluate import PROTOCOLS, Protocol, build_protocol
 from train.evaluate.data import Images, choose_images, evaluation_view
-from train.evaluate.features import FEATURES, extract
+from train.evaluate.features import FEATURES, Features, extract
 from train.evaluate.finetune import Trained
+from train.evaluate.pictures import PICTURES, Album
 from train.model.encoder import Encoder
 from train.overrides import parse_override
 from train.pretrain import reading
@@ -38,12 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with session("train.evaluate") as world:
         pretrained = load_pretrained(options.checkpoint, overrides)
         record, images, view = _prepare(options, protocols, pretrained)
-        how = {"folder": options.features or pretrained.directory / FEATURES, **reading(pretrained.config.data, world)}
+        folder, how = options.features or pretrained.directory / FEATURES, reading(pretrained.config.data, world)
         encoders, trained = _encoders(pretrained, options.untrained), {}
         features: dict[str, tuple[Any, Any]] = {}
         for name, encoder in encoders.items():
             if not all(isinstance(protocol, Trained) for protocol in protocols.values()):
-                train, test = (extract(encoder, part, view, world=world, **how) for part in images)
+                train, test = (extract(encoder, part, view, folder, world, **how) for part in images)
                 features[name] = train, test
             for chosen, protocol in protocols.items():
                 if isinstance(protocol, Trained):
@@ -53,12 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     trained[name, chosen] = found
     if world.is_main:
         results = record["results"] = {name: {} for name in encoders}
+        albums = {name: _album(pretrained, name, images[1].shards, how) for name in encoders}
         for name, (chosen, protocol) in product(encoders, protocols.items()):
-            results[name][chosen] = trained.get((name, chosen)) or dict(protocol(*features[name], world.device))
+            found = trained.get((name, chosen)) or _found(protocol, *features[name], albums[name], world.device)
+            results[name][chosen] = found
         with (pretrained.directory / RESULTS).open("a") as file:
             file.write(json.dumps(record) + "\n")
         _draw(record, pretrained.directory)
         _show(record)
+        for album in albums.values():
+            if album.folder.exists():
+                print(f"pictures are in {album.folder}")
     return 0
 
 
@@ -105,6 +112,15 @@ def _encoders(pretrained: Pretrained, untrained: bool) -> dict[str, Encoder]:
         return {"pretrained": pretrained.encoder}
     torch.manual_seed(pretrained.config.run.seed)  # as `train.pretrain` does
     return {"pretrained": pretrained.encoder, "untrained": Encoder(pretrained.config.encoder)}
+
+
+def _album(pretrained: Pretrained, encoder: str, shards: ShardSet, how: dict[str, Any]) -> Album:
+    run, step = pretrained.directory, pretrained.step or 0
+    return Album(run / PICTURES / encoder, run / "tensorboard" / f"map-{encoder}", step, shards, how)
+
+
+def _found(protocol: Protocol, train: Features, test: Features, album: Album, device: torch.device) -> dict[str, float]:
+    return dict(protocol(train, test, device)) | protocol.draw(test, album, device)
 
 
 def _draw(record: dict[str, Any], directory: Path) -> None:

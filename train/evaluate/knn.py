@@ -12,12 +12,15 @@ from pydantic import Field, model_validator
 from sharding.command import UserError
 from train.evaluate import Counts, Protocol, Rates, Values
 from train.evaluate.features import Features
+from train.evaluate.pictures import NEIGHBOURS, Album, save_sheet
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "wu": {"k": (200,), "temperature": (0.07,)},
     "lightly": {"k": (200,), "temperature": (0.1,)},  # lightly-ai/lightly, benchmarks/imagenet
     "dinov3": {"k": (10, 20, 100, 200), "temperature": (0.07,)},  # facebookresearch/dinov3, eval
 }
+
+_SHEET_COLUMNS = 10
 
 
 class KNN(Protocol):
@@ -49,6 +52,7 @@ class Retrieve(Protocol):
     al., "Deep metric learning via lifted structured feature embedding", 2016)."""
 
     k: Counts = Field((1, 5, 10), description="neighbours, one number or several")
+    sheet: int = Field(10, ge=0, le=100, description="test images shown with their 10 nearest; 0: no picture")
 
     def check(self, num_train: int, num_test: int) -> None:
         _check_neighbours("retrieve.k", max(self.k), num_test - 1)
@@ -59,6 +63,19 @@ class Retrieve(Protocol):
         right = others & (test.labels[found] == test.labels[:, None])
         for k in self.k:
             yield f"recall@{k} %", 100 * (right & (others.cumsum(1) <= k)).any(1).double().mean().item()
+
+    def draw(self, test: Features, album: Album, device: torch.device) -> dict[str, float]:
+        """`NEIGHBOURS`: in each row a test image and its nearest others, those of its class in a frame."""
+        rows = torch.linspace(0, len(test) - 1, min(self.sheet, len(test))).long()
+        if len(rows):
+            _, found = nearest(test.take(rows), test, min(_SHEET_COLUMNS + 1, len(test)), device)
+            others = [near[near != row][: found.shape[1] - 1] for near, row in zip(found, rows, strict=True)]
+            shown = torch.cat([rows[:, None], torch.stack(others)], dim=1)
+            same = test.labels[shown] == test.labels[rows, None]
+            same[:, 0] = False
+            tiles = album.thumbnails(test.ids[shown.flatten()], 96).reshape(*shown.shape, 96, 96, 3)
+            save_sheet(album.file(NEIGHBOURS), tiles, same.numpy(), album.classes(test.labels[rows]))
+        return {}
 
 
 def votes(similarity: torch.Tensor, classes: torch.Tensor, num_classes: int, temperature: float) -> torch.Tensor:

@@ -72,19 +72,26 @@ def test_every_evaluation_is_recorded_with_all_that_it_depends_on(run: Path, sha
         assert first[part] == {**expected, "num_images": count}
 
 
-ALL = ["knn", "linear", "retrieve", "cluster"]
+ALL = ["knn", "linear", "retrieve", "cluster", "project"]
+FEW = ["knn.k=5", "project.perplexity=5"]
+
+
+def pictures_of(run: Path) -> list[bytes]:
+    return [(run / "pictures" / "pretrained" / name).read_bytes() for name in ("map.json", "neighbours.png")]
 
 
 def test_three_processes_have_the_results_of_one(run: Path, tmp_path: Path) -> None:
-    """Also where the representations are made anew."""
-    assert main(["--checkpoint", str(run), "--protocol", *ALL, "knn.k=5", "--features", str(tmp_path / "alone")]) == 0
+    """Also where the representations are made anew; and its pictures."""
+    assert main(["--checkpoint", str(run), "--protocol", *ALL, *FEW, "--features", str(tmp_path / "alone")]) == 0
+    pictures = pictures_of(run)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    command += ["-m", "train.evaluate", "--checkpoint", str(run), "--protocol", *ALL, "knn.k=5"]
+    command += ["-m", "train.evaluate", "--checkpoint", str(run), "--protocol", *ALL, *FEW]
     done = subprocess.run(command, env={**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("recall@10") == 1, "one table"
     alone, many = (record["results"]["pretrained"] for record in records(run))
     assert list(alone) == ALL
+    assert pictures_of(run) == pictures
     for protocol, values in alone.items():
         assert many[protocol] == pytest.approx(values, abs=0.01), protocol
 

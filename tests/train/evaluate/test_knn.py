@@ -1,12 +1,17 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
+from sharding.manifest import ShardSet
 from train.evaluate import features
 from train.evaluate.features import Features
 from train.evaluate.knn import KNN, Retrieve, nearest
+from train.evaluate.pictures import Album
 
 CPU = torch.device("cpu")
 
@@ -69,3 +74,21 @@ def test_presets_are_those_of_the_papers_and_can_be_changed() -> None:
     assert KNN(preset="dinov3").k == (10, 20, 100, 200)
     lightly = KNN(preset="lightly", k=20)
     assert (lightly.k, lightly.temperature) == ((20,), (0.1,))
+
+
+def test_a_sheet_has_a_frame_around_neighbours_of_the_same_class(shard_set: ShardSet, tmp_path: Path) -> None:
+    """Images beside each other on a circle: the nearest of one are those with numbers next to its own."""
+    angles = 2 * torch.pi * torch.arange(92) / 92
+    h = torch.stack([angles.cos(), angles.sin()], dim=1)
+    framed, width = [], []
+    for labels in (torch.zeros(92), torch.arange(92), torch.arange(92) // 46):
+        test = Features(h, torch.arange(92), labels.long())
+        made = Album(tmp_path, tmp_path, 0, shard_set, {"num_threads": 1})
+        assert Retrieve(sheet=3).draw(test, made, CPU) == {}
+        with Image.open(tmp_path / "neighbours.png") as picture:
+            width.append(picture.width)
+            framed.append(int((np.asarray(picture.convert("RGB")) == (0, 158, 115)).all(-1).sum()))
+    assert framed[0] > 20 * 1000
+    assert framed[1] == 0
+    # Images 0, 45 and 91 have half of their neighbours, 5 of 10, in their own half; with the tie at the ends.
+    assert framed[2] == pytest.approx(framed[0] / 2, rel=0.15)

@@ -1,0 +1,85 @@
+"""Pictures that a protocol leaves beside the checkpoint, with thumbnails of the images in them."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.loader import Loader
+from pipeline.order import Sequential
+from pipeline.views import in_levels, preset
+from sharding.manifest import ShardSet
+
+PICTURES = "pictures"  # the folder for them, beside the checkpoints; one folder in it for each encoder
+NEIGHBOURS, MAP = "neighbours.png", "map.json"  # what the report looks for
+_FRAME, _MARGIN = 6, 4  # pixels around a tile of a sheet
+_SAME = (0, 158, 115)  # the frame's green, which colour-blind readers tell from white
+
+Picture = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Album:
+    """Where the pictures of an encoder go, where their images lie, and how `Loader` reads them (``reading``).
+
+    ``board`` is the folder for TensorBoard, ``step`` that of the checkpoint.
+    """
+
+    folder: Path
+    board: Path
+    step: int
+    shards: ShardSet
+    reading: dict[str, Any]
+
+    def file(self, name: str) -> Path:
+        """Where to write it; makes the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / name
+
+    def thumbnails(self, ids: torch.Tensor, size: int) -> Picture:
+        """(n, size, size, 3): the middle square of each sample of ``ids`` (n,), which may repeat."""
+        unique, where = np.unique(ids.numpy(), return_inverse=True)
+        views = in_levels(preset("eval", size=size, resize=size))
+        with Loader(self.shards, views, seed=0, order=Sequential(unique, 256), **self.reading) as loader:
+            tiles = [batch.views[0].permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8) for batch in loader]
+        return np.concatenate(tiles)[where]
+
+    def classes(self, labels: torch.Tensor) -> list[str]:
+        """Their names; "" where there is no label."""
+        names = self.shards.manifest.class_names
+        return [names[label] if 0 <= label < len(names) else "" for label in labels.tolist()]
+
+
+def data_uri(image: Image.Image) -> str:
+    """The image as an address that holds it, in WebP."""
+    file = io.BytesIO()
+    image.save(file, "webp", quality=75)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def save_sheet(path: Path, tiles: Picture, framed: NDArray[np.bool_], rows: Sequence[str]) -> None:
+    """A PNG of ``tiles`` (R, C, S, S, 3): rows with their names, the query and its neighbours by number; a frame around
+    those that are ``framed`` (R, C)."""
+    from matplotlib.figure import Figure
+
+    num_rows, num_columns, size = tiles.shape[:3]
+    edge, cell = _MARGIN + _FRAME, size + 2 * (_MARGIN + _FRAME)
+    canvas = np.full((num_rows, num_columns, cell, cell, 3), 255, np.uint8)
+    canvas[:, :, _MARGIN:-_MARGIN, _MARGIN:-_MARGIN][framed] = _SAME
+    canvas[:, :, edge:-edge, edge:-edge] = tiles
+    figure = Figure(figsize=(1 + 0.7 * num_columns, 0.3 + 0.7 * num_rows), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(canvas.swapaxes(1, 2).reshape(num_rows * cell, num_columns * cell, 3))
+    axes.set_xticks(cell * (np.arange(num_columns) + 0.5), ["query", *map(str, range(1, num_columns))])
+    axes.set_yticks(cell * (np.arange(num_rows) + 0.5), [name[:20] for name in rows])
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, labelsize=7)
+    axes.spines[:].set_visible(False)
+    figure.savefig(path, dpi=160)
