@@ -5,7 +5,6 @@ python -m train.report runs/mine --watch
 """
 
 import argparse
-import base64
 import io
 import json
 import math
@@ -14,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,17 @@ from wsgiref.simple_server import WSGIServer, make_server
 
 import numpy as np
 import yaml
+from PIL import Image
 
 from pipeline.preview import draw_sheet
 from sharding.command import UserError, command
 from train.config import Config, validate
 from train.engine.automatic import PROVENANCE
 from train.engine.monitor import read_lines, settled
+from train.evaluate.pictures import MAP, NEIGHBOURS, PICTURES, data_uri, draw_maps
 from train.overrides import ConfigError, leaves, read_yaml
 
+_ALBUM = Path(PICTURES) / "pretrained"
 _PORT, _REFRESH_SECONDS = 6007, 30
 _MOST = 5000  # points of a curve: a browser draws dozens of such figures at once
 _COLORS = ("#3b82f6", "#f97316", "#10b981", "#ec4899", "#8b5cf6", "#ca8a04", "#06b6d4", "#ef4444")  # on white and black
@@ -40,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     runs = read_runs(options.runs)
     different = {f"{run.config.views} {run.config.data.shards}": run for run in reversed(runs) if run.config}
-    views = [draw_views(run, options.images) for run in reversed(different.values())] if options.images else []
+    sheet = partial(draw_views, num_images=options.images)
+    views = [draw(run, sheet) for run in reversed(different.values())] if options.images else []
     if options.watch is None:
         out = options.out or options.runs[0] / "report.html"
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +67,10 @@ class Run:
     records: list[Record]
     evaluations: list[Record]
     starts: list[Record]
+    maps: list[Record]  # of the newest evaluation that drew one
     problems: list[str]
     study: Record  # `train.tune`'s of which it is a trial; empty if it is none
+    path: Path
 
     def steady(self, name: str) -> list[float]:
         """A metric without intervals after a start, in which things warm up, if there are any others."""
@@ -92,13 +98,13 @@ def _read(path: Path, name: str) -> Run:
         config = validate(settings, str(path / "config.yaml"))
     except ConfigError as error:
         problems.append(str(error))
-    metrics, torn = read_lines(path / "metrics.jsonl", "step")
-    evaluations, torn_too = read_lines(path / "evaluation.jsonl", "results")
-    starts, torn_as_well = read_lines(path / PROVENANCE, "commit")
+    files = {"metrics.jsonl": "step", "evaluation.jsonl": "results", PROVENANCE: "commit", _ALBUM / MAP: "thumbnail"}
+    found, torn = zip(*(read_lines(path / file, key) for file, key in files.items()), strict=True)
+    metrics, evaluations, starts, maps = found
     study = path.parent / "study.json"
     told = json.loads(study.read_text()) if study.exists() else {}
-    torn += torn_too + torn_as_well
-    return Run(name, settings, config, settled(metrics), evaluations, starts, problems + torn, told)
+    problems = sum(torn, problems)
+    return Run(name, settings, config, settled(metrics), evaluations, starts, maps, problems, told, path)
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str | None]]:
@@ -122,22 +128,32 @@ def evaluated(runs: Sequence[Run]) -> list[Record]:
     return sorted(rows, key=lambda row: (row["protocol"], order[row["protocol"], row["name"]]))
 
 
-def draw_views(run: Run, num_images: int) -> Record:
-    """A picture of a few images and their views, or why there is none."""
+def draw(run: Run, picture: Callable[[Run], Any]) -> Record:
+    """An image as the page holds it, or why there is none."""
+    try:
+        return {"run": run.name, "picture": data_uri(picture(run))}
+    except (UserError, OSError) as error:
+        return {"run": run.name, "problem": str(error)}
+
+
+def draw_views(run: Run, num_images: int) -> Image.Image:
+    """A few images and their views."""
     assert run.config
     shards, cache_dir, seed = run.config.data.shards, run.config.data.cache_dir, run.config.run.seed
     options = {"images": num_images, "step": 0, "seed": seed, "backend": "cpu", "views": "views"}
-    try:
-        figure = draw_sheet(argparse.Namespace(shards=shards, cache_dir=cache_dir, **options), run.config.views)
-    except (UserError, OSError) as error:
-        return {"run": run.name, "problem": str(error)}
-    file = io.BytesIO()
-    figure.savefig(file, dpi=200, format="webp")
-    return {"run": run.name, "picture": "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()}
+    figure = draw_sheet(argparse.Namespace(shards=shards, cache_dir=cache_dir, **options), run.config.views)
+    figure.savefig(file := io.BytesIO(), dpi=200)
+    return Image.open(file)
 
 
-def draw_curves(runs: Sequence[Run]) -> tuple[str, dict[str, str]]:
-    """The library and the data as scripts, and by the name of a metric the element that its figure fills."""
+def neighbours(runs: Sequence[Run]) -> list[Record]:
+    """The sheets that evaluations have left."""
+    found = (run for run in runs if (run.path / _ALBUM / NEIGHBOURS).exists())
+    return [draw(run, lambda run: Image.open(run.path / _ALBUM / NEIGHBOURS)) for run in found]
+
+
+def draw_figures(runs: Sequence[Run]) -> tuple[str, dict[str, str], list[Record]]:
+    """The library and the data as scripts, and the elements that figures fill: by the name of a metric, and maps."""
     from bokeh.embed import components
     from bokeh.models import ColumnDataSource, DataRange1d
     from bokeh.resources import Resources
@@ -145,10 +161,13 @@ def draw_curves(runs: Sequence[Run]) -> tuple[str, dict[str, str]]:
     names = dict.fromkeys(k for run in runs for r in run.records for k, v in r.items() if isinstance(v, int | float))
     columns = [{name: [r.get(name) for r in run.thinned()] for name in names} for run in runs]
     sources = [ColumnDataSource({k: np.array(v, np.float32) for k, v in column.items()}) for column in columns]
-    steps = DataRange1d()
+    steps, mapped = DataRange1d(), [run for run in runs if run.maps]
     figures = {name: _figure(runs, sources, name, steps) for name in names if name not in ("step", "resumed_at")}
-    script, elements = components(figures) if figures else ("", {})
-    return Resources(mode="inline", components=["bokeh"]).render() + script, elements
+    every = (figures, *(draw_maps(run.maps[-1]) for run in mapped))
+    curves, *maps = (components(plots) if plots else ("", {}) for plots in every)
+    scripts = (script for script, _ in (curves, *maps))
+    elements = [{"run": run.name, "figures": found} for run, (_, found) in zip(mapped, maps, strict=True)]
+    return "".join([Resources(mode="inline", components=["bokeh"]).render(), *scripts]), curves[1], elements
 
 
 def _figure(runs: Sequence[Run], sources: Sequence[Any], name: str, steps: Any) -> Any:
@@ -173,15 +192,15 @@ def render(runs: Sequence[Run], views: Sequence[Record], refresh_seconds: int = 
     try:
         from jinja2 import Environment
 
-        script, figures = draw_curves(runs)
+        script, figures, maps = draw_figures(runs)
     except ImportError as error:
         raise UserError(f"{error}; pip install 'parallax-ssl[report]'") from None
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals |= {"median": statistics.median, "differences": differences, "evaluated": evaluated}
+    environment.globals |= {f.__name__: f for f in (statistics.median, differences, evaluated, neighbours)}
     environment.filters["yaml"] = lambda tree: yaml.safe_dump(tree, sort_keys=False)
     page = environment.from_string(Path(__file__).with_suffix(".html").read_text())
     made = {"now": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC", "refresh_seconds": refresh_seconds}
-    return page.render(runs=runs, views=views, script=script, figures=figures, colors=_COLORS, **made)
+    return page.render(runs=runs, views=views, script=script, figures=figures, maps=maps, colors=_COLORS, **made)
 
 
 def serve(page: Callable[[], str], port: int) -> WSGIServer:

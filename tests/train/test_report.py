@@ -24,6 +24,7 @@ from train.processes.distributed import World
 from train.report import differences, evaluated, main, read_runs, render, serve
 
 ATTACK = "<script>alert(1)</script>"
+FEW = ["knn.k=5", "retrieve.k=5", "project.perplexity=5"]
 
 
 def make_run(path: Path, *overrides: str, **files: list[Any]) -> Path:
@@ -106,7 +107,7 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "mine"
     for steps in ("optim.steps=4", "optim.steps=6"):
         assert pretrain(load_config(None, settings(shards, path, steps, "optim.schedule=constant")), World())
-    assert evaluate(["--checkpoint", str(path), "--protocol", "knn", "knn.k=5", "--untrained"]) == 0
+    assert evaluate(["--checkpoint", str(path), "--protocol", "knn", "retrieve", "project", *FEW, "--untrained"]) == 0
     return path
 
 
@@ -129,9 +130,14 @@ def test_the_page_has_everything_of_a_run(page: str, run: Path) -> None:
     assert re.search(r"knn k=5 T=0.07 top-1 % mine 6 [\d.]+ [\d.]+ 20 of \S+, held out", text)
     assert "started at step 0: commit" in text
     assert "started at step 4: commit" in text
-    (picture,) = re.findall(r'<img src="data:image/webp;base64,([^"]+)"', page)
-    with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
-        assert image.size == (200 * 1.7 * 3, 200 * 2.0 * 2)  # two images with two views each
+    pictures = re.findall(r'<img src="data:image/webp;base64,([^"]+)"', page)
+    neighbours, views = (Image.open(io.BytesIO(base64.b64decode(picture))) for picture in pictures)
+    assert views.size == (200 * 1.7 * 3, 200 * 2.0 * 2)  # two images with two views each
+    with Image.open(run / "pictures" / "pretrained" / "neighbours.png") as sheet:
+        assert neighbours.size == sheet.size
+    (columns,) = read_runs([run])[0].maps
+    assert len(columns["thumbnail"]) == 20
+    assert all(page.count(thumbnail) == 1 for thumbnail in columns["thumbnail"])
     assert read_runs([run])[0].starts[0]["libraries"]["torch"] in text
 
 
@@ -170,13 +176,18 @@ def test_several_runs_of_different_methods_one_of_them_just_begun(run: Path, tmp
     assert "begun: not recorded" in text
 
 
-def test_a_run_whose_first_record_is_torn(tmp_path: Path) -> None:
+def test_a_run_whose_first_record_and_pictures_are_torn(tmp_path: Path) -> None:
     path = make_run(tmp_path / "begun")
+    (pictures := path / "pictures" / "pretrained").mkdir(parents=True)
+    (pictures / "map.json").write_text('{"thumbnail": ["data')
+    (pictures / "neighbours.png").write_bytes(b"\x89PNG")
     (path / "metrics.jsonl").write_text('{"step": 1, "lo')
     made = text_of(render(read_runs([path]), []))
     assert "metrics.jsonl, line 1: not a whole record" in made
     assert "No step has been logged yet" in made
     assert "Not evaluated yet" in made
+    assert "map.json, line 1: not a whole record" in made
+    assert "cannot identify image file" in made
 
 
 def test_a_watched_run_is_shown_as_it_is(tmp_path: Path) -> None:
@@ -224,10 +235,17 @@ def screenshot(page: Path, out: Path, scheme: int, width: int) -> np.ndarray:
 @pytest.mark.skipif(not BROWSER, reason="no browser is installed: apt-get install chromium")
 @pytest.mark.parametrize(("scheme", "paper"), [(1, 0xFFFFFF), (0, 0x14171C)])
 @pytest.mark.parametrize("width", [500, 1400])
-def test_a_browser_draws_the_curves(scheme: int, paper: int, width: int, tmp_path: Path) -> None:
+def test_a_browser_draws_curves_and_maps(scheme: int, paper: int, width: int, tmp_path: Path) -> None:
     records = [{"step": step, "loss": step % 7, "rankme": step % 5} for step in range(1, 50)]
     page = tmp_path / "page.html"
-    page.write_text(render(read_runs([make_run(tmp_path / "run", metrics=records)]), []))
-    colors = screenshot(page, tmp_path / "page.png", scheme, width).astype(int) @ [1 << 16, 1 << 8, 1]
+    run = make_run(tmp_path / "run", metrics=records)
+    (run / "pictures" / "pretrained").mkdir(parents=True)
+    points = {name: list(range(20)) for name in ("id", "class", "thumbnail", "pca x", "pca y")}
+    (run / "pictures" / "pretrained" / "map.json").write_text(json.dumps(points | {"color": ["#ff00ff"] * 20}))
+    page.write_text(render(read_runs([run]), []))
+    drawn = screenshot(page, tmp_path / "page.png", scheme, width)
+    point = [0.7 * channel + 0.3 * (paper >> shift & 0xFF) for channel, shift in ((255, 16), (0, 8), (255, 0))]
+    assert (np.abs(drawn - point).max(-1) < 3).sum() > 20 * 10
+    colors = drawn.astype(int) @ [1 << 16, 1 << 8, 1]
     assert (colors == paper).mean() > 0.7
     assert (colors == 0x3B82F6).sum() > 1000  # of which the mark of the run has at most 200

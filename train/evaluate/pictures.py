@@ -21,8 +21,11 @@ PICTURES = "pictures"  # the folder for them, beside the checkpoints; one folder
 NEIGHBOURS, MAP = "neighbours.png", "map.json"  # what the report looks for
 _FRAME, _MARGIN = 6, 4  # pixels around a tile of a sheet
 _SAME = (0, 158, 115)  # the frame's green, which colour-blind readers tell from white
+TITLES = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
+_TOOLTIP = '<img src="@thumbnail" width="96" height="96" style="image-rendering: auto"><div>@class, sample @id</div>'
 
 Picture = NDArray[np.uint8]
+Columns = dict[str, list[Any]]  # of a map: a row an image
 
 
 @dataclass(frozen=True)
@@ -83,3 +86,20 @@ def save_sheet(path: Path, tiles: Picture, framed: NDArray[np.bool_], rows: Sequ
     axes.tick_params(length=0, labelsize=7)
     axes.spines[:].set_visible(False)
     figure.savefig(path, dpi=160)
+
+
+def draw_maps(columns: Columns) -> dict[str, Any]:
+    """Bokeh's figures by method, with a thumbnail on hover; what is selected in one is selected in all."""
+    from bokeh.models import ColumnDataSource, HoverTool
+    from bokeh.plotting import figure
+
+    source, plots = ColumnDataSource(columns), {}
+    for name in (name for name in TITLES if f"{name} x" in columns):
+        tools = "box_zoom,pan,lasso_select,reset,save"
+        plot = figure(title=TITLES[name], tools=tools, sizing_mode="scale_width", match_aspect=True, max_width=700)
+        plot.scatter(f"{name} x", f"{name} y", source=source, color="color", size=6, alpha=0.7, nonselection_alpha=0.1)
+        plot.add_tools(HoverTool(tooltips=_TOOLTIP))
+        plot.toolbar.active_drag, plot.toolbar.logo = None, None
+        plot.axis.visible = plot.grid.visible = False
+        plots[name] = plot
+    return plots

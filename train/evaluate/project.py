@@ -16,13 +16,10 @@ from torch.utils.tensorboard import SummaryWriter
 from sharding.command import UserError
 from train.evaluate import Protocol, one_too
 from train.evaluate.features import Features
-from train.evaluate.pictures import MAP, Album, Picture, data_uri
+from train.evaluate.pictures import MAP, TITLES, Album, Columns, Picture, data_uri, draw_maps
 
-_TITLES = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
 _COMPONENTS = 50  # that t-SNE and UMAP start from, as van der Maaten and Hinton do with 30
 _THUMBNAIL = 48  # pixels
-_TOOLTIP = '<img src="@thumbnail" width="96" height="96" style="image-rendering: auto"><div>@class, sample @id</div>'
-Columns = dict[str, list[Any]]
 
 
 class Project(Protocol):
@@ -86,23 +83,6 @@ class Project(Protocol):
         return UMAP(n_neighbors=self.neighbours, random_state=self.seed, n_jobs=1).fit_transform(components)
 
 
-def draw_maps(columns: Columns) -> dict[str, Any]:
-    """Bokeh's figures by method, with a thumbnail on hover; what is selected in one is selected in all."""
-    from bokeh.models import ColumnDataSource, HoverTool
-    from bokeh.plotting import figure
-
-    source, plots = ColumnDataSource(columns), {}
-    for name in (name for name in _TITLES if f"{name} x" in columns):
-        tools = "box_zoom,pan,lasso_select,reset,save"
-        plot = figure(title=_TITLES[name], tools=tools, sizing_mode="scale_width", match_aspect=True, max_width=700)
-        plot.scatter(f"{name} x", f"{name} y", source=source, color="color", size=6, alpha=0.7, nonselection_alpha=0.1)
-        plot.add_tools(HoverTool(tooltips=_TOOLTIP))
-        plot.toolbar.active_drag, plot.toolbar.logo = None, None
-        plot.axis.visible = plot.grid.visible = False
-        plots[name] = plot
-    return plots
-
-
 def _save(columns: Columns, album: Album) -> None:
     from bokeh.embed import file_html
     from bokeh.resources import INLINE
@@ -119,10 +99,10 @@ def _figure(columns: Columns, count: int) -> Any:
     from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(3.2 * count, 3.4), layout="constrained")
-    names = [name for name in _TITLES if f"{name} x" in columns]
+    names = [name for name in TITLES if f"{name} x" in columns]
     for axes, name in zip(figure.subplots(1, count, squeeze=False)[0], names, strict=True):
         axes.scatter(columns[f"{name} x"], columns[f"{name} y"], s=4, c=columns["color"], linewidths=0, alpha=0.8)
-        axes.set_title(_TITLES[name], fontsize=9)
+        axes.set_title(TITLES[name], fontsize=9)
         axes.set_aspect("equal", adjustable="datalim")
         axes.set_xticks([])
         axes.set_yticks([])
