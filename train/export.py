@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 
 from pipeline.views import ViewSpec
 from sharding.command import UserError, command
 from train.engine import automatic
 from train.engine.checkpoint import Pretrained, load_pretrained
+from train.engine.monitor import read_lines
 from train.evaluate.__main__ import RESULTS
 from train.evaluate.data import enlarged
 from train.model.encoder import TIMM, Encoder
@@ -29,14 +31,13 @@ pipeline_tag: image-feature-extraction
 
 # {encoder}, pretrained by {method}
 
-    timm.create_model("local-dir:FOLDER", pretrained=True)
+    timm.create_model("local-dir:FOLDER", pretrained=True)  # or "hf-hub:USER/NAME"
 
 {table}
 
 {step} steps on data of fingerprint {data}; Parallax at commit {commit}. `config.json` has all settings.
 """
-
-_OPSET = 18  # of ONNX
+_FILES = ["README.md", "config.json", "model.safetensors", "model.onnx"]
 
 
 @command("train.export")
@@ -45,10 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run's directory, a checkpoint, or a file")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for weights, JSON and model card")
     parser.add_argument("--onnx", action="store_true", help="write model.onnx instead, of any encoder")
+    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the files to this repository of the hub too")
     parser.add_argument("settings", nargs="*", metavar="name=value", help="as of python -m train.evaluate")
     options = parser.parse_args(arguments)
     write = export_onnx if options.onnx else export
     write(load_pretrained(options.checkpoint, options.settings), options.out)
+    if options.push_to_hub:
+        print(push(options.out, options.push_to_hub))
     return 0
 
 
@@ -83,7 +87,7 @@ def export_onnx(pretrained: Pretrained, out: Path) -> None:
         input_names=["images"],
         output_names=["h"],
         dynamic_shapes=({0: torch.export.Dim("n")},),
-        opset_version=_OPSET,
+        opset_version=18,
         verbose=False,
     )
     assert made is not None
@@ -97,10 +101,21 @@ def export_onnx(pretrained: Pretrained, out: Path) -> None:
         raise UserError(f"{path}: its representations were {difference:.2g} from the encoder's; it is removed")
 
 
+def push(folder: Path, repository: str) -> str:
+    """Upload what `export` or `export_onnx` wrote to the Hugging Face hub, or where ``HF_ENDPOINT`` says. A repository
+    that is not there is made, private. Returns the address; raises `UserError` where that fails."""
+    hub = huggingface_hub.HfApi()
+    try:
+        hub.create_repo(repository, private=True, exist_ok=True)
+        return hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=_FILES).commit_url
+    except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:  # type: ignore[attr-defined]
+        reason = f"{' '.join(str(error).split())}; the files are in {folder}; `hf auth login` logs in"
+        raise UserError(f"--push-to-hub {repository}: {reason}") from None
+
+
 def _newest_evaluation(pretrained: Pretrained) -> dict[str, Any] | None:
-    results = pretrained.directory / RESULTS
-    records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    return next((record for record in reversed(records) if "results" in record), None)
+    records, _ = read_lines(pretrained.directory / RESULTS, "results")
+    return records[-1] if records else None
 
 
 def _source(pretrained: Pretrained) -> dict[str, Any]:

@@ -2,9 +2,14 @@
 
 import json
 import sys
+from base64 import b64decode
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import torchvision
@@ -139,3 +144,84 @@ def test_onnx_that_is_not_installed_is_named(
     run = trained(tmp_path / "run", "encoder=resnet18", "encoder.width=8")
     assert main(["--checkpoint", str(run), "--out", str(tmp_path / "out"), "--onnx"]) == 2
     assert "onnxruntime is not installed: pip install 'parallax-ssl[onnx]'" in capsys.readouterr().err
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as an upload needs. It keeps what it is sent by path, and refuses those without the token."""
+
+    server: "HubServer"
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.received[self.path] = body
+        if self.headers.get("Authorization") != "Bearer hf_right":
+            self.answer(401, {"error": "who are you?"})
+        elif self.path.startswith("/api/models/me/mine/preupload"):
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            self.answer(200, {"files": [{"path": file["path"], **how} for file in json.loads(body)["files"]]})
+        else:  # making the repository, checking the card, the commit
+            url = f"{huggingface_hub.constants.ENDPOINT}/me/mine"
+            self.answer(200, {"url": url, "commitUrl": f"{url}/commit/{'0' * 40}", "commitOid": "0" * 40})
+
+    def answer(self, code: int, content: dict[str, Any]) -> None:
+        made = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(made)))
+        self.end_headers()
+        self.wfile.write(made)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+class HubServer(ThreadingHTTPServer):
+    received: dict[str, bytes]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer(("127.0.0.1", 0), Hub) as server:
+        server.received = {}
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "hf_right")
+        yield server
+        server.shutdown()
+
+
+VIT = ["encoder=timm:vit_tiny_patch16_224", "encoder.image_size=64"]
+PUSH = ["--push-to-hub", "me/mine"]
+
+
+def test_a_pushed_folder_is_what_was_written(
+    tmp_path: Path, hub: HubServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = trained(tmp_path / "run", *VIT), tmp_path / "out"
+    out.mkdir()
+    (out / "secret.txt").write_text("not ours")
+    assert main(["--checkpoint", str(run), "--out", str(out), *PUSH]) == 0
+    assert "/me/mine/commit/0000" in capsys.readouterr().out
+    assert b"private" in hub.received["/api/repos/create"]
+    lines = map(json.loads, hub.received["/api/models/me/mine/commit/main"].splitlines())
+    sent = {line["value"]["path"]: b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
+    assert sent.keys() == {"README.md", "config.json", "model.safetensors"}
+    assert all((out / name).read_bytes() == content for name, content in sent.items())
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_push_that_fails_says_why_and_where_the_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = trained(tmp_path / "run", *VIT), tmp_path / "out"
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert main(["--checkpoint", str(run), "--out", str(out), *PUSH]) == 2
+    refused = capsys.readouterr().err
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert main(["--checkpoint", str(run), "--out", str(out), *PUSH]) == 2
+    offline = capsys.readouterr().err
+    for error, reason in ((refused, "401"), (offline, "offline mode is enabled")):
+        assert error.startswith("train.export: --push-to-hub me/mine: ")
+        assert error.count("\n") == 1
+        assert reason in error
+        assert f"the files are in {out}" in error
+    assert (out / "model.safetensors").exists()
