@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from sharding.manifest import ShardSet
 from train.engine.loop import StepDone
 from train.evaluate.knn import votes
-from train.evaluate.linear import logits
 from train.processes.distributed import World
 
 _LEARNING_RATE = 1e-3  # Adam's
@@ -39,7 +38,7 @@ class Online:
 
     def __call__(self, state: StepDone) -> None:
         h, labels = _standardised(state), state.batch.labels
-        scores = logits(h, self._probe)
+        scores = F.linear(h, self._probe[:, :-1], self._probe[:, -1])
         F.cross_entropy(scores, labels).backward()
         self._probe.grad = self._world.mean(self._probe.grad)  # type: ignore[arg-type]
         self._optimizer.step()

@@ -21,41 +21,36 @@ class Linear(Protocol):
         chosen = self.weight_decay[0]
         if len(self.weight_decay) > 1:
             held_out = torch.arange(len(train)) % 5 == 0
-            part = train.take(~held_out)
-            solutions = torch.cat([fit(part, decay, self.iterations, device) for decay in self.weight_decay])
-            chosen = self.weight_decay[int(accuracies(solutions, train.take(held_out)).argmax())]
+            layers = [fit(train.take(~held_out), decay, self.iterations, device) for decay in self.weight_decay]
+            scores = [accuracy(layer, train.take(held_out), device) for layer in layers]
+            chosen = self.weight_decay[scores.index(max(scores))]
             yield "weight decay chosen", chosen
-        yield "top-1 %", accuracies(fit(train, chosen, self.iterations, device), test).item()
+        yield "top-1 %", accuracy(fit(train, chosen, self.iterations, device), test, device)
 
 
-def fit(train: Features, weight_decay: float, iterations: int, device: torch.device) -> torch.Tensor:
-    """Weights (1, C, D + 1), the last column the biases, that minimise mean cross entropy + ``weight_decay`` / 2 *
-    |W|^2 (without the biases)."""
-    num_classes, num_features = int(train.labels.max()) + 1, train.h.shape[1]
-    weights = torch.zeros(1, num_classes, num_features + 1, device=device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
+def fit(train: Features, weight_decay: float, iterations: int, device: torch.device) -> torch.nn.Linear:
+    """The layer, from zeros, that minimises mean cross entropy + ``weight_decay`` / 2 * |W|^2 (without the biases)."""
+    layer = torch.nn.Linear(train.h.shape[1], int(train.labels.max()) + 1, device=device)
+    for parameter in layer.parameters():
+        torch.nn.init.zeros_(parameter)
+    solver = torch.optim.LBFGS(layer.parameters(), max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
 
     def objective() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = weight_decay / 2 * weights[..., :-1].square().sum()
+        solver.zero_grad()
+        value = weight_decay / 2 * layer.weight.square().sum()
         value.backward()
         for x, labels in train.tiles(device):
-            part = F.cross_entropy(logits(x, weights[0]), labels, reduction="sum") / len(train)
+            part = F.cross_entropy(layer(x), labels, reduction="sum") / len(train)
             part.backward()
             value = value + part
         return value.detach()
 
-    optimizer.step(objective)
-    return weights.detach()
+    solver.step(objective)
+    return layer
 
 
-def logits(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(m, C), of representations (m, D) and weights (C, D + 1)."""
-    return F.linear(x, weights[:, :-1], weights[:, -1])
-
-
-def accuracies(weights: torch.Tensor, test: Features) -> torch.Tensor:
-    """Percent (R,) of images whose class has the largest logit, by each of the classifiers (R, C, D + 1)."""
-    tiles = test.tiles(weights.device)
-    correct = [torch.stack([logits(x, w).argmax(1) == labels for w in weights]) for x, labels in tiles]
-    return 100 * torch.cat(correct, dim=1).double().mean(1)
+@torch.inference_mode()
+def accuracy(layer: torch.nn.Linear, test: Features, device: torch.device) -> float:
+    """Percent of the images whose class has the largest logit."""
+    correct = [layer(x).argmax(1) == labels for x, labels in test.tiles(device)]
+    return 100 * torch.cat(correct).double().mean().item()
