@@ -31,7 +31,7 @@ from train.engine.monitor import read_lines, settled
 from train.evaluate.pictures import MAP, NEIGHBOURS, PICTURES, data_uri, draw_maps
 from train.overrides import ConfigError, leaves, read_yaml
 
-_ALBUM = Path(PICTURES) / "pretrained"
+_SHEET, _MAP = (f"{PICTURES}/pretrained/{name}" for name in (NEIGHBOURS, MAP))
 _PORT, _REFRESH_SECONDS = 6007, 30
 _MOST = 5000  # points of a curve: a browser draws dozens of such figures at once
 _COLORS = ("#3b82f6", "#f97316", "#10b981", "#ec4899", "#8b5cf6", "#ca8a04", "#06b6d4", "#ef4444")  # on white and black
@@ -98,7 +98,7 @@ def _read(path: Path, name: str) -> Run:
         config = validate(settings, str(path / "config.yaml"))
     except ConfigError as error:
         problems.append(str(error))
-    files = {"metrics.jsonl": "step", "evaluation.jsonl": "results", PROVENANCE: "commit", _ALBUM / MAP: "thumbnail"}
+    files = {"metrics.jsonl": "step", "evaluation.jsonl": "results", PROVENANCE: "commit", _MAP: "thumbnail"}
     found, torn = zip(*(read_lines(path / file, key) for file, key in files.items()), strict=True)
     metrics, evaluations, starts, maps = found
     study = path.parent / "study.json"
@@ -148,8 +148,7 @@ def draw_views(run: Run, num_images: int) -> Image.Image:
 
 def neighbours(runs: Sequence[Run]) -> list[Record]:
     """The sheets that evaluations have left."""
-    found = (run for run in runs if (run.path / _ALBUM / NEIGHBOURS).exists())
-    return [draw(run, lambda run: Image.open(run.path / _ALBUM / NEIGHBOURS)) for run in found]
+    return [draw(run, lambda run: Image.open(run.path / _SHEET)) for run in runs if (run.path / _SHEET).exists()]
 
 
 def draw_figures(runs: Sequence[Run]) -> tuple[str, dict[str, str], list[Record]]:
@@ -165,9 +164,9 @@ def draw_figures(runs: Sequence[Run]) -> tuple[str, dict[str, str], list[Record]
     figures = {name: _figure(runs, sources, name, steps) for name in names if name not in ("step", "resumed_at")}
     every = (figures, *(draw_maps(run.maps[-1]) for run in mapped))
     curves, *maps = (components(plots) if plots else ("", {}) for plots in every)
-    scripts = (script for script, _ in (curves, *maps))
+    scripts = [Resources(mode="inline", components=["bokeh"]).render(), *(script for script, _ in (curves, *maps))]
     elements = [{"run": run.name, "figures": found} for run, (_, found) in zip(mapped, maps, strict=True)]
-    return "".join([Resources(mode="inline", components=["bokeh"]).render(), *scripts]), curves[1], elements
+    return "".join(scripts), curves[1], elements
 
 
 def _figure(runs: Sequence[Run], sources: Sequence[Any], name: str, steps: Any) -> Any:

@@ -16,14 +16,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.views import ViewSpec
 from sharding.command import UserError, command
-from sharding.manifest import ShardSet
 from train.engine import automatic
 from train.engine.checkpoint import Pretrained, load_pretrained
 from train.evaluate import PROTOCOLS, Protocol, build_protocol
 from train.evaluate.data import Images, choose_images, evaluation_view
 from train.evaluate.features import FEATURES, Features, extract
 from train.evaluate.finetune import Trained
-from train.evaluate.pictures import PICTURES, Album
+from train.evaluate.pictures import Album
 from train.model.encoder import Encoder
 from train.overrides import parse_override
 from train.pretrain import reading
@@ -42,11 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record, images, view = _prepare(options, protocols, pretrained)
         folder, how = options.features or pretrained.directory / FEATURES, reading(pretrained.config.data, world)
         encoders, trained = _encoders(pretrained, options.untrained), {}
-        features: dict[str, tuple[Any, Any]] = {}
+        features: dict[str, Any] = {}
         for name, encoder in encoders.items():
             if not all(isinstance(protocol, Trained) for protocol in protocols.values()):
-                train, test = (extract(encoder, part, view, folder, world, **how) for part in images)
-                features[name] = train, test
+                features[name] = tuple(extract(encoder, part, view, folder, world, **how) for part in images)
             for chosen, protocol in protocols.items():
                 if isinstance(protocol, Trained):
                     found = protocol.run(chosen, pretrained._replace(encoder=encoder), *images, view, world)
@@ -55,17 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     trained[name, chosen] = found
     if world.is_main:
         results = record["results"] = {name: {} for name in encoders}
-        albums = {name: _album(pretrained, name, images[1].shards, how) for name in encoders}
+        albums = {name: Album(pretrained.directory, name, pretrained.step, images[1].shards, how) for name in encoders}
         for name, (chosen, protocol) in product(encoders, protocols.items()):
-            found = trained.get((name, chosen)) or _found(protocol, *features[name], albums[name], world.device)
+            found = trained.get((name, chosen)) or _found(protocol, features[name], albums[name], world.device)
             results[name][chosen] = found
         with (pretrained.directory / RESULTS).open("a") as file:
             file.write(json.dumps(record) + "\n")
         _draw(record, pretrained.directory)
         _show(record)
-        for album in albums.values():
-            if album.folder.exists():
-                print(f"pictures are in {album.folder}")
+        for album in (album for album in albums.values() if album.folder.exists()):
+            print(f"pictures are in {album.folder}")
     return 0
 
 
@@ -114,13 +111,10 @@ def _encoders(pretrained: Pretrained, untrained: bool) -> dict[str, Encoder]:
     return {"pretrained": pretrained.encoder, "untrained": Encoder(pretrained.config.encoder)}
 
 
-def _album(pretrained: Pretrained, encoder: str, shards: ShardSet, how: dict[str, Any]) -> Album:
-    run, step = pretrained.directory, pretrained.step or 0
-    return Album(run / PICTURES / encoder, run / "tensorboard" / f"map-{encoder}", step, shards, how)
-
-
-def _found(protocol: Protocol, train: Features, test: Features, album: Album, device: torch.device) -> dict[str, float]:
-    return dict(protocol(train, test, device)) | protocol.draw(test, album, device)
+def _found(
+    protocol: Protocol, features: tuple[Features, Features], album: Album, device: torch.device
+) -> dict[str, float]:
+    return dict(protocol(*features, device)) | protocol.draw(features[1], album, device)
 
 
 def _draw(record: dict[str, Any], directory: Path) -> None:

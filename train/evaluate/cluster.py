@@ -5,6 +5,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
+from sklearn.metrics.cluster import contingency_matrix
 
 from sharding.command import UserError
 from train.evaluate import Protocol, Values
@@ -23,11 +27,6 @@ class Cluster(Protocol):
             raise UserError(f"cluster.clusters: expected at most the {num_test} test images, found {self.clusters}")
 
     def __call__(self, train: Features, test: Features, device: torch.device) -> Values:
-        from scipy.optimize import linear_sum_assignment
-        from sklearn.cluster import KMeans
-        from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
-        from sklearn.metrics.cluster import contingency_matrix
-
         h = torch.cat([F.normalize(tile.to(device), dim=1).cpu() for tile, _ in test.tiles(device)]).numpy()
         labels = test.labels.numpy()
         count = self.clusters or len(np.unique(labels))

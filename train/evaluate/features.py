@@ -121,8 +121,7 @@ def _write_share(
     encoder: Encoder, shards: ShardSet, view: ViewSpec, folder: Path, world: World, options: dict[str, Any]
 ) -> None:
     """This rank's: whole batches, the same on any number of ranks, so that no bit of the representations differs."""
-    num_samples = shards.manifest.num_samples
-    num_batches = -(-num_samples // _BATCH)
+    num_batches = -(-(num_samples := shards.manifest.num_samples) // _BATCH)
     first, last = (rank * num_batches // world.size * _BATCH for rank in (world.rank, world.rank + 1))
     order = Sequential(np.arange(first, min(last, num_samples)), _BATCH)
     encoder.to(world.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]

@@ -20,8 +20,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "dinov3": {"k": (10, 20, 100, 200), "temperature": (0.07,)},  # facebookresearch/dinov3, eval
 }
 
-_SHEET_COLUMNS = 10
-
 
 class KNN(Protocol):
     preset: Literal["wu", "lightly", "dinov3"] | None = Field(None, description="k and temperature of a published one")
@@ -68,7 +66,7 @@ class Retrieve(Protocol):
         """`NEIGHBOURS`: in each row a test image and its nearest others, those of its class in a frame."""
         rows = torch.linspace(0, len(test) - 1, min(self.sheet, len(test))).long()
         if len(rows):
-            _, found = nearest(test.take(rows), test, min(_SHEET_COLUMNS + 1, len(test)), device)
+            _, found = nearest(test.take(rows), test, min(11, len(test)), device)
             others = [near[near != row][: found.shape[1] - 1] for near, row in zip(found, rows, strict=True)]
             shown = torch.cat([rows[:, None], torch.stack(others)], dim=1)
             same = test.labels[shown] == test.labels[rows, None]

@@ -22,24 +22,26 @@ NEIGHBOURS, MAP = "neighbours.png", "map.json"  # what the report looks for
 _FRAME, _MARGIN = 6, 4  # pixels around a tile of a sheet
 _SAME = (0, 158, 115)  # the frame's green, which colour-blind readers tell from white
 TITLES = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
+_TOOLS = "box_zoom,pan,lasso_select,reset,save"
 _TOOLTIP = '<img src="@thumbnail" width="96" height="96" style="image-rendering: auto"><div>@class, sample @id</div>'
-
 Picture = NDArray[np.uint8]
 Columns = dict[str, list[Any]]  # of a map: a row an image
 
 
 @dataclass(frozen=True)
 class Album:
-    """Where the pictures of an encoder go, where their images lie, and how `Loader` reads them (``reading``).
+    """Where the pictures of an encoder go, beside its checkpoint of ``step``, and how `Loader` reads (``reading``) the
+    images in them."""
 
-    ``board`` is the folder for TensorBoard, ``step`` that of the checkpoint.
-    """
-
-    folder: Path
-    board: Path
-    step: int
+    directory: Path
+    encoder: str
+    step: int | None
     shards: ShardSet
     reading: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return self.directory / PICTURES / self.encoder
 
     def file(self, name: str) -> Path:
         """Where to write it; makes the folder."""
@@ -62,8 +64,7 @@ class Album:
 
 def data_uri(image: Image.Image) -> str:
     """The image as an address that holds it, in WebP."""
-    file = io.BytesIO()
-    image.save(file, "webp", quality=75)
+    image.save(file := io.BytesIO(), "webp", quality=75)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -84,21 +85,20 @@ def save_sheet(path: Path, tiles: Picture, framed: NDArray[np.bool_], rows: Sequ
     axes.set_yticks(cell * (np.arange(num_rows) + 0.5), [name[:20] for name in rows])
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize=7)
-    axes.spines[:].set_visible(False)
+    axes.set_frame_on(False)
     figure.savefig(path, dpi=160)
 
 
 def draw_maps(columns: Columns) -> dict[str, Any]:
     """Bokeh's figures by method, with a thumbnail on hover; what is selected in one is selected in all."""
-    from bokeh.models import ColumnDataSource, HoverTool
+    from bokeh.models import ColumnDataSource
     from bokeh.plotting import figure
 
     source, plots = ColumnDataSource(columns), {}
+    look: dict[str, Any] = {"tools": _TOOLS, "tooltips": _TOOLTIP, "sizing_mode": "scale_width", "max_width": 700}
     for name in (name for name in TITLES if f"{name} x" in columns):
-        tools = "box_zoom,pan,lasso_select,reset,save"
-        plot = figure(title=TITLES[name], tools=tools, sizing_mode="scale_width", match_aspect=True, max_width=700)
+        plot = figure(title=TITLES[name], match_aspect=True, **look)
         plot.scatter(f"{name} x", f"{name} y", source=source, color="color", size=6, alpha=0.7, nonselection_alpha=0.1)
-        plot.add_tools(HoverTool(tooltips=_TOOLTIP))
         plot.toolbar.active_drag, plot.toolbar.logo = None, None
         plot.axis.visible = plot.grid.visible = False
         plots[name] = plot

@@ -83,9 +83,9 @@ def test_a_sheet_has_a_frame_around_neighbours_of_the_same_class(shard_set: Shar
     framed, width = [], []
     for labels in (torch.zeros(92), torch.arange(92), torch.arange(92) // 46):
         test = Features(h, torch.arange(92), labels.long())
-        made = Album(tmp_path, tmp_path, 0, shard_set, {"num_threads": 1})
+        made = Album(tmp_path, "pretrained", 0, shard_set, {"num_threads": 1})
         assert Retrieve(sheet=3).draw(test, made, CPU) == {}
-        with Image.open(tmp_path / "neighbours.png") as picture:
+        with Image.open(made.folder / "neighbours.png") as picture:
             width.append(picture.width)
             framed.append(int((np.asarray(picture.convert("RGB")) == (0, 158, 115)).all(-1).sum()))
     assert framed[0] > 20 * 1000

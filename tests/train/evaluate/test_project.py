@@ -22,7 +22,7 @@ from train.evaluate.project import Project
 
 
 def album(shards: ShardSet, folder: Path) -> Album:
-    return Album(folder / "pictures", folder / "board", 7, shards, {"num_threads": 1})
+    return Album(folder, "pretrained", 7, shards, {"num_threads": 1})
 
 
 def of_shards(shards: ShardSet) -> Features:
@@ -97,7 +97,7 @@ def test_the_files_of_a_map_need_no_network_and_tensorboard_has_it_too(shard_set
     assert page.count("data:image/webp") == 30
     with Image.open(made.folder / "map.png") as picture:
         assert picture.width >= 900
-    (board,) = made.board.glob("00007/*")
+    (board,) = (tmp_path / "tensorboard" / "map-pretrained" / "00007").iterdir()
     assert len((board / "tensors.tsv").read_text().splitlines()) == 30
     rows = [line.split("\t") for line in (board / "metadata.tsv").read_text().splitlines()]
     assert rows[0] == ["class", "sample"]
@@ -126,8 +126,8 @@ def test_images_without_labels_have_one_colour(shard_set: ShardSet, tmp_path: Pa
 def test_too_few_images_for_a_map_are_refused() -> None:
     for settings, count, message in (
         ({"perplexity": 30}, 30, r"project\.perplexity: expected more than 30 test images to draw, found 30"),
-        ({"perplexity": 5, "neighbours": 20}, 20, r"project\.neighbours: expected more than 20 test images"),
-        ({"perplexity": 5, "neighbours": 3}, 11, r"project\.points: expected more than 11 test images"),
+        ({"methods": "umap", "neighbours": 20}, 20, r"project\.neighbours: expected more than 20 test images"),
+        ({"perplexity": 5}, 11, r"project\.points: expected more than 11 test images"),
         ({"perplexity": 50, "points": 40}, 400, r"project\.perplexity: expected more than 50 .*, found 40"),
     ):
         with pytest.raises(UserError, match=message):
