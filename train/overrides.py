@@ -48,12 +48,12 @@ def _one_line(error: yaml.YAMLError) -> str:
     return " ".join(str(error).split())
 
 
-def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The settings of a tree, by names as overrides have them (``views.0.size``)."""
     if isinstance(tree, list) and tree and isinstance(tree[0], dict):
         tree = dict(enumerate(tree))
     if not isinstance(tree, dict):
-        yield prefix[1:], str(tree)
+        yield prefix[1:], tree
         return
     for key, value in tree.items():
         yield from leaves(value, f"{prefix}.{key}")

@@ -109,7 +109,7 @@ def _read(path: Path, name: str) -> Run:
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str | None]]:
     """The settings that are not the same in all runs, None where a run has no such setting; but for ``run.dir``."""
-    flat = [dict(leaves(run.settings)) for run in runs]
+    flat = [{name: str(value) for name, value in leaves(run.settings)} for run in runs]
     found = {name: [one.get(name) for one in flat] for one in flat for name in one if name != "run.dir"}
     return {name: values for name, values in found.items() if len(set(values)) > 1}
 
