@@ -103,8 +103,7 @@ def _read(path: Path, name: str) -> Run:
     metrics, evaluations, starts, maps = found
     study = path.parent / "study.json"
     told = json.loads(study.read_text()) if study.exists() else {}
-    problems = sum(torn, problems)
-    return Run(name, settings, config, settled(metrics), evaluations, starts, maps, problems, told, path)
+    return Run(name, settings, config, settled(metrics), evaluations, starts, maps, sum(torn, problems), told, path)
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str | None]]:
