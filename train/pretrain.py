@@ -185,9 +185,13 @@ class Pretraining:
         self._noise = NoiseScale(method, batch, part, world.size) if config.run.noise_scale else None
 
     def __call__(self, batch: Batch, step: int) -> Loss:
-        self.communication.begin(step)
         draws = Draws(self._run.seed, step, batch.ids)
         labels = batch.labels if self.method.takes_labels else None
+        if self.communication.settling:
+            self.step.settle(batch.views, draws, labels)
+            if self._noise:
+                self._noise.forget()
+        self.communication.begin(step)
         momentum = self._plan.moving("momentum", step)
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self._plan.moving("weight_decay", step) if group["adapt"] else 0.0

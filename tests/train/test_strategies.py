@@ -22,6 +22,12 @@ STRATEGIES = {
     "fsdp": ("byol", ["run.parallel=fsdp", "optim.name=lars", "run.precision=fp64"]),
     "local": ("byol", ["run.local_sgd_period=3", "run.local_sgd_start=2", "run.local_sgd_group=local"]),
 }
+THREE = {
+    "ddp": [],
+    "noise": ["run.noise_scale=true"],
+    "powersgd": STRATEGIES["powersgd"][1],
+    "replayed": ["run.replay_every=1"],
+}
 MORE = ["run.checkpoint_every=1", "run.keep_checkpoints=9", "optim.steps=6", "run.bucket_mb=1"]
 
 
@@ -30,8 +36,8 @@ def arguments_of(strategy: str, shards: Path, run: Path) -> list[str]:
     return settings_of(method, shards, run, *MORE, *how)
 
 
-def interrupted(world: World, runs: dict[str, list[str]]) -> list[int]:
-    """Each run, and again from its third step on. Returns `held_bytes` of the one in shards."""
+def interrupted(world: World, runs: dict[str, list[str]]) -> None:
+    """Each run, and again from its third step on."""
     for arguments in runs.values():
         config = load_config(None, arguments)
         for rest in (slice(3, None), slice(0)):
@@ -41,6 +47,11 @@ def interrupted(world: World, runs: dict[str, list[str]]) -> list[int]:
                 for path in checkpoints(config.run.dir)[rest]:
                     path.unlink()
             world.barrier()
+
+
+def interrupted_and_held(world: World, runs: dict[str, list[str]]) -> list[int]:
+    """And `held_bytes` of the run in shards."""
+    interrupted(world, runs)
     return held_bytes(world, load_config(None, [*runs["fsdp"], "optim.name=adamw"]))
 
 
@@ -61,7 +72,7 @@ def held_bytes(world: World, config: Config) -> list[int]:
 def both(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], list[list[int]]]:
     root = tmp_path_factory.mktemp("strategies")
     started = {name: arguments_of(name, shards, root / name) for name in STRATEGIES}
-    ranks = run_ranks(interrupted, 2, started)
+    ranks = run_ranks(interrupted_and_held, 2, started)
     return {name: root / name for name in STRATEGIES}, ranks
 
 
@@ -78,6 +89,15 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     return bool(torch.equal(a, b)) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
+def test_on_three_processes_an_interrupted_run_is_the_whole_one(shards: Path, tmp_path: Path) -> None:
+    """Where the order in which ranks are added shows; of two it does not."""
+    started = {name: settings_of("simclr", shards, tmp_path / name, *MORE, *more) for name, more in THREE.items()}
+    run_ranks(interrupted, 3, started)
+    for name in THREE:
+        whole, continued = states(tmp_path / name)
+        assert same(whole["method"], continued["method"]), name
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -29,6 +29,10 @@ class NoiseScale:
         self._squares: list[torch.Tensor] = []
         self._averages = torch.zeros(2)
 
+    def forget(self) -> None:
+        """The backward passes since the last batch."""
+        self._squares.clear()
+
     def _add(self, gradient: torch.Tensor) -> None:
         self._squares.append(torch.linalg.vector_norm(gradient).square())
 
@@ -36,7 +40,7 @@ class NoiseScale:
         """After a batch, done so many ``times``, whose averaged gradient has this norm: device scalars, to be averaged
         over ranks."""
         whole, part = norm.square(), self._num_pieces * torch.stack(self._squares).sum() / times
-        self._squares.clear()
+        self.forget()
         noise = (part - whole) / (1 / self._part - 1 / self._batch)
         signal = (self._batch * whole - self._part * part) / (self._batch - self._part)
         self._updates += 1

@@ -4,7 +4,8 @@ Batches and draws are pure functions of the step. So what differs has a cause th
 adds in any order, a layer that draws from a generator of its own, a faulty device.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
 
@@ -25,6 +26,16 @@ class StepDiffersError(UserError):
     """A step that was done twice from the same state computed different values."""
 
 
+@contextmanager
+def undone(method: Method) -> Iterator[None]:
+    """Gradients are gone afterwards, and buffers as before."""
+    before = [(buffer, buffer.clone()) for buffer in method.buffers()]
+    yield
+    method.zero_grad(set_to_none=True)
+    for buffer, value in before:
+        buffer.copy_(value)
+
+
 def done_twice(method: Method, backward: Backward, batch: Piece, world: World) -> tuple[Loss, Any]:
     """What ``backward`` returns, which is called twice; gradients and state are then as after one call.
 
@@ -33,11 +44,8 @@ def done_twice(method: Method, backward: Backward, batch: Piece, world: World) -
     are not the same on all ranks. Waits for the device.
     """
     where = f"step {batch.draws.step + 1}, done twice from the same state,"
-    before = [(buffer, buffer.clone()) for buffer in method.buffers()]
-    first, _ = _hashed(method, backward, batch)
-    method.zero_grad(set_to_none=True)
-    for buffer, value in before:
-        buffer.copy_(value)
+    with undone(method):
+        first, _ = _hashed(method, backward, batch)
     second, made = _hashed(method, backward, batch)
     differ = [(place, (a or b)[0]) for place, (a, b) in enumerate(zip_longest(first, second)) if a != b]
     # All ranks compute in one order, and what differs on one of them soon does on the others.

@@ -11,7 +11,7 @@ from sharding.command import UserError
 from train.engine import health
 from train.engine.checkpoint import checkpoints
 from train.engine.gradcache import Piece, accumulate, grad_cache
-from train.engine.repeat import done_twice
+from train.engine.repeat import done_twice, undone
 from train.methods import Loss, Method, Update
 from train.model.draws import Draws
 from train.optim.optimizers import acting
@@ -89,6 +89,13 @@ class TrainStep:
         if self.scaler.is_enabled():
             metrics |= {"loss_scale": self.scaler.scale(torch.ones_like(norm)), "refused": self._refused.clone()}
         return Loss(loss.value.detach(), metrics, health.sample(e[0]), e.h[0].clone())
+
+    def settle(self, views: list[torch.Tensor], draws: Draws, labels: torch.Tensor | None) -> None:
+        """To be called before the first update by DDP, which puts gradients into buckets anew after its first backward.
+        Where in a bucket one lies decides in which order ranks are added, and with three or more how a sum is rounded:
+        a run that continues would not be the whole one to the bit. So the first backward is for nothing."""
+        with undone(self._method):
+            self._backward(Piece(views, draws, labels))
 
     def _refuse(self, bad: torch.Tensor, step: int) -> None:
         """Sets the flags of an update whose gradient is ``bad``, or which comes after the last one."""

@@ -50,9 +50,7 @@ class Communication:
     """Wraps a module, so that gradients, or weights, are averaged over ranks as configured. ``module`` is to be called,
     and ``averaged`` are the tensors that have to be equal on all ranks.
 
-    PowerSGD (Vogels et al., 2019, algorithm 2) keeps what it did not send for the next step: state of a rank alone. It
-    lies in DDP's buckets, which a run that continues must have again. So DDP is told to look for unused parameters:
-    it then does not rebuild them after the first step. It warns once that it found none.
+    PowerSGD (Vogels et al., 2019, algorithm 2) keeps what it did not send for the next step: state of a rank alone.
 
     Post-local SGD (Lin et al., "Don't use large mini-batches, use local SGD", 2020): from a step on, gradients are
     averaged within groups of ranks only, and every so many steps weights over all. In between all state is a rank's.
@@ -63,9 +61,10 @@ class Communication:
     ) -> None:
         self._world, self._config, self._averaged, self._step = world, config, averaged, 0
         kind, self._power, self._local = config.gradient_compression, None, None
-        options = {"find_unused_parameters": kind == "powersgd", "static_graph": config.static_graph}
+        options = {"static_graph": config.static_graph}
         options["init_sync"] = not config.local_sgd_period  # which would give all ranks the weights of the first
         self.module = world.wrap(module, bucket_cap_mb=config.bucket_mb, **options)
+        self.settling = isinstance(self.module, DistributedDataParallel)  # until `begin`; see `TrainStep.settle`
         if not isinstance(self.module, DistributedDataParallel):
             return
         if config.local_sgd_period:
@@ -81,7 +80,7 @@ class Communication:
 
     def begin(self, step: int) -> None:
         """To be called before each update: its number decides which phase it is in."""
-        self._step = step
+        self._step, self.settling = step, False
         if self._power:
             self._power.iter = step - self._config.powersgd_start + _FIRST
         if self._local:
