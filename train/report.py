@@ -6,7 +6,6 @@ python -m train.report runs/mine --watch
 
 import argparse
 import io
-import json
 import math
 import statistics
 import sys
@@ -101,9 +100,9 @@ def _read(path: Path, name: str) -> Run:
     files = {"metrics.jsonl": "step", "evaluation.jsonl": "results", PROVENANCE: "commit", _MAP: "thumbnail"}
     found, torn = zip(*(read_lines(path / file, key) for file, key in files.items()), strict=True)
     metrics, evaluations, starts, maps = found
-    study = path.parent / "study.json"
-    told = json.loads(study.read_text()) if study.exists() else {}
-    return Run(name, settings, config, settled(metrics), evaluations, starts, maps, sum(torn, problems), told, path)
+    studies, torn_study = read_lines(path.parent / "study.json", "study")  # a single line
+    told, problems = next(iter(studies), {}), sum(torn, problems) + torn_study
+    return Run(name, settings, config, settled(metrics), evaluations, starts, maps, problems, told, path)
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str | None]]:

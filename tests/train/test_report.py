@@ -182,7 +182,9 @@ def test_a_run_whose_first_record_and_pictures_are_torn(tmp_path: Path) -> None:
     (pictures / "map.json").write_text('{"thumbnail": ["data')
     (pictures / "neighbours.png").write_bytes(b"\x89PNG")
     (path / "metrics.jsonl").write_text('{"step": 1, "lo')
+    (tmp_path / "study.json").write_text('{"study": "runs')
     made = text_of(render(read_runs([path]), []))
+    assert "study.json, line 1: not a whole record" in made
     assert "metrics.jsonl, line 1: not a whole record" in made
     assert "No step has been logged yet" in made
     assert "Not evaluated yet" in made
