@@ -181,7 +181,7 @@ def session(command: str) -> Iterator[World]:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"attempt {attempt}", next(rendezvous("env://"))[0])
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
-    failures = Failures(command, dist.distributed_c10d._get_default_store(), rank)
+    failures = Failures(command, dist.distributed_c10d._get_default_store(), rank, size)
     with failures.watched():
         yield World(rank, size, device, dist.new_group(backend="gloo"))
     dist.destroy_process_group()

@@ -8,14 +8,15 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from sharding.command import UserError, report, say
 
-_KEY = "parallax/failure"
+_KEY, _SAID = "parallax/failure", "parallax/said"
 _SECONDS_BETWEEN_LOOKS = 0.5
 _LOOKS = 6  # for the cause of a failed collective, which is noticed before its cause is told
+_PATIENCE = 20  # looks for ranks that have not yet said why they end; one may be dead
 EXIT_CODE = 2
 
 
@@ -24,10 +25,10 @@ class StoppedByOtherRankError(UserError):
 
 
 class Failures:
-    """What the ranks of ``command`` tell each other of their failures through ``store`` (of torch.distributed)."""
+    """What ``size`` ranks of ``command`` tell each other of their failures through ``store`` (of torch.distributed)."""
 
-    def __init__(self, command: str, store: Any, rank: int) -> None:
-        self._command, self._rank = command, rank
+    def __init__(self, command: str, store: Any, rank: int, size: int) -> None:
+        self._command, self._rank, self._size = command, rank, size
         self._store = store.clone()  # the original is locked while it waits for others
         self._ended = threading.Event()
 
@@ -35,8 +36,7 @@ class Failures:
     def watched(self) -> Iterator[None]:
         """An error within the block is printed, told to the other ranks, and ends this process; theirs ends it too.
 
-        Raises SystemExit for an own error, which is printed before the others know and have the launcher end this
-        process, and StoppedByOtherRankError for one that was only the consequence of a different rank's.
+        Raises SystemExit once all ranks have said why they end: after the first to end, launchers end the others.
         """
         watcher = threading.Thread(target=self._watch, name="failures", daemon=True)
         watcher.start()
@@ -45,9 +45,11 @@ class Failures:
         except Exception as error:
             self._end(watcher)
             if _is_of_communication(error):
-                raise StoppedByOtherRankError(self._cause(error)) from None
-            code = report(self._command, error)
-            self._tell(error)
+                code = report(self._command, StoppedByOtherRankError(self._cause(error)))
+            else:
+                code = report(self._command, error)
+                self._tell(error)
+            self._wait_for_others()
             raise SystemExit(code) from None
         self._end(watcher)
 
@@ -59,6 +61,7 @@ class Failures:
         while not self._ended.wait(_SECONDS_BETWEEN_LOOKS):
             if news := self._news():
                 say(self._command, news)
+                self._wait_for_others()
                 os._exit(EXIT_CODE)  # the main thread may hang in a collective for ever
 
     def _cause(self, error: Exception) -> str:
@@ -81,11 +84,17 @@ class Failures:
     def _tell(self, error: BaseException) -> None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         message = f"rank {self._rank} failed: {reason}"
-        try:
+        with suppress(RuntimeError):  # nobody is there to be told
             self._store.compare_set(_KEY, "", message)
-            time.sleep(2 * _SECONDS_BETWEEN_LOOKS)  # the store may end with this process
-        except RuntimeError:
-            pass  # nobody is there to be told
+
+    def _wait_for_others(self) -> None:
+        """To be called after this rank has said why it ends."""
+        with suppress(RuntimeError):  # the store ended with a different rank
+            self._store.add(_SAID, 1)
+            for _ in range(_PATIENCE):
+                if self._store.add(_SAID, 0) >= self._size:
+                    break
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def _is_of_communication(error: BaseException) -> bool:
