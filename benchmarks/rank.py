@@ -105,7 +105,9 @@ def _messages(training: Training, step: Callable[[], int], world: Counting) -> d
     norms = [m for m in training.method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     sizes: list[int] = []
     hooks = [m.register_forward_hook(lambda m, *_: sizes.append(2 * m.num_features * _FLOAT)) for m in norms]
-    world.sent.clear()
+    step()  # the first also has DDP arrange its buckets
+    for noted in (sizes, world.sent):
+        noted.clear()
     step()
     for hook in hooks:
         hook.remove()
