@@ -66,6 +66,8 @@ _APART = (
     ("local_sgd_period", None, "gradient_compression shard_optimizer noise_scale replay_every"),
     ("gradient_compression", "powersgd", "static_graph replay_every"),
     ("precision", "fp16", "noise_scale local_sgd_period parallel"),
+    ("static_graph", None, "micro_batch_size"),
+    ("activation_checkpointing", None, "compile"),
 )
 
 
@@ -75,6 +77,9 @@ class RunConfig(ParallelConfig):
     global_batch_size: int = Field(512, ge=2, description="images per step, over all processes")
     micro_batch_size: int | None = Field(
         None, ge=1, description="images of a process that pass the network at a time, to save memory; default: all"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute an encoder's activations again in backward: less memory, one more forward"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = Field(
         "auto", description="auto: bf16 on a GPU, fp32 elsewhere; fp16: with a scaled loss; fp64: on a CPU, to verify"

@@ -32,6 +32,7 @@ from train.engine.plan import RunPlan, check_batch, plan_run
 from train.engine.step import TrainStep
 from train.methods import Loss, Method, build_method
 from train.model.batchnorm import synchronize_batchnorm
+from train.model.checkpointing import blocks, compute_again
 from train.model.draws import Draws
 from train.model.encoder import Encoder
 from train.online import Online, has_labels
@@ -149,8 +150,13 @@ def build(config: Config, world: World) -> Method:
             checkpoint.initialize(encoder, weights, "method.weights")
     dtype = torch.float64 if config.run.precision == "fp64" else torch.float32
     method = synchronize_batchnorm(method.to(world.device, dtype), world, config.run.batchnorm)
+    encoders = [module for module in method.modules() if isinstance(module, Encoder)]
+    parts = [block for encoder in encoders for block in blocks(encoder.backbone)]
+    if config.run.activation_checkpointing:
+        for block in parts:
+            compute_again(block)
     if config.run.parallel == "fsdp" and world.size > 1:
-        fsdp.shard_parameters(method, [m.backbone for m in method.modules() if isinstance(m, Encoder)])
+        fsdp.shard_parameters(method, parts)
         return method
     return method.to(memory_format=torch.channels_last)
 
@@ -187,7 +193,7 @@ class Pretraining:
     def __call__(self, batch: Batch, step: int) -> Loss:
         draws = Draws(self._run.seed, step, batch.ids)
         labels = batch.labels if self.method.takes_labels else None
-        if self.communication.settling:
+        for _ in range(self.communication.settling):
             self.step.settle(batch.views, draws, labels)
             if self._noise:
                 self._noise.forget()

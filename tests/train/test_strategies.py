@@ -27,6 +27,7 @@ THREE = {
     "noise": ["run.noise_scale=true"],
     "powersgd": STRATEGIES["powersgd"][1],
     "replayed": ["run.replay_every=1"],
+    "static": ["run.static_graph=true"],
 }
 MORE = ["run.checkpoint_every=1", "run.keep_checkpoints=9", "optim.steps=6", "run.bucket_mb=1"]
 

@@ -64,9 +64,10 @@ class Communication:
         options = {"static_graph": config.static_graph}
         options["init_sync"] = not config.local_sgd_period  # which would give all ranks the weights of the first
         self.module = world.wrap(module, bucket_cap_mb=config.bucket_mb, **options)
-        self.settling = isinstance(self.module, DistributedDataParallel)  # until `begin`; see `TrainStep.settle`
+        self.settling = 0  # times that `TrainStep.settle` is to be called before `begin`: a static graph takes one more
         if not isinstance(self.module, DistributedDataParallel):
             return
+        self.settling = 1 + config.static_graph
         if config.local_sgd_period:
             size, name = world.group_size(config.local_sgd_group), "run.local_sgd_group"
             group = None if size == 1 else world.subgroup(size, name) or dist.group.WORLD
@@ -80,7 +81,7 @@ class Communication:
 
     def begin(self, step: int) -> None:
         """To be called before each update: its number decides which phase it is in."""
-        self._step, self.settling = step, False
+        self._step, self.settling = step, 0
         if self._power:
             self._power.iter = step - self._config.powersgd_start + _FIRST
         if self._local:

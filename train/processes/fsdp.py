@@ -16,14 +16,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 State = dict[str, Any]
 
 
-def shard_parameters(module: nn.Module, encoders: Iterable[nn.Module]) -> None:
-    """Shard the parameters over all ranks. The blocks of the encoders' sequences (a ResNet's layers, a ViT's blocks)
-    are gathered one at a time, what is left with the ``module``. FSDP2 refuses channels_last weights."""
+def shard_parameters(module: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Shard the parameters over all ranks. ``blocks`` are gathered one at a time, what is left with the ``module``.
+    FSDP2 refuses channels_last weights."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is changed in place
-    for sequence in (child for encoder in encoders for child in encoder.children()):
-        if isinstance(sequence, nn.Sequential | nn.ModuleList):
-            for block in sequence:
-                fully_shard(block)
+    for block in blocks:
+        fully_shard(block)
     fully_shard(module)
 
 
