@@ -21,8 +21,8 @@ class Linear(Protocol):
         chosen = self.weight_decay[0]
         if len(self.weight_decay) > 1:
             held_out = torch.arange(len(train)) % 5 == 0
-            layers = [fit(train.take(~held_out), decay, self.iterations, device) for decay in self.weight_decay]
-            scores = [accuracy(layer, train.take(held_out), device) for layer in layers]
+            rest, part = train.take(~held_out), train.take(held_out)
+            scores = [accuracy(fit(rest, decay, self.iterations, device), part, device) for decay in self.weight_decay]
             chosen = self.weight_decay[scores.index(max(scores))]
             yield "weight decay chosen", chosen
         yield "top-1 %", accuracy(fit(train, chosen, self.iterations, device), test, device)
