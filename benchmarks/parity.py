@@ -20,6 +20,7 @@ from rich.progress import track
 
 from benchmarks.generated import generated_shards
 from benchmarks.report import show
+from benchmarks.stages import device
 from pipeline.backends import BACKENDS
 from pipeline.canary import CHAIN_TOLERANCE, WORST_IMAGE_TOLERANCE
 from pipeline.loader import Loader
@@ -126,7 +127,6 @@ def compare(views: Sequence[torch.Tensor], references: Sequence[torch.Tensor]) -
 def _loader(shards: ShardSet, order: Sequential, backend: str) -> Loader:
     """The views of all cases in levels, of images of which none may be damaged."""
     specs = in_levels([spec for case in CASES for spec in case.specs])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Loader(
         shards,
         specs,
@@ -136,7 +136,7 @@ def _loader(shards: ShardSet, order: Sequential, backend: str) -> Loader:
         num_threads=1,
         prefetch=1,
         max_replaced_samples=0,
-        device=device,
+        device=device(),
     )
 
 

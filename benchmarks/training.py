@@ -16,12 +16,10 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import cycle
 
-import torch
-
 from benchmarks.measure import Rate, Results, interleave, peak_bytes, rate_of
 from benchmarks.peers.steps import PlainStep, lightly
 from benchmarks.report import save, show
-from benchmarks.stages import NUM_CACHED, Training, add_arguments, finish, parse, read_config
+from benchmarks.stages import NUM_CACHED, Training, add_arguments, device, finish, parse, read_config
 from pipeline.loader import Batch
 from sharding.command import UserError, command
 from sharding.manifest import open_shards
@@ -56,10 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measured(config: Config, options: argparse.Namespace) -> Results:
-    world, shards = (
-        World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        open_shards(config.data.shards),
-    )
+    world, shards = World(device=device()), open_shards(config.data.shards)
     with build_loader(config, shards, world, 0) as loader:
         batches = cycle([next(loader) for _ in range(NUM_CACHED)])
     steps: dict[str, Callable[[Batch], object]] = {
