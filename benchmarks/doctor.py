@@ -151,7 +151,8 @@ def measure_alone(
                 loader = stack.enter_context(open_loader(config, v.shards, **{**v.data, "num_threads": 1}))
                 turns[loader_stage] = partial(_loader_turn, loader, v, seconds, cold)
             if step_stage not in turns:
-                turns[step_stage] = partial(_step_turn, training.alone(loader), v, seconds)
+                step = training.alone(loader)
+                turns[step_stage] = partial(_step_turn, step, ceilings.asked(step), v, seconds)
             if v.data["backend"] != "synthetic":
                 turns[reading_stage] = partial(ceilings.reading, v.shards, v.data["num_threads"], seconds)
         return interleave(turns, options.rounds)
@@ -170,9 +171,9 @@ def _loader_turn(loader: Loader, v: Variant, seconds: float, cold: bool) -> Turn
     return turn | {name: share * turn["seconds"] for name, share in shares.items()}
 
 
-def _step_turn(step: Callable[[], int], v: Variant, seconds: float) -> Turn:
+def _step_turn(step: Callable[[], int], asked: Turn, v: Variant, seconds: float) -> Turn:
     torch.set_num_threads(v.torch_threads)
-    return _seconds(rate_of(step, seconds, 2, finish)) | ceilings.asked(step)
+    return {**_seconds(rate_of(step, seconds, 2, finish)), **asked}
 
 
 def _seconds(turn: Turn) -> dict[str, float]:
