@@ -84,10 +84,11 @@ class Loader:
                 f"global_batch_size: expected a multiple of world_size {world_size}, found {global_batch_size}"
             )
         _check_at_least({"start_step": (start_step, 0), "num_threads": (num_threads, 1), "prefetch": (prefetch, 1)})
-        order = order or Shuffled(lane_shard_sizes(shards), seed, global_batch_size, window)
+        if order is None:
+            order = Shuffled(lane_shard_sizes(shards), seed, global_batch_size, window)
         self._shards, self._specs, self._seed = shards, tuple(specs), seed
         self._device, self._dtype = device or torch.device("cpu"), dtype
-        self._order = order
+        self._order: Order = order
         self._rank, self._world_size = rank, world_size
         batch_size = -(-order.global_batch_size // world_size)
         self._num_threads, self._prefetch, self._max_replaced = num_threads, prefetch, max_replaced_samples
