@@ -158,7 +158,8 @@ def _load(spec: SourceSpec, options: dict[str, Any]) -> "tuple[tuple[str, ...], 
         return (), load_demo(spec.split)
     folder = Directory.at(spec.dataset)
     if "://" not in spec.dataset and Path(spec.dataset).is_file():
-        raise SourceError(f"{spec.dataset}: is a file; give the folder that holds the data set")
+        what = "compressed, which cannot be read in any order; gunzip it" if spec.dataset.endswith("gz") else "a file"
+        raise SourceError(f"{spec.dataset}: is {what}; expected a tar, or the folder that holds the data set")
     if _is_hub_id(spec.dataset):
         return (), load_dataset(spec.dataset, spec.config, revision=spec.revision, **options)
     if folder.exists(MANIFEST_FILE):

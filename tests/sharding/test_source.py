@@ -236,6 +236,10 @@ def test_a_file_or_an_empty_folder_is_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is a file") as refused:
         open_folder(tmp_path / "a.parquet")
     assert str(refused.value).count("a.parquet") == 1
+    (tmp_path / "all.tar.gz").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"all\.tar\.gz: is compressed.*gunzip"):
+        open_folder(tmp_path / "all.tar.gz")
+    (tmp_path / "all.tar.gz").unlink()
     with pytest.raises(SourceError, match=str(tmp_path)):
         open_folder(tmp_path)
 
