@@ -4,8 +4,8 @@ representations", 2021).
 ``z = projector(encoder(view))``, ``p = predictor(z)``; ``nn(z)`` is the nearest of a queue of former z. The loss is
 InfoNCE of each view's nn(z) among the other view's p of the global batch (equations 3 and 4, algorithm 1).
 
-The authors have released no code: the loss is solo-learn's too, settings are from memory. Substituted: SimCLR's views;
-torch's initialisation. Beyond the paper: more than two views, as the mean over ordered pairs.
+The authors have released no code: the loss is solo-learn's too, settings are a VISSL recipe's (docs/methods.md).
+Substituted: torch's initialisation. Beyond the paper: more than two views, as the mean over ordered pairs.
 """
 
 from typing import Literal
@@ -34,7 +34,7 @@ class NNCLRConfig(PredictorConfig):
 class NNCLR(WithPredictor):
     Config = NNCLRConfig
     recipe = Recipe(
-        "simclr",
+        "byol",
         optim={"name": "lars", "learning_rate": 0.3, "weight_decay": 1e-6, "epochs": 1000, "warmup_epochs": 10},
         run={"dir": "runs/nnclr", "global_batch_size": 4096},
     )
