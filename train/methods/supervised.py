@@ -2,8 +2,6 @@
 2017).
 
 ``logits = classifier(encoder(view))``; the loss is the cross entropy with the label, averaged over views.
-
-Substituted: momentum without Nesterov's correction.
 """
 
 from typing import ClassVar, Literal, NamedTuple
@@ -36,8 +34,8 @@ class Supervised(Method):
     Config = SupervisedConfig
     recipe = Recipe(
         "supervised",
-        optim={"name": "sgd", "learning_rate": 0.1, "weight_decay": 1e-4, "epochs": 90, "warmup_epochs": 5}
-        | {"schedule": "step", "milestones": [1 / 3, 2 / 3, 8 / 9]},
+        optim={"name": "sgd", "nesterov": True, "learning_rate": 0.1, "weight_decay": 1e-4}
+        | {"epochs": 90, "warmup_epochs": 5, "schedule": "step", "milestones": [1 / 3, 2 / 3, 8 / 9]},
         run={"dir": "runs/supervised", "global_batch_size": 8192, "batchnorm": "local"},
     )
     images_meet = False
