@@ -28,6 +28,7 @@ class SimCLRConfig(ProjectorConfig):
     loss: Literal["ntxent", "dcl", "dclw", "spectral", "align_uniform"] = Field(
         "ntxent", description="the loss; see train/losses/contrastive.py"
     )
+    layers: int = Field(2, ge=1, description="linear layers of the projector; google-research/simclr has 3")
     temperature: float = Field(0.1, gt=0, description="tau of equation 1, and of DCL and DCLW; the others have none")
     norm: Norm = Field("batch", description="after each layer of the projector: batch, layer or none; VISSL has none")
 
