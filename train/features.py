@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         view = evaluation_view(pretrained.config.views, shards)
         folder, options = pretrained.directory / FEATURES, reading(pretrained.config.data, world)
         made = extract(pretrained.encoder, images, view, folder, world, **options)
-    if made:  # all of them as they are mapped, or a copy in memory where some are left out
+    if world.is_main:  # all of them as they are mapped, or a copy in memory where some are left out
         h = made.h if len(made) == len(made.h) else made.h[made.ids]
         np.savez(given.out, h=h, labels=made.labels, ids=made.ids)
     return 0

@@ -9,8 +9,11 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from pipeline.settings import Settings, problem
 from sharding.command import UserError
+from train.engine.checkpoint import Pretrained
+from train.evaluate.data import Images
 from train.evaluate.features import Features
 from train.evaluate.pictures import Album
+from train.processes.distributed import World
 
 # name -> "module:class", imported when chosen
 PROTOCOLS = {
@@ -39,8 +42,12 @@ class Protocol(Settings):
     def check(self, num_train: int, num_test: int) -> None:
         """Raises `UserError` where there are too few images, before anything is made of them."""
 
+    def together(self, pretrained: Pretrained, images: Images, test: Features, world: World) -> dict[str, float]:
+        """Values that all ranks make together, of the test images; rank 0's count. Deterministic."""
+        return {}
+
     def __call__(self, train: Features, test: Features, device: torch.device) -> Values:
-        """Pairs (name, value); the name says the unit. Deterministic."""
+        """Pairs (name, value) that rank 0 makes alone; the name says the unit. Deterministic."""
         yield from ()
 
     def draw(self, test: Features, album: Album, device: torch.device) -> dict[str, float]:

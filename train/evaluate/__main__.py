@@ -40,23 +40,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pretrained = load_pretrained(options.checkpoint, overrides)
         record, images, view = _prepare(options, protocols, pretrained)
         folder, how = options.features or pretrained.directory / FEATURES, reading(pretrained.config.data, world)
-        encoders, trained = _encoders(pretrained, options.untrained), {}
+        encoders, made = _encoders(pretrained, options.untrained), {}
         features: dict[str, Any] = {}
         for name, encoder in encoders.items():
+            own = pretrained._replace(encoder=encoder)
             if not all(isinstance(protocol, Trained) for protocol in protocols.values()):
                 features[name] = tuple(extract(encoder, part, view, folder, world, **how) for part in images)
             for chosen, protocol in protocols.items():
-                if isinstance(protocol, Trained):
-                    found = protocol.run(chosen, pretrained._replace(encoder=encoder), *images, view, world)
-                    if found is None:
-                        return stop.EXIT_CODE
-                    trained[name, chosen] = found
+                if not isinstance(protocol, Trained):
+                    made[name, chosen] = protocol.together(own, images[1], features[name][1], world)
+                elif (found := protocol.run(chosen, own, *images, view, world)) is None:
+                    return stop.EXIT_CODE
+                else:
+                    made[name, chosen] = found
     if world.is_main:
         results = record["results"] = {name: {} for name in encoders}
         albums = {name: Album(pretrained.directory, name, pretrained.step, images[1].shards, how) for name in encoders}
         for name, (chosen, protocol) in product(encoders, protocols.items()):
-            found = trained.get((name, chosen)) or _found(protocol, features[name], albums[name], world.device)
-            results[name][chosen] = found
+            results[name][chosen] = made[name, chosen]
+            if not isinstance(protocol, Trained):
+                results[name][chosen] |= _found(protocol, features[name], albums[name], world.device)
         with (pretrained.directory / RESULTS).open("a") as file:
             file.write(json.dumps(record) + "\n")
         _draw(record, pretrained.directory)

@@ -81,11 +81,9 @@ class Features:
         return mean.float(), std.float()
 
 
-def extract(
-    encoder: Encoder, images: Images, view: ViewSpec, folder: Path, world: World, **options: Any
-) -> Features | None:
+def extract(encoder: Encoder, images: Images, view: ViewSpec, folder: Path, world: World, **options: Any) -> Features:
     """Representations of the images, made by all ranks, and with them those of all images of the shards, unless they
-    are in ``folder`` already, which is on a disk that all ranks reach. Returns None on other ranks than 0.
+    are in ``folder`` already, which is on a disk that all ranks reach; all ranks map them.
     ``options`` are `Loader`'s (backend, num_threads, cache, ...). Images that cannot be decoded are left out, and named
     in the log. Raises `UserError` unless all values are finite, and some differ.
     """
@@ -101,11 +99,19 @@ def extract(
                 _finish(unfinished, encoder.num_features, images.shards.manifest.num_samples)
                 shutil.rmtree(path, ignore_errors=True)
                 unfinished.rename(path)
-    if not world.is_main:
-        return None
+            world.barrier()
     found = _open(path, images)
-    found.moments()
+    if world.is_main:
+        found.moments()
     return found
+
+
+def share(num_images: int, tile: int, world: World) -> slice:
+    """This rank's images: whole tiles, the same on any number of ranks, so that no bit of what is made of them differs.
+    Rank 0 has some, others may have none."""
+    num_tiles = -(-num_images // tile)
+    first, last = (-(-rank * num_tiles // world.size) * tile for rank in (world.rank, world.rank + 1))
+    return slice(first, min(last, num_images))
 
 
 def hash_of(encoder: Encoder, shards: ShardSet, view: ViewSpec) -> str:
@@ -120,10 +126,8 @@ def hash_of(encoder: Encoder, shards: ShardSet, view: ViewSpec) -> str:
 def _write_share(
     encoder: Encoder, shards: ShardSet, view: ViewSpec, folder: Path, world: World, options: dict[str, Any]
 ) -> None:
-    """This rank's: whole batches, the same on any number of ranks, so that no bit of the representations differs."""
-    num_batches = -(-(num_samples := shards.manifest.num_samples) // _BATCH)
-    first, last = (rank * num_batches // world.size * _BATCH for rank in (world.rank, world.rank + 1))
-    order = Sequential(np.arange(first, min(last, num_samples)), _BATCH)
+    num_samples = shards.manifest.num_samples
+    order = Sequential(np.arange(num_samples)[share(num_samples, _BATCH, world)], _BATCH)
     encoder.to(world.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     (folder / "h").touch()
     decoded: list[int] = []

@@ -49,12 +49,16 @@ class World:
         gathered: torch.Tensor = _Gather.apply(rows.movedim(dim, 0))
         return gathered.movedim(0, dim)
 
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The average over ranks, without gradient. Synchronises ranks."""
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, without gradient. Synchronises ranks."""
         value = value.detach().clone()
         if self.size > 1:
             dist.all_reduce(value)
-        return value / self.size
+        return value
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The average over ranks, without gradient. Synchronises ranks."""
+        return self.total(value) / self.size
 
     def broadcast(self, value: T) -> T:
         """Rank 0's ``value`` (anything that can be pickled) on every rank. Synchronises ranks."""
