@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -32,39 +32,48 @@ from train.processes.distributed import session
 RESULTS = "evaluation.jsonl"  # beside the checkpoint, a line for each evaluation
 
 
+class Evaluation(NamedTuple):
+    """On images seen by ``view``. The record has all that the results depend on, and the results by encoder and
+    protocol; ``features`` are by encoder, of training and of testing."""
+
+    record: dict[str, Any]
+    train: Images
+    test: Images
+    view: ViewSpec
+    features: dict[str, list[Features]]
+
+
 @command("train.evaluate")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     protocols, overrides = choose_protocols([*options.protocol, *options.settings])
     with session("train.evaluate") as world:
         pretrained = load_pretrained(options.checkpoint, overrides)
-        record, images, view = _prepare(options, protocols, pretrained)
+        pairs = choose_pairs(options.train or [pretrained.config.data.shards], options.test or [None])
+        sets = [_prepare(*pair, protocols, pretrained, options.checkpoint) for pair in pairs]
         folder, how = options.features or pretrained.directory / FEATURES, reading(pretrained.config.data, world)
-        encoders, made = _encoders(pretrained, options.untrained), {}
-        features: dict[str, Any] = {}
-        for name, encoder in encoders.items():
-            own = pretrained._replace(encoder=encoder)
+        encoders = _encoders(pretrained, options.untrained)
+        for one, (name, encoder) in product(sets, encoders.items()):
+            own, results = pretrained._replace(encoder=encoder), one.record["results"].setdefault(name, {})
             if not all(isinstance(protocol, Trained) for protocol in protocols.values()):
-                features[name] = tuple(extract(encoder, part, view, folder, world, **how) for part in images)
+                one.features[name] = [
+                    extract(encoder, part, one.view, folder, world, **how) for part in (one.train, one.test)
+                ]
             for chosen, protocol in protocols.items():
                 if not isinstance(protocol, Trained):
-                    made[name, chosen] = protocol.together(own, images[1], features[name][1], world)
-                elif (found := protocol.run(chosen, own, *images, view, world)) is None:
+                    results[chosen] = protocol.together(own, one.test, one.features[name][1], world)
+                elif (found := protocol.run(chosen, own, one.train, one.test, one.view, world)) is None:
                     return stop.EXIT_CODE
                 else:
-                    made[name, chosen] = found
-    if world.is_main:
-        results = record["results"] = {name: {} for name in encoders}
-        albums = {name: Album(pretrained.directory, name, pretrained.step, images[1].shards, how) for name in encoders}
-        for name, (chosen, protocol) in product(encoders, protocols.items()):
-            results[name][chosen] = made[name, chosen]
-            if not isinstance(protocol, Trained):
-                results[name][chosen] |= _found(protocol, features[name], albums[name], world.device)
+                    results[chosen] = found
+    for one in sets if world.is_main else ():
+        albums = [Album(pretrained.directory, name, one.record["step"], one.test.shards, how) for name in encoders]
+        _finish(one, protocols, albums, world.device)
         with (pretrained.directory / RESULTS).open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        _draw(record, pretrained.directory)
-        _show(record)
-        for album in (album for album in albums.values() if album.folder.exists()):
+            file.write(json.dumps(one.record) + "\n")
+        _draw(one.record, pretrained.directory, several=len(sets) > 1)
+        _show(one.record)
+        for album in (album for album in albums if album.folder.exists()):
             print(f"pictures are in {album.folder}")
     return 0
 
@@ -84,27 +93,37 @@ def choose_protocols(words: Sequence[str]) -> tuple[dict[str, Protocol], list[st
     return {name: build_protocol(name, given) for name, given in settings.items()}, others
 
 
+def choose_pairs(train: list[str], test: list[str | None]) -> list[tuple[str, str | None]]:
+    """Shards to train and to test on, those at the same place together; a single one goes with each of the others."""
+    count = max(len(train), len(test))
+    if {len(train), len(test)} - {1, count}:
+        raise UserError(
+            f"--train, --test: expected as many of one as of the other, or one, found {len(train)} and {len(test)}"
+        )
+    return list(zip(train * (count // len(train)), test * (count // len(test)), strict=True))
+
+
 def _prepare(
-    options: argparse.Namespace, protocols: dict[str, Protocol], pretrained: Pretrained
-) -> tuple[dict[str, Any], tuple[Images, Images], ViewSpec]:
-    """What the results will depend on: all of it, images of training and of testing, and how they are seen."""
-    config, labelled = pretrained.config, any(protocol.needs_labels for protocol in protocols.values())
-    train, test = choose_images(options.train or config.data.shards, options.test, labelled=labelled)
+    train_shards: str, test_shards: str | None, protocols: dict[str, Protocol], pretrained: Pretrained, checkpoint: Path
+) -> Evaluation:
+    labelled = any(protocol.needs_labels for protocol in protocols.values())
+    train, test = choose_images(train_shards, test_shards, labelled=labelled)
     for protocol in protocols.values():
         protocol.check(len(train.ids), len(test.ids))
-    view = evaluation_view(config.views, train.shards)
+    view = evaluation_view(pretrained.config.views, train.shards)
     record = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": automatic.commit(),
-        "checkpoint": str(options.checkpoint),
+        "checkpoint": str(checkpoint),
         "step": pretrained.step,
         "held_out": test.shards is train.shards,
         "train": train.describe(),
         "test": test.describe(),
         "view": view.model_dump(mode="json"),
         "settings": {name: protocol.model_dump(mode="json") for name, protocol in protocols.items()},
+        "results": {},
     }
-    return record, (train, test), view
+    return Evaluation(record, train, test, view, {})
 
 
 def _encoders(pretrained: Pretrained, untrained: bool) -> dict[str, Encoder]:
@@ -114,18 +133,23 @@ def _encoders(pretrained: Pretrained, untrained: bool) -> dict[str, Encoder]:
     return {"pretrained": pretrained.encoder, "untrained": Encoder(pretrained.config.encoder)}
 
 
-def _found(
-    protocol: Protocol, features: tuple[Features, Features], album: Album, device: torch.device
-) -> dict[str, float]:
-    return dict(protocol(*features, device)) | protocol.draw(features[1], album, device)
+def _finish(one: Evaluation, protocols: dict[str, Protocol], albums: list[Album], device: torch.device) -> None:
+    """What rank 0 makes alone, after what all ranks made together."""
+    for album, (chosen, protocol) in product(albums, protocols.items()):
+        if not isinstance(protocol, Trained):
+            train, test = one.features[album.encoder]
+            values = dict(protocol(train, test, device)) | protocol.draw(test, album, device)
+            one.record["results"][album.encoder][chosen] |= values
 
 
-def _draw(record: dict[str, Any], directory: Path) -> None:
-    """The values for TensorBoard, beside the curves of the run."""
+def _draw(record: dict[str, Any], directory: Path, several: bool) -> None:
+    """The values for TensorBoard, beside the curves of the run; of ``several`` data sets with the test shards' name."""
+    where = f" {record['test']['shards']}" if several else ""
     with SummaryWriter(str(directory / "tensorboard" / "evaluation")) as board:
         for encoder, protocol in product(record["results"], record["settings"]):
             for name, value in record["results"][encoder][protocol].items():
-                board.add_scalar(f"{encoder}/{protocol}/{name.replace('%', 'percent')}", value, record["step"] or 0)
+                tag = f"{encoder}/{protocol}/{name.replace('%', 'percent')}{where}"
+                board.add_scalar(tag, value, record["step"] or 0)
 
 
 def _show(record: dict[str, Any]) -> None:
@@ -135,6 +159,7 @@ def _show(record: dict[str, Any]) -> None:
     for protocol, values in results["pretrained"].items():
         for name in values:
             table.add_row(protocol, name, *(f"{found[protocol][name]:.4g}" for found in results.values()))
+    print(record["test"]["shards"])
     Console().print(table)
 
 
@@ -148,8 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a run's directory, a checkpoint, or a file of other people")
     add("--protocol", nargs="+", default=["knn", "linear"], help=f"of {', '.join(PROTOCOLS)} (default: knn linear)")
-    add("--train", help="shards of training images (default: those of the run)")
-    add("--test", help="shards of test images (default: every fifth training image)")
+    more = "; again for more: the first --train goes with the first --test, or one with all"
+    add("--train", action="append", help="shards of training images (default: those of the run)" + more)
+    add("--test", action="append", help="shards of test images (default: every fifth training image)")
     add("--untrained", action="store_true", help="evaluate the encoder at its initial weights as well")
     add("--features", type=Path, help="folder for representations (default: `features` beside the checkpoints)")
     add("settings", nargs="*", metavar="name=value", help="see below")

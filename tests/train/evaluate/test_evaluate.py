@@ -9,18 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from pipeline.views import preset
 from sharding.build import main as build_shards
+from sharding.command import UserError
 from sharding.demo import load_demo
 from sharding.manifest import ShardSet
 from tests.processes import NO_GPU
 from train.config import load_config
 from train.engine import checkpoint
-from train.evaluate.__main__ import main
+from train.evaluate.__main__ import choose_pairs, main
 from train.evaluate.data import choose_images, evaluation_view
 from train.methods import build_method
 from train.processes.distributed import World
+from train.report import evaluated, read_runs
 
 
 def save(
@@ -70,6 +73,42 @@ def test_every_evaluation_is_recorded_with_all_that_it_depends_on(run: Path, sha
     for part, count in (("train", 73), ("test", 19)):
         expected = {"shards": str(shard_set.directory), "fingerprint": shard_set.manifest.fingerprint}
         assert first[part] == {**expected, "num_images": count}
+
+
+def test_several_data_sets_at_once_have_the_results_of_each_alone(
+    run: Path, shard_set: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each by its own view, beside each other in TensorBoard and in the report."""
+    own, other = str(shard_set.root), str(demo_shards(tmp_path / "other", labels=list(range(10))))
+    protocols = ["--protocol", "knn", "cluster", "knn.k=5"]
+    assert main(["--checkpoint", str(run), "--train", own, "--train", other, *protocols]) == 0
+    assert capsys.readouterr().out.count("top-1 %") == 2, "a table each"
+    assert main(["--checkpoint", str(run), *protocols]) == 0
+    assert main(["--checkpoint", str(run), "--train", other, *protocols]) == 0
+    first, second, *alone = records(run)
+    assert [{**record, "time": ""} for record in (first, second)] == [{**record, "time": ""} for record in alone]
+    assert (first["train"]["num_images"], second["train"]["num_images"]) == (73, 38)
+    assert first["results"] != second["results"]
+    board = EventAccumulator(str(run / "tensorboard" / "evaluation")).Reload()
+    tags = [tag for tag in board.Tags()["scalars"] if "NMI" in tag]
+    assert sorted(tags) == [
+        name := "pretrained/cluster/NMI percent",
+        *sorted(f"{name} {shards}" for shards in (own, other)),
+    ]
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    shown = [row["record"]["test"]["shards"] for row in evaluated(read_runs([run])) if row["name"] == "NMI %"]
+    assert shown == [own, other, own, other]
+
+
+def test_sets_to_train_and_to_test_on_stand_at_the_same_place() -> None:
+    assert choose_pairs(["a"], [None]) == [("a", None)]
+    assert choose_pairs(["a", "b"], ["x", "y"]) == [("a", "x"), ("b", "y")]
+    assert choose_pairs(["a"], ["x", "y", "z"]) == [("a", "x"), ("a", "y"), ("a", "z")]
+    assert choose_pairs(["a", "b"], [None]) == [("a", None), ("b", None)]
+    with pytest.raises(
+        UserError, match="--train, --test: expected as many of one as of the other, or one, found 3 and 2"
+    ):
+        choose_pairs(["a", "b", "c"], ["x", "y"])
 
 
 ALL = ["knn", "linear", "retrieve", "cluster", "project"]
