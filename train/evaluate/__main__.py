@@ -30,17 +30,19 @@ from train.processes import stop
 from train.processes.distributed import session
 
 RESULTS = "evaluation.jsonl"  # beside the checkpoint, a line for each evaluation
+Protocols = dict[str, Protocol]
+Pair = tuple[str, str | None]  # of shards to train on and shards to test on
 
 
 class Evaluation(NamedTuple):
     """On images seen by ``view``. The record has all that the results depend on, and the results by encoder and
-    protocol; ``features`` are by encoder, of training and of testing."""
+    protocol; ``h`` has the representations by encoder, of training and of testing."""
 
     record: dict[str, Any]
     train: Images
     test: Images
     view: ViewSpec
-    features: dict[str, list[Features]]
+    h: dict[str, list[Features]]
 
 
 @command("train.evaluate")
@@ -50,18 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with session("train.evaluate") as world:
         pretrained = load_pretrained(options.checkpoint, overrides)
         pairs = choose_pairs(options.train or [pretrained.config.data.shards], options.test or [None])
-        sets = [_prepare(*pair, protocols, pretrained, options.checkpoint) for pair in pairs]
+        sets = [_prepare(pair, protocols, pretrained, options.checkpoint) for pair in pairs]
         folder, how = options.features or pretrained.directory / FEATURES, reading(pretrained.config.data, world)
         encoders = _encoders(pretrained, options.untrained)
         for one, (name, encoder) in product(sets, encoders.items()):
             own, results = pretrained._replace(encoder=encoder), one.record["results"].setdefault(name, {})
             if not all(isinstance(protocol, Trained) for protocol in protocols.values()):
-                one.features[name] = [
-                    extract(encoder, part, one.view, folder, world, **how) for part in (one.train, one.test)
-                ]
+                one.h[name] = [extract(encoder, part, one.view, folder, world, **how) for part in (one.train, one.test)]
             for chosen, protocol in protocols.items():
                 if not isinstance(protocol, Trained):
-                    results[chosen] = protocol.together(own, one.test, one.features[name][1], world)
+                    results[chosen] = protocol.together(own, one.test, one.h[name][1], world)
                 elif (found := protocol.run(chosen, own, one.train, one.test, one.view, world)) is None:
                     return stop.EXIT_CODE
                 else:
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def choose_protocols(words: Sequence[str]) -> tuple[dict[str, Protocol], list[str]]:
+def choose_protocols(words: Sequence[str]) -> tuple[Protocols, list[str]]:
     """The protocols that are named, with those settings that are theirs, and all other settings."""
     settings: dict[str, dict[str, Any]] = {word: {} for word in words if "=" not in word}
     others = []
@@ -93,21 +93,16 @@ def choose_protocols(words: Sequence[str]) -> tuple[dict[str, Protocol], list[st
     return {name: build_protocol(name, given) for name, given in settings.items()}, others
 
 
-def choose_pairs(train: list[str], test: list[str | None]) -> list[tuple[str, str | None]]:
+def choose_pairs(train: list[str], test: list[str | None]) -> list[Pair]:
     """Shards to train and to test on, those at the same place together; a single one goes with each of the others."""
     count = max(len(train), len(test))
     if {len(train), len(test)} - {1, count}:
-        raise UserError(
-            f"--train, --test: expected as many of one as of the other, or one, found {len(train)} and {len(test)}"
-        )
+        raise UserError(f"--train, --test: expected as many of each, or one, found {len(train)} and {len(test)}")
     return list(zip(train * (count // len(train)), test * (count // len(test)), strict=True))
 
 
-def _prepare(
-    train_shards: str, test_shards: str | None, protocols: dict[str, Protocol], pretrained: Pretrained, checkpoint: Path
-) -> Evaluation:
-    labelled = any(protocol.needs_labels for protocol in protocols.values())
-    train, test = choose_images(train_shards, test_shards, labelled=labelled)
+def _prepare(pair: Pair, protocols: Protocols, pretrained: Pretrained, checkpoint: Path) -> Evaluation:
+    train, test = choose_images(*pair, labelled=any(protocol.needs_labels for protocol in protocols.values()))
     for protocol in protocols.values():
         protocol.check(len(train.ids), len(test.ids))
     view = evaluation_view(pretrained.config.views, train.shards)
@@ -127,29 +122,27 @@ def _prepare(
 
 
 def _encoders(pretrained: Pretrained, untrained: bool) -> dict[str, Encoder]:
-    if not untrained:
-        return {"pretrained": pretrained.encoder}
     torch.manual_seed(pretrained.config.run.seed)  # as `train.pretrain` does
-    return {"pretrained": pretrained.encoder, "untrained": Encoder(pretrained.config.encoder)}
+    others = {"untrained": Encoder(pretrained.config.encoder)} if untrained else {}
+    return {"pretrained": pretrained.encoder, **others}
 
 
-def _finish(one: Evaluation, protocols: dict[str, Protocol], albums: list[Album], device: torch.device) -> None:
+def _finish(one: Evaluation, protocols: Protocols, albums: list[Album], device: torch.device) -> None:
     """What rank 0 makes alone, after what all ranks made together."""
     for album, (chosen, protocol) in product(albums, protocols.items()):
         if not isinstance(protocol, Trained):
-            train, test = one.features[album.encoder]
+            train, test = one.h[album.encoder]
             values = dict(protocol(train, test, device)) | protocol.draw(test, album, device)
             one.record["results"][album.encoder][chosen] |= values
 
 
 def _draw(record: dict[str, Any], directory: Path, several: bool) -> None:
     """The values for TensorBoard, beside the curves of the run; of ``several`` data sets with the test shards' name."""
-    where = f" {record['test']['shards']}" if several else ""
+    of = f" {record['test']['shards']}" if several else ""
     with SummaryWriter(str(directory / "tensorboard" / "evaluation")) as board:
         for encoder, protocol in product(record["results"], record["settings"]):
             for name, value in record["results"][encoder][protocol].items():
-                tag = f"{encoder}/{protocol}/{name.replace('%', 'percent')}{where}"
-                board.add_scalar(tag, value, record["step"] or 0)
+                board.add_scalar(f"{encoder}/{protocol}/{name.replace('%', 'percent')}{of}", value, record["step"] or 0)
 
 
 def _show(record: dict[str, Any]) -> None:

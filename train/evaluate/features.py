@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from rich.progress import track
 from pipeline.loader import Loader
 from pipeline.order import Sequential
 from pipeline.plan import Ints
-from pipeline.views import ViewSpec
+from pipeline.views import ViewSpec, flatten
 from sharding.command import UserError
 from sharding.manifest import ShardSet
 from sharding.storage import checksum
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 FEATURES = "features"  # the folder for them, beside the checkpoints
 _VERSION = 1  # of the files
-_BATCH = 256  # images of a process that pass the network at a time
+_BATCH = 256  # views of a process that pass the network at a time
 _TILE = 8192  # representations in memory at a time
 
 
@@ -123,21 +123,31 @@ def hash_of(encoder: Encoder, shards: ShardSet, view: ViewSpec) -> str:
     return digest.hexdigest()
 
 
+def represent(
+    encoder: Encoder, images: Images, views: Sequence[ViewSpec], world: World, options: dict[str, Any]
+) -> Iterator[tuple[Ints, torch.Tensor]]:
+    """Ids (b,) and, of V views, representations (V, b, D) on the host, batch by batch of this rank's `share`."""
+    size = max(1, _BATCH // (num_views := len(flatten(views))))
+    order = Sequential(images.ids[share(len(images.ids), size, world)], size)
+    encoder.to(world.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    what = f"features of {images.shards.directory}"
+    with Loader(images.shards, views, seed=0, order=order, **options) as loader:
+        for batch in track(loader, what, total=order.num_steps, transient=True, disable=not world.is_main):
+            with torch.inference_mode():
+                h = encoder(torch.cat(batch.views)).float().cpu()
+            yield batch.ids.cpu().numpy(), h.unflatten(0, (num_views, -1))
+
+
 def _write_share(
     encoder: Encoder, shards: ShardSet, view: ViewSpec, folder: Path, world: World, options: dict[str, Any]
 ) -> None:
-    num_samples = shards.manifest.num_samples
-    order = Sequential(np.arange(num_samples)[share(num_samples, _BATCH, world)], _BATCH)
-    encoder.to(world.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    everything, decoded = Images(shards, np.arange(shards.manifest.num_samples)), list[int]()
     (folder / "h").touch()
-    decoded: list[int] = []
-    loader = Loader(shards, (view,), seed=0, order=order, **options)
-    with loader, (folder / "h").open("r+b") as file, torch.inference_mode():
-        what = f"features of {shards.directory}"
-        for batch in track(loader, what, total=order.num_steps, transient=True, disable=not world.is_main):
-            for sample, h in zip(batch.ids.tolist(), encoder(batch.views[0]).float().cpu().numpy(), strict=True):
-                file.seek(sample * h.nbytes)
-                file.write(h)
+    with (folder / "h").open("r+b") as file:
+        for ids, (h,) in represent(encoder, everything, (view,), world, options):
+            for sample, row in zip(ids.tolist(), h.numpy(), strict=True):
+                file.seek(sample * row.nbytes)
+                file.write(row)
                 decoded.append(sample)
     np.save(folder / f"ids-{world.rank}.npy", np.array(decoded, dtype=np.int64))
 

@@ -105,13 +105,11 @@ def test_sets_to_train_and_to_test_on_stand_at_the_same_place() -> None:
     assert choose_pairs(["a", "b"], ["x", "y"]) == [("a", "x"), ("b", "y")]
     assert choose_pairs(["a"], ["x", "y", "z"]) == [("a", "x"), ("a", "y"), ("a", "z")]
     assert choose_pairs(["a", "b"], [None]) == [("a", None), ("b", None)]
-    with pytest.raises(
-        UserError, match="--train, --test: expected as many of one as of the other, or one, found 3 and 2"
-    ):
+    with pytest.raises(UserError, match="--train, --test: expected as many of each, or one, found 3 and 2"):
         choose_pairs(["a", "b", "c"], ["x", "y"])
 
 
-ALL = ["knn", "linear", "retrieve", "cluster", "project"]
+ALL = ["knn", "linear", "retrieve", "cluster", "health", "project"]
 FEW = ["knn.k=5", "project.perplexity=5"]
 
 

@@ -15,7 +15,7 @@ from sharding.manifest import ShardSet, open_shards
 from tests.processes import run_ranks
 from train.evaluate import features
 from train.evaluate.data import Images, evaluation_view
-from train.evaluate.features import Features, extract
+from train.evaluate.features import Features, extract, represent
 from train.features import main
 from train.model.encoder import Encoder, EncoderConfig
 from train.processes.distributed import World
@@ -43,7 +43,11 @@ def made_by_rank(world: World, shards: str, folder: str) -> list[Any]:
     shard_set, model = open_shards(shards), encoder()
     model.register_forward_hook(lambda _, images, h: h + images[0][0, 0, 0, 0])
     found = extract(model, Images(shard_set, np.arange(92)), view(shard_set), Path(folder), world, **READING)
-    return [found.h.clone(), found.ids, found.labels]
+    views = represent(model, Images(shard_set, np.arange(92)), preset("simclr", size=32, kernel=5), world, READING)
+    of_ranks = world.gather_objects(list(views))
+    h = torch.cat([h for of_rank in of_ranks for _, h in of_rank], dim=1)
+    ids = np.concatenate([ids for of_rank in of_ranks for ids, _ in of_rank])
+    return [found.h.clone(), found.ids, found.labels, h, ids.tolist()]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -51,10 +55,14 @@ def test_several_processes_make_what_one_makes_to_the_bit(
     shard_set: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
     monkeypatch.setattr(features, "_BATCH", 20)
-    expected, *_ = made_by_rank(World(), str(shard_set.root), str(tmp_path / "alone"))
-    for h, ids, labels in run_ranks(made_by_rank, world_size, str(shard_set.root), str(tmp_path / "many")):
+    expected, *_, of_views, _ = made_by_rank(World(), str(shard_set.root), str(tmp_path / "alone"))
+    for h, ids, labels, views, ids_of_views in run_ranks(
+        made_by_rank, world_size, str(shard_set.root), str(tmp_path / "many")
+    ):
         assert torch.equal(h, expected)
-        assert (ids.tolist(), labels.tolist()) == (list(range(92)), shard_set.index.label.tolist())
+        assert torch.equal(views, of_views)
+        assert ids.tolist() == ids_of_views == list(range(92))
+        assert labels.tolist() == shard_set.index.label.tolist()
     assert [path.is_dir() for path in (tmp_path / "many").iterdir()] == [True], "nothing unfinished is left"
 
 
