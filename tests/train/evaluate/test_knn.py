@@ -1,3 +1,5 @@
+import runpy
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sharding.manifest import ShardSet
 from train.evaluate import features
 from train.evaluate.features import Features
-from train.evaluate.knn import KNN, Retrieve, nearest
+from train.evaluate.knn import KNN, Retrieve, nearest, votes
 from train.evaluate.pictures import Album
 
 CPU = torch.device("cpu")
@@ -43,6 +45,45 @@ def test_votes_are_those_of_scikit_learn(k: int) -> None:
         expected = top_k_accuracy_score(test.labels, reference.predict_proba(test.h), k=5)
         assert found["k=150 T=0.07 top-5 %"] == pytest.approx(100 * expected)
     assert 0 < found["k=2 T=0.07 top-1 %"] < found["k=2 T=0.07 top-5 %"] < 100
+
+
+def ranked(train: Features, test: Features, k: int, temperature: float) -> torch.Tensor:
+    """Classes (n, 7) of the test images by votes, those with most first."""
+    similarity, neighbours = nearest(test, train, k, CPU)
+    return votes(similarity, train.labels[neighbours], 7, temperature).argsort(dim=1, descending=True)
+
+
+@pytest.mark.parametrize("k", [10, 20, 100, 200])
+def test_predictions_are_those_of_dinos_eval_knn(k: int) -> None:
+    """As its `knn_classifier` computes them, with its lists of k and its temperature."""
+    train, test = clusters(300, 0, 1.5), clusters(100, 1, 1.5)
+    similarity = torch.nn.functional.normalize(test.h, dim=1) @ torch.nn.functional.normalize(train.h, dim=1).T
+    distances, indices = similarity.sort(dim=1, descending=True)
+    one_hot = torch.nn.functional.one_hot(train.labels[indices[:, :k]], 7)  # (n, k, C)
+    scores = (one_hot * (distances[:, :k, None] / 0.07).exp()).sum(1)
+    predicted = scores.argsort(dim=1, descending=True)
+    voted = scores.sort(dim=1, descending=True).values > 0  # DINO ranks the rest by number, and counts them
+    assert torch.equal(ranked(train, test, k, 0.07)[voted], predicted[voted])
+    found, right = dict(KNN(preset="dinov3")(train, test, CPU)), (predicted == test.labels[:, None]) & voted
+    for top in (1, 5):
+        expected = 100 * right[:, :top].any(1).double().mean().item()
+        assert found[f"k={k} T=0.07 top-{top} %"] == pytest.approx(expected)
+    assert 0 < found[f"k={k} T=0.07 top-1 %"] < 100
+
+
+@pytest.mark.parametrize("k", [20, 200])
+def test_predictions_are_those_of_lightly(k: int) -> None:
+    lightly = find_spec("lightly")
+    if lightly is None or not lightly.origin:
+        pytest.skip("lightly is not installed")
+    # The file alone: the package around it wants pytorch_lightning.
+    module = runpy.run_path(str(Path(lightly.origin).parent / "utils" / "benchmarking" / "knn.py"))
+    train, test = clusters(300, 0, 1.5), clusters(100, 1, 1.5)
+    keys, queries = (torch.nn.functional.normalize(features.h, dim=1) for features in (train, test))
+    predicted = module["knn_predict"](queries, keys.T, train.labels, num_classes=7, knn_k=k, knn_t=0.1)
+    assert torch.equal(ranked(train, test, k, 0.1)[:, 0], predicted[:, 0])
+    found = dict(KNN(preset="lightly", k=k)(train, test, CPU))
+    assert found[f"k={k} T=0.1 top-1 %"] == pytest.approx(100 * (predicted[:, 0] == test.labels).double().mean().item())
 
 
 def test_neighbours_are_exact_whatever_the_tiles() -> None:

@@ -16,6 +16,7 @@ from sharding.command import UserError
 from sharding.manifest import ShardSet
 from sharding.planes import open_image
 from tests.train.evaluate.test_knn import CPU, clusters
+from train.evaluate import project
 from train.evaluate.features import Features
 from train.evaluate.pictures import Album
 from train.evaluate.project import Project
@@ -74,6 +75,17 @@ def test_a_map_has_of_each_image_its_class_and_what_it_shows(shard_set: ShardSet
         assert thumbnail.size == (48, 48)
         expected = np.asarray(square(shard_set, sample), float)
         assert np.abs(np.asarray(thumbnail, float) - expected).mean() < 12, "WebP is not exact"
+
+
+def test_a_map_of_a_single_class_has_one_colour_and_no_legend(shard_set: ShardSet, tmp_path: Path) -> None:
+    features = of_shards(shard_set)
+    alone = features.take(features.labels == 1)
+    values = Project(methods=("pca", "tsne"), perplexity=5).draw(alone, made := album(shard_set, tmp_path), CPU)
+    assert all(0.5 < value <= 1 for value in values.values())
+    assert set(columns(made)["class"]) == {shard_set.manifest.class_names[1]}
+    assert len(set(columns(made)["color"])) == 1
+    figure = project._figure(columns(made), ["pca", "tsne"])
+    assert not figure.legends
 
 
 def square(shards: ShardSet, sample: int) -> Image.Image:
