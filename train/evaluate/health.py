@@ -23,7 +23,6 @@ class Health(Protocol):
     views: int = Field(10, ge=2, description="augmented views of each: the run's largest, its groups in turn")
 
     def together(self, pretrained: Pretrained, images: Images, test: Features, world: World) -> dict[str, float]:
-        """LiDAR, alignment and uniformity of augmented views, which are made each time."""
         chosen = test.ids.numpy()[np.linspace(0, len(test) - 1, min(self.images, len(test))).astype(np.int64)]
         run, size = pretrained.config, max(view.size for view in pretrained.config.views)
         groups = [view.model_copy(update={"count": 1}) for view in run.views if view.size == size]
