@@ -80,8 +80,8 @@ def by_rank(world: World) -> list[torch.Tensor | float]:
     for cluster._TILE in (64, 1000):
         test = clusters(300, 0, spread=1.5)
         x, generator = points_of(test, world), torch.Generator().manual_seed(0)
-        seeds = plus_plus(x, 300, 9, generator, world)
-        made += [seeds, lloyd(x, seeds, 100, world)[1], *found_by(Cluster(clusters=9), test, world).values()]
+        seeds = plus_plus(x, 300, 5, generator, world)
+        made += [seeds, lloyd(x, seeds, 100, world)[1], *found_by(Cluster(clusters=5, starts=2), test, world).values()]
     return made
 
 
