@@ -1,7 +1,7 @@
 """Write an encoder as others read it: ``python -m train.export --checkpoint runs/x --out FOLDER``.
 
 The folder has ``model.safetensors`` by the names of timm, which are torchvision's for its ResNets, ``config.json`` with
-how images are scaled and where the weights are from, and a model card with the newest evaluation. With ``--onnx`` it
+how images are scaled and where the weights are from, and a model card with an evaluation. With ``--onnx`` it
 has ``model.onnx`` instead, with the same JSON as metadata.
 """
 
@@ -60,7 +60,7 @@ def export(pretrained: Pretrained, out: Path) -> None:
     """For timm. Raises `UserError` for an encoder that it does not have."""
     from timm.models import save_for_hf
 
-    config, evaluation = pretrained.config, _newest_evaluation(pretrained)
+    config, evaluation = pretrained.config, _evaluation(pretrained)
     model = _as_timm(pretrained.encoder, config.encoder.name)
     model.pretrained_cfg = model.pretrained_cfg | _scaling(pretrained) | {"tag": config.method.name, "license": None}
     source = _source(pretrained)
@@ -113,9 +113,11 @@ def push(folder: Path, repository: str) -> str:
         raise UserError(f"--push-to-hub {repository}: {reason}") from None
 
 
-def _newest_evaluation(pretrained: Pretrained) -> dict[str, Any] | None:
-    records, _ = read_lines(pretrained.directory / RESULTS, "results")
-    return records[-1] if records else None
+def _evaluation(pretrained: Pretrained) -> dict[str, Any] | None:
+    """The newest of these weights; rather one with the images that they were pretrained on than one by transfer."""
+    found = [r for r in read_lines(pretrained.directory / RESULTS, "results")[0] if r["step"] == pretrained.step]
+    own = [record for record in found if record["train"]["fingerprint"] == pretrained.data]
+    return next(reversed(own or found), None)
 
 
 def _source(pretrained: Pretrained) -> dict[str, Any]:
@@ -125,8 +127,8 @@ def _source(pretrained: Pretrained) -> dict[str, Any]:
 
 
 def _scaling(pretrained: Pretrained) -> dict[str, Any]:
-    """How images are to be seen, by timm's names: as in the newest evaluation."""
-    evaluation = _newest_evaluation(pretrained)
+    """How images are to be seen, by timm's names: as in the evaluation of the card."""
+    evaluation = _evaluation(pretrained)
     view = max(pretrained.config.views, key=lambda view: view.size)
     view = ViewSpec(**evaluation["view"]) if evaluation else view.model_copy(update={"resize": enlarged(view.size)})
     return {

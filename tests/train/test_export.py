@@ -19,7 +19,7 @@ from sharding.manifest import ShardSet
 from train.config import load_config
 from train.engine import checkpoint
 from train.evaluate.__main__ import main as evaluate
-from train.export import main
+from train.export import _evaluation, main
 from train.methods import build_method
 from train.processes.distributed import World
 
@@ -100,6 +100,19 @@ def test_the_card_and_the_scaling_are_those_of_the_newest_evaluation(tmp_path: P
     assert config["pretrained_cfg"]["crop_pct"] == pytest.approx(32 / record["view"]["resize"])
     value = record["results"]["pretrained"]["knn"]["k=5 T=0.07 top-1 %"]
     assert f"| knn | k=5 T=0.07 top-1 % | {value:.4g} |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_evaluations_of_other_steps_and_by_transfer_are_not_the_cards(tmp_path: Path, shard_set: ShardSet) -> None:
+    run = trained(tmp_path / "run", "encoder=resnet18", "views.size=32", f"data.shards={shard_set.root}")
+    assert evaluate(["--checkpoint", str(run), "--protocol", "knn", "knn.k=5"]) == 0
+    own = json.loads((run / "evaluation.jsonl").read_text())
+    pretrained = checkpoint.load_pretrained(run)._replace(data=own["train"]["fingerprint"])
+    transfer = {**own, "train": {**own["train"], "fingerprint": "others"}, "time": "transfer"}
+    with (run / "evaluation.jsonl").open("a") as file:
+        file.writelines(f"{json.dumps(record)}\n" for record in (transfer, {**own, "step": -1, "time": "earlier"}))
+    assert _evaluation(pretrained) == own
+    assert _evaluation(pretrained._replace(data="unknown")) == transfer
+    assert _evaluation(pretrained._replace(step=-2)) is None
 
 
 def test_an_encoder_that_timm_has_not_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
