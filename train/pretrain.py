@@ -39,7 +39,7 @@ from train.online import Online, has_labels
 from train.optim.optimizers import Make, build_optimizer, plain, restore
 from train.overrides import leaves
 from train.processes import fsdp, stop
-from train.processes.communication import Communication, own_state
+from train.processes.communication import Communication, handed_out
 from train.processes.distributed import AnyRank, World, session
 from train.processes.run_directory import run_directory
 
@@ -98,26 +98,17 @@ def train(
     with ExitStack() as stack:
         if world.is_main:
             stack.enter_context(run_directory(config.run.dir))
-        found = _resumed(config, identity) if world.is_main else None
-        ranks = found.pop("ranks", None) if found else None
-        state, own = world.broadcast(found), own_state(ranks, world, config.run)
+        state = handed_out(_resumed(config, identity) if world.is_main else None, world, config.run)
         start_step = state["step"] if state else 0
         world.require_agreement(run_facts(config, shards, start_step))
-        method, optimizer = begin()
+        task = Pretraining(config, world, plan, *begin())
         if state:
-            state |= own
-            fsdp.load(method, state["method"])
-            restore(optimizer, state["optimizer"])
+            task.load(state)
         if start_step >= plan.total_steps:
-            return method, _nothing_to_do(config, start_step, plan, world)
+            return task.method, _nothing_to_do(config, start_step, plan, world)
 
-        task = Pretraining(config, world, plan, method, optimizer)
-        task.communication.load(own)
-        if task.step.scaler.is_enabled() and (saved := (state or {}).get("scaler")):
-            task.step.scaler.load_state_dict(saved)
-        online = _online(config, shards, method, world, state)
-        request = stack.enter_context(stop.StopRequest())
-        any_rank = AnyRank(world)
+        online = _online(config, shards, task.method, world, state)
+        request, any_rank = stack.enter_context(stop.StopRequest()), AnyRank(world)
         if world.is_main:
             _introduce(config, state, plan)
             _record_start(config, shards, start_step, plan, world.size)
@@ -127,14 +118,11 @@ def train(
             sizes = plan.total_steps, run.global_batch_size
             monitor = stack.enter_context(Monitor(run.dir, start_step, *sizes, run.loggers))
             writer = stack.enter_context(checkpoint.Writer(run.dir, run.keep_checkpoints, run.keep_every))
-        hooks: list[Hook] = [
-            *([online] if online else []),
-            Log(config, world, task, loader, clock, monitor, online),
-            Save(config, world, task, clock, writer, identity, online),
-        ]
+        hooks: list[Hook] = [online] if online else []
+        hooks += [Log(task, loader, clock, monitor, online), Save(task, clock, writer, identity, online)]
         done = fit(task, loader, plan.total_steps, hooks, lambda: any_rank(request.requested), start_step)
     world.barrier()
-    return method, done
+    return task.method, done
 
 
 def build(config: Config, world: World) -> Method:
@@ -150,8 +138,7 @@ def build(config: Config, world: World) -> Method:
             checkpoint.initialize(encoder, weights, "method.weights")
     dtype = torch.float64 if config.run.precision == "fp64" else torch.float32
     method = synchronize_batchnorm(method.to(world.device, dtype), world, config.run.batchnorm)
-    encoders = [module for module in method.modules() if isinstance(module, Encoder)]
-    parts = [block for encoder in encoders for block in blocks(encoder.backbone)]
+    parts = [block for module in method.modules() if isinstance(module, Encoder) for block in blocks(module.backbone)]
     if config.run.activation_checkpointing:
         for block in parts:
             compute_again(block)
@@ -172,7 +159,7 @@ class Pretraining:
     def __init__(
         self, config: Config, world: World, plan: RunPlan, method: Method, optimizer: torch.optim.Optimizer
     ) -> None:
-        self.method, self.optimizer, self.world, self._plan, self._run = method, optimizer, world, plan, config.run
+        self.method, self.optimizer, self.world, self.plan, self.config = method, optimizer, world, plan, config
         compiled: Any = torch.compile(method) if config.run.compile else method
         teachers = [p for teacher, _ in method.teachers() for p in teacher.parameters()]
         averaged = [*(p for p in method.parameters() if p.requires_grad), *teachers]
@@ -191,25 +178,35 @@ class Pretraining:
         self._noise = NoiseScale(method, batch, part, world.size) if config.run.noise_scale else None
 
     def __call__(self, batch: Batch, step: int) -> Loss:
-        draws = Draws(self._run.seed, step, batch.ids)
+        draws = Draws(self.config.run.seed, step, batch.ids)
         labels = batch.labels if self.method.takes_labels else None
         for _ in range(self.communication.settling):
             self.step.settle(batch.views, draws, labels)
             if self._noise:
                 self._noise.forget()
         self.communication.begin(step)
-        momentum = self._plan.moving("momentum", step)
+        momentum = self.plan.moving("momentum", step)
         for group in self.optimizer.param_groups:
-            group["weight_decay"] = self._plan.moving("weight_decay", step) if group["adapt"] else 0.0
+            group["weight_decay"] = self.plan.moving("weight_decay", step) if group["adapt"] else 0.0
             group |= {"betas": (momentum, group["betas"][1])} if "betas" in group else {"momentum": momentum}
-        rate, progress = self._plan.learning_rate(step), (step + 1) / self._plan.total_steps
-        twice = self.world if self._run.replay_every and step % self._run.replay_every == 0 else None
+        rate, progress = self.plan.learning_rate(step), (step + 1) / self.plan.total_steps
+        twice = self.world if self.config.run.replay_every and step % self.config.run.replay_every == 0 else None
         loss = self.step(batch.views, draws, rate, progress, labels, twice)
         noise = self._noise(loss.metrics["gradient_norm"], 2 if twice else 1) if self._noise else {}
         return loss._replace(metrics=loss.metrics | noise)
 
-    def learning_rate(self, step: int) -> float:
-        return self._plan.learning_rate(step)
+    def full_state(self) -> checkpoint.State | None:
+        """All that later updates depend on, on rank 0, None on the others. Synchronises ranks."""
+        state = self.communication.full_state(self.method, self.optimizer)
+        return state and state | {"scaler": self.step.scaler.state_dict()}
+
+    def load(self, state: checkpoint.State) -> None:
+        """What `full_state` gave, on every rank what `handed_out` made of it."""
+        fsdp.load(self.method, state["method"])
+        restore(self.optimizer, state["optimizer"])
+        self.communication.load(state)
+        if self.step.scaler.is_enabled() and state.get("scaler"):
+            self.step.scaler.load_state_dict(state["scaler"])
 
 
 @dataclass
@@ -217,8 +214,6 @@ class Log:
     """Shows and records the averages over ranks every ``run.log_every`` steps, and at the end; says when embeddings
     have collapsed."""
 
-    config: Config
-    world: World
     task: Pretraining
     loader: Loader
     clock: Clock
@@ -230,16 +225,16 @@ class Log:
     def __call__(self, state: StepDone) -> None:
         if self.monitor:
             self.monitor.advance(state.done)
-        if state.done % self.config.run.log_every and not state.last:
+        if state.done % self.task.config.run.log_every and not state.last:
             return
-        self.task.step.check(self.config.run.dir)
+        self.task.step.check(self.task.config.run.dir)
         named = {"loss": state.loss.value, **state.loss.metrics}
-        named |= health.measure(self.task.method, state.loss, self.world)
+        named |= health.measure(self.task.method, state.loss, self.task.world)
         named |= self.online.measure(state) if self.online else {}
-        values = self.world.mean(torch.stack([value.float() for value in named.values()])).tolist()
+        values = self.task.world.mean(torch.stack([value.float() for value in named.values()])).tolist()
         if self.monitor:
-            means = dict(zip(named, values, strict=True))
-            record = means | {"learning_rate": self.task.learning_rate(state.done - 1)} | critical_batch_size(means)
+            record = dict(zip(named, values, strict=True))
+            record |= critical_batch_size(record) | {"learning_rate": self.task.plan.learning_rate(state.done - 1)}
             record |= self._collapse(state.done, record)
             self.monitor.log(state.done, record, self.loader.stats(), self.clock.pause_seconds)
 
@@ -254,8 +249,6 @@ class Log:
 class Save:
     """Has a checkpoint written every ``run.checkpoint_every`` steps, and at the end. The loop waits for the copy."""
 
-    config: Config
-    world: World
     task: Pretraining
     clock: Clock
     writer: checkpoint.Writer | None
@@ -263,16 +256,15 @@ class Save:
     online: Online | None
 
     def __call__(self, state: StepDone) -> None:
-        if state.done % self.config.run.checkpoint_every and not state.last:
+        if state.done % self.task.config.run.checkpoint_every and not state.last:
             return
-        self.task.step.check(self.config.run.dir)
+        self.task.step.check(self.task.config.run.dir)
         with self.clock.pausing():
-            tensors = self.task.communication.full_state(self.task.method, self.task.optimizer)
+            tensors = self.task.full_state()
             if self.writer and tensors:
                 tensors |= {"online": self.online.state_dict()} if self.online else {}
-                tensors |= {"scaler": self.task.step.scaler.state_dict()}
-                plain = {"step": state.done, "identity": self.identity, "config": self.config.model_dump(mode="json")}
-                self.writer.save(state.done, tensors | plain)
+                tensors |= {"identity": self.identity, "config": self.task.config.model_dump(mode="json")}
+                self.writer.save(state.done, tensors | {"step": state.done})
 
 
 def build_loader(config: Config, shards: ShardSet, world: World, start_step: int, order: Order | None = None) -> Loader:
@@ -297,8 +289,7 @@ def _online(
     """As it was saved; anew where the checkpoint has none."""
     if not config.run.online or not has_labels(shards):
         return None
-    classes = len(shards.manifest.class_names)
-    online = Online(method.encoder.num_features, classes, config.run.log_every, world)
+    online = Online(method.encoder.num_features, len(shards.manifest.class_names), config.run.log_every, world)
     if state and "online" in state:
         online.load_state_dict(state["online"])
     return online

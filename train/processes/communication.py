@@ -113,19 +113,20 @@ class Communication:
         return full
 
     def load(self, state: State) -> None:
-        """What `own_state` gave this rank, but for the method's and the optimizer's."""
+        """What `handed_out` gave this rank, but for the method's and the optimizer's."""
         for name, tensors in state.get("powersgd", {}).items():
             setattr(self._power, name, {bucket: tensor.to(self._world.device) for bucket, tensor in tensors.items()})
 
 
-def own_state(ranks: State | None, world: World, config: ParallelConfig) -> State:
-    """This rank's part of "ranks" of a checkpoint, which rank 0 gives. Where processes or settings are others now it
-    means nothing: it is empty, and rank 0 says so. Synchronises ranks."""
-    settings = _settings(world, config)
+def handed_out(state: State | None, world: World, config: ParallelConfig) -> State | None:
+    """`full_state` from rank 0 to all, to each with its own part of "ranks". Where processes or settings are others now
+    that means nothing: it is left out, and rank 0 says so. Synchronises ranks."""
+    ranks, settings = state.pop("ranks", None) if state else None, _settings(world, config)
     fits = ranks is not None and ranks["settings"] == settings
     if ranks and not fits:
         log.warning("what processes had of their own is left out: it is of %s, now %s", ranks["settings"], settings)
-    return world.scatter(list(ranks["states"].values()) if ranks and fits else None) or {}
+    state, own = world.broadcast(state), world.scatter(list(ranks["states"].values()) if ranks and fits else None)
+    return state and state | (own or {})
 
 
 def _settings(world: World, config: ParallelConfig) -> State:
