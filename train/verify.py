@@ -126,8 +126,14 @@ def verify(config: Config, world: World, images: int | None = None) -> Iterator[
     yield from _compare(exact, world, peak, own, whole, config.run)
 
 
-def _check(name: str, passed: bool, detail: object, figures: dict[str, Any] | None = None) -> Check:
-    return Check(name, "PASS" if passed else "FAIL", str(detail), figures or {})
+def _check(name: str, passed: bool, detail: object) -> Check:
+    return Check(name, "PASS" if passed else "FAIL", str(detail), {})
+
+
+def _judged(name: str, found: Deviation, why: str = "") -> Check:
+    """By its limit; or MEASURED, where ``why`` says why nothing exact is claimed."""
+    status = "MEASURED" if why else "PASS" if found.excess <= 1 else "FAIL"
+    return Check(name, status, f"{found}; {why}" if why else str(found), found._asdict())
 
 
 def _changed(config: Config, **run: Any) -> Config:
@@ -167,35 +173,29 @@ def _compare(
             found[name] = max(*everyone, found.get(name, everyone[0]))
         unequal = unequal or unequal_ranks(fsdp.whole(many.method.state_dict()), world)
         state = deepcopy(one.method.state_dict())
-    for name, worst in found.items():
-        yield _check(name, worst.excess <= 1, worst, worst._asdict())
+    yield from (_judged(name, worst) for name, worst in found.items())
     yield _check("weights on all ranks", not unequal, unequal or "the same, bit for bit")
 
-    def gradient(task: Pretraining, other: Pretraining, batch: Batch, trains: bool, limit: float) -> Deviation:
-        a, b = _outcome(task, own[0], start, trains)[_GRADIENT], _outcome(other, batch, start, trains)[_GRADIENT]
-        return max(world.gather_objects(deviation(a, b, limit)))
+    def gradient(a: Pretraining, b: Pretraining, batch: Batch, trains: bool, limit: float = math.inf) -> Deviation:
+        ours, theirs = (_outcome(*side, start, trains)[_GRADIENT] for side in ((a, own[0]), (b, batch)))
+        return max(world.gather_objects(deviation(ours, theirs, limit)))
 
     pieces = _task(_changed(config, micro_batch_size=len(own[0].ids) // 2), world, peak)
     kind = f"{_GRADIENT}, {'GradCache' if one.method.images_meet else 'accumulation'} of 2 pieces"
     measured = gradient(pieces, many, own[0], not has_norm, found[_GRADIENT].limit)
-    name = kind + ", BatchNorm in evaluation" * has_norm
-    yield _check(name, measured.excess <= 1, measured, measured._asdict())
+    yield _judged(kind + ", BatchNorm in evaluation" * has_norm, measured)
     if has_norm:
-        measured = gradient(pieces, many, own[0], True, math.inf)
-        yield Check(kind, "MEASURED", f"{measured}; BatchNorm's statistics are a piece's", measured._asdict())
-    if run.gradient_compression != "none":
-        compressed = _task(_changed(config, gradient_compression=run.gradient_compression), world, peak)
-        measured = gradient(compressed, many, own[0], trains, math.inf)
-        yield Check(_GRADIENT, "MEASURED", f"{measured}; sent as {run.gradient_compression}", measured._asdict())
+        yield _judged(kind, gradient(pieces, many, own[0], True), "BatchNorm's statistics are a piece's")
+    if (how := run.gradient_compression) != "none":
+        compressed = _task(_changed(config, gradient_compression=how), world, peak)
+        yield _judged(_GRADIENT, gradient(compressed, many, own[0], trains), f"sent as {how}")
     if run.local_sgd_period:
         tasks = [_task(_changed(config, local_sgd_period=period), world, peak) for period in (len(own), 0)]
         averaged, expected = (_change(task, own, start) for task in tasks)
-        measured = deviation(averaged, expected, math.inf)
-        detail = f"{measured}; by post-local SGD, averaged after {len(own)} steps"
-        yield Check("change of the weights", "MEASURED", detail, measured._asdict())
+        why = f"by post-local SGD, averaged after {len(own)} steps"
+        yield _judged("change of the weights", deviation(averaged, expected, math.inf), why)
     if has_norm and not trains:
-        measured = gradient(many, one, whole[0], True, math.inf)
-        yield Check(_GRADIENT, "MEASURED", f"{measured}; BatchNorm's statistics are a rank's", measured._asdict())
+        yield _judged(_GRADIENT, gradient(many, one, whole[0], True), "BatchNorm's statistics are a rank's")
 
 
 def _task(config: Config, world: World, peak: float) -> Pretraining:
