@@ -143,7 +143,7 @@ def build(config: Config, world: World) -> Method:
         for block in parts:
             compute_again(block)
     if config.run.parallel == "fsdp" and world.size > 1:
-        fsdp.shard_parameters(method, parts)
+        fsdp.shard_parameters(method, parts, automatic.dtype(config, world))
         return method
     return method.to(memory_format=torch.channels_last)
 

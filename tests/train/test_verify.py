@@ -138,7 +138,7 @@ FOUND: dict[str, tuple[list[str], str]] = {
 }
 
 
-NO_FAULT = ["none", "none, fp32", "none, fp16", "fsdp"]
+NO_FAULT = ["none", "none, fp32", "none, fp16", "fsdp", "fsdp, bf16"]
 # what claims no exact gradient -> its settings
 NOT_EXACT: dict[str, list[str]] = {
     "bf16": ["run.gradient_compression=bf16"],

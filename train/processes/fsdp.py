@@ -10,18 +10,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 State = dict[str, Any]
 
 
-def shard_parameters(module: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Shard the parameters over all ranks. ``blocks`` are gathered one at a time, what is left with the ``module``.
-    FSDP2 refuses channels_last weights."""
+def shard_parameters(module: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Shard the parameters over all ranks. ``blocks`` are gathered one at a time, in the ``dtype`` to which autocast
+    would cast their weights (but for norms), what is left with the ``module``. Gradients are summed in float32 at
+    least. FSDP2 refuses channels_last weights."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is changed in place
+    policy = MixedPrecisionPolicy(dtype, torch.promote_types(dtype, torch.float32), cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block)
+        if norms := [m for m in block.modules() if "Norm" in type(m).__name__]:  # which have no base class in common
+            fully_shard(norms)
+        fully_shard(block, mp_policy=policy)
     fully_shard(module)
 
 
