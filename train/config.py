@@ -68,6 +68,7 @@ _APART = (
     ("precision", "fp16", "noise_scale local_sgd_period parallel"),
     ("static_graph", None, "micro_batch_size"),
     ("activation_checkpointing", None, "compile"),
+    ("cuda_graphs", None, "parallel activation_checkpointing micro_batch_size"),  # a piece would overwrite the last one
 )
 
 
@@ -89,6 +90,7 @@ class RunConfig(ParallelConfig):
     )
     noise_scale: bool = Field(False, description="log the gradient noise scale and the critical batch size")
     compile: bool = Field(False, description="torch.compile the method's forward")
+    cuda_graphs: bool = Field(False, description="compile it, and replay as CUDA graphs what no draw of a step is in")
     init_from: HomePath | None = Field(
         None, description="begin with an encoder's weights: a run, one of its checkpoints, or a torch file of them"
     )

@@ -160,7 +160,9 @@ class Pretraining:
         self, config: Config, world: World, plan: RunPlan, method: Method, optimizer: torch.optim.Optimizer
     ) -> None:
         self.method, self.optimizer, self.world, self.plan, self.config = method, optimizer, world, plan, config
-        compiled: Any = torch.compile(method) if config.run.compile else method
+        graphs = config.run.cuda_graphs  # skipped where a step's number goes in: each would be recorded anew
+        options: Any = {"triton.cudagraphs": graphs, "triton.cudagraph_skip_dynamic_graphs": graphs}
+        compiled: Any = torch.compile(method, options=options) if config.run.compile or graphs else method
         teachers = [p for teacher, _ in method.teachers() for p in teacher.parameters()]
         averaged = [*(p for p in method.parameters() if p.requires_grad), *teachers]
         self.communication = Communication(compiled, world, config.run, averaged)

@@ -157,7 +157,7 @@ def _compare(
     config: Config, world: World, peak: float, own: list[Batch], whole: list[Batch], run: RunConfig
 ) -> Iterator[Check]:
     """Two steps of all ranks beside those of one process with the same global batches, from the same weights."""
-    alone, eager = World(device=world.device), _changed(config, compile=False)
+    alone, eager = World(device=world.device), _changed(config, compile=False, cuda_graphs=False)
     many, one = _task(config, world, peak), _task(eager, alone, peak)
     truth = None if config.run.precision == "fp64" else _task(_changed(eager, precision="fp64"), alone, peak)
     start = state = _in_general_position(one.method)
@@ -180,7 +180,7 @@ def _compare(
         ours, theirs = (_outcome(*side, start, trains)[_GRADIENT] for side in ((a, own[0]), (b, batch)))
         return max(world.gather_objects(deviation(ours, theirs, limit)))
 
-    pieces = _task(_changed(config, micro_batch_size=len(own[0].ids) // 2), world, peak)
+    pieces = _task(_changed(config, micro_batch_size=len(own[0].ids) // 2, cuda_graphs=False), world, peak)
     kind = f"{_GRADIENT}, {'GradCache' if one.method.images_meet else 'accumulation'} of 2 pieces"
     measured = gradient(pieces, many, own[0], not has_norm, found[_GRADIENT].limit)
     yield _judged(kind + ", BatchNorm in evaluation" * has_norm, measured)

@@ -193,6 +193,8 @@ def test_batchnorm_by_its_name_of_before(old: bool, new: str) -> None:
         ("parallel=fsdp noise_scale=true", "noise_scale: expected its default with parallel=fsdp"),
         ("static_graph=true micro_batch_size=4", "micro_batch_size: expected its default with static_graph=True"),
         ("activation_checkpointing=true compile=true", "compile: expected its default with activation_checkpointing"),
+        ("cuda_graphs=true micro_batch_size=4", "micro_batch_size: expected its default with cuda_graphs=True"),
+        ("parallel=fsdp cuda_graphs=true", "parallel: expected its default with cuda_graphs=True"),
         ("parallel=fsdp precision=fp16", "parallel: expected its default with precision=fp16"),
     ],
 )
