@@ -80,7 +80,7 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[s
         "fp32": ["run.precision=fp32", "optim.steps=1"],
         "sharded": ["run.precision=fp64", "optim.steps=10", "run.shard_optimizer=true"],
     }
-    for size, kinds in ((1, ["fp64", "fp32"]), (2, ["fp64", "fp32", "sharded"]), (4, ["fp64"])):
+    for size, kinds in ((1, ["fp64", "fp32"]), (2, ["fp64", "fp32", "sharded"]), (4, ["fp64", "fp32"])):
         started = []
         for method, kind in product(_METHODS, kinds):
             run = found[method, kind, size] = root / f"{method}-{kind}-{size}"
@@ -113,6 +113,6 @@ def test_a_sharded_optimizer_changes_no_bit(method: str, runs: dict[tuple[str, s
 
 @pytest.mark.parametrize("method", _METHODS)
 def test_in_float32_the_first_step_agrees(method: str, runs: dict[tuple[str, str, int], Path]) -> None:
-    """But for rounding, of which the loss had 2e-6 when this was written."""
-    one, two = (read_metrics(runs[method, "fp32", size])[0] for size in (1, 2))
-    assert two["loss"] == pytest.approx(one["loss"], rel=5e-6)
+    """But for rounding, of which the loss had 2e-6 when this was written: most of it of the one process."""
+    one, two, four = (read_metrics(runs[method, "fp32", size])[0]["loss"] for size in (1, 2, 4))
+    assert [two, four] == pytest.approx([one, one], rel=5e-6)
