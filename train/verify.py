@@ -163,12 +163,13 @@ def _compare(
     start = state = _in_general_position(one.method)
     has_norm, trains = any(isinstance(m, _BatchNorm) for m in one.method.modules()), config.run.batchnorm == "global"
     found, unequal = dict[str, Deviation](), ""
+    least = {_LOSS: torch.finfo(automatic.dtype(config, world)).eps}  # a number, in which rounding may cancel by luck
     for ours, theirs in zip(own, whole, strict=True):
         a, b = _outcome(many, ours, state, trains), _outcome(one, theirs, state, trains)
         exact = _outcome(truth, theirs, state, trains) if truth else b
         for name in b:
             # Two that are each e from float64 are at most 2 e apart; the third e is for roundings that are not alike.
-            limit = max(1e-6, 3 * deviation(b[name], exact[name]).norm) if truth else _EXACT
+            limit = max(1e-6, least.get(name, 0), 3 * deviation(b[name], exact[name]).norm) if truth else _EXACT
             everyone = world.gather_objects(deviation(a[name], b[name], limit))
             found[name] = max(*everyone, found.get(name, everyone[0]))
         unequal = unequal or unequal_ranks(fsdp.whole(many.method.state_dict()), world)
