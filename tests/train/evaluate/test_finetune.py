@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,12 +18,13 @@ from train.config import load_config
 from train.engine.checkpoint import Pretrained, checkpoints, load_latest
 from train.evaluate import build_protocol
 from train.evaluate.__main__ import main
-from train.evaluate.data import choose_fraction, choose_images, evaluation_view
+from train.evaluate.data import Images, choose_fraction, choose_images, evaluation_view
 from train.evaluate.finetune import Finetune, LinearAugmented, Trained, layer_scales
 from train.model.encoder import Encoder, EncoderConfig
 from train.processes.distributed import World
 
 SHORT = {"batch_size": 24, "steps": 6, "checkpoint_every": 2}
+SEVERAL = LinearAugmented(**SHORT, learning_rate=[0.03, 30], weight_decay=0.01, nesterov=True)
 
 
 def pretrained(shards: Path | str, directory: Path | str, *overrides: str) -> Pretrained:
@@ -43,11 +45,10 @@ def trained(protocol: Trained, start: Pretrained, world: World | None = None, fi
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
-    """Of the only run in it."""
-    (folder,) = directory.glob("it-*")
-    state = load_latest(folder)
-    assert state is not None
-    return dict(state["method"])
+    """Of the only run in it, or of a grid and the run that follows, by their names."""
+    states = [load_latest(folder) for folder in sorted(directory.glob("it-*"))]
+    assert states
+    return {name: value for state in states if state for name, value in state["method"].items()}
 
 
 def test_a_fraction_is_as_large_for_each_class_and_part_of_a_larger_one(shard_set: ShardSet) -> None:
@@ -111,21 +112,63 @@ def test_a_frozen_encoder_stays_as_it_is_and_its_classifier_learns(shard_set: Sh
     assert found["top-1 %"] > 45, "of three classes, by an untrained encoder"
 
 
-BOTH: list[Trained] = [Finetune(**SHORT, fraction=0.5, nesterov=True, layer_decay=0.7), LinearAugmented(**SHORT)]
+@pytest.fixture(scope="module")
+def grid(shard_set: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pretrained, dict[str, float]]:
+    """What was trained at several rates, and what was found."""
+    start = pretrained(shard_set.root, tmp_path_factory.mktemp("grid"), "run.precision=fp64")
+    return start, trained(SEVERAL, start)
+
+
+def test_classifiers_of_several_rates_are_those_of_each_rate_alone(
+    grid: tuple[Pretrained, dict[str, float]], shard_set: ShardSet, tmp_path: Path
+) -> None:
+    start, found = grid
+    images, _ = choose_images(str(shard_set.root), None)
+    held_out = np.arange(len(images.ids)) % 5 == 0
+    rest, part = (Images(shard_set, images.ids[which]) for which in (~held_out, held_out))
+    view, scores = evaluation_view(start.config.views, shard_set), {}
+    for number, rate in enumerate(SEVERAL.learning_rate):
+        alone = SEVERAL.model_copy(update={"learning_rate": (rate,)})
+        directory = tmp_path / str(number)
+        results = alone.run("it", start._replace(directory=directory), rest, part, view, World())
+        assert results is not None
+        scores[rate] = results["top-1 %"]
+        assert found[f"held-out top-1 % at {rate:g}"] == scores[rate]
+        for name in ("weight", "bias"):
+            expected = weights(directory)[f"classifier.{name}"]
+            together = weights(start.directory)[f"classifiers.{number}.{name}"]
+            torch.testing.assert_close(together, expected, rtol=1e-10, atol=1e-12)
+    assert len(set(scores.values())) > 1, "so that there is a choice"
+    assert scores[found["learning rate chosen"]] == max(scores.values())
+
+
+def test_the_rate_that_was_chosen_is_trained_as_if_it_had_been_named(grid: tuple[Pretrained, dict[str, float]]) -> None:
+    start, found = grid
+    named = trained(LinearAugmented(**SEVERAL.model_dump() | {"learning_rate": found["learning rate chosen"]}), start)
+    assert named.items() <= found.items()
+    assert named["training images"] == 73
+    assert len(list(start.directory.glob("it-*"))) == 2, "its run was there"
+
+
+ALL: list[Trained] = [
+    Finetune(**SHORT, fraction=0.5, nesterov=True, layer_decay=0.7),
+    LinearAugmented(**SHORT),
+    SEVERAL,
+]
 
 
 def trained_by_rank(world: World, shards: str, directory: str) -> list[dict[str, float]]:
     start = pretrained(shards, directory, "run.precision=fp64")
-    parts = [start._replace(directory=Path(directory, type(protocol).__name__)) for protocol in BOTH]
-    return [trained(protocol, part, world) for protocol, part in zip(BOTH, parts, strict=True)]
+    parts = [start._replace(directory=Path(directory, str(number))) for number in range(len(ALL))]
+    return [trained(protocol, part, world) for protocol, part in zip(ALL, parts, strict=True)]
 
 
 def test_three_processes_train_what_one_trains(shard_set: ShardSet, tmp_path: Path) -> None:
     many = run_ranks(trained_by_rank, 3, str(shard_set.root), str(tmp_path / "many"))
     alone = trained_by_rank(World(), str(shard_set.root), str(tmp_path / "alone"))
     assert many == [alone] * 3
-    for protocol in BOTH:
-        expected, found = (weights(tmp_path / who / type(protocol).__name__) for who in ("alone", "many"))
+    for number in range(len(ALL)):
+        expected, found = (weights(tmp_path / who / str(number)) for who in ("alone", "many"))
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-10, msg=name)
     folders = [sorted(path.name for path in (tmp_path / who).glob("*/it-*")) for who in ("alone", "many")]
@@ -134,14 +177,27 @@ def test_three_processes_train_what_one_trains(shard_set: ShardSet, tmp_path: Pa
 
 def test_a_run_that_was_killed_continues_as_if_it_had_not_been(shard_set: ShardSet, tmp_path: Path) -> None:
     start, protocol = pretrained(shard_set.root, tmp_path), Finetune(**SHORT, fraction=0.5)
-    found, expected = trained(protocol, start), weights(tmp_path)
-    (folder,) = tmp_path.glob("it-*")
-    for newer in checkpoints(folder)[1:]:
-        newer.unlink()
-    assert [path.name for path in checkpoints(folder)] == ["step-000000002.pt"]
-    assert trained(protocol, start) == found
-    for name, value in weights(tmp_path).items():
+    found = trained(protocol, start)
+    assert continued(protocol, start) == found
+
+
+def test_several_rates_that_were_killed_continue_as_if_they_had_not_been(
+    grid: tuple[Pretrained, dict[str, float]],
+) -> None:
+    assert continued(SEVERAL, grid[0]) == grid[1]
+
+
+def continued(protocol: Trained, start: Pretrained) -> dict[str, float]:
+    """What it yields as if it had been killed after its first checkpoints; the weights must be those of before."""
+    expected = weights(start.directory)
+    for folder in start.directory.glob("it-*"):
+        for newer in checkpoints(folder)[1:]:
+            newer.unlink()
+        assert [path.name for path in checkpoints(folder)] == ["step-000000002.pt"]
+    found = trained(protocol, start)
+    for name, value in weights(start.directory).items():
         assert torch.equal(value, expected[name]), name
+    return found
 
 
 def test_what_is_finished_is_not_trained_again_and_other_settings_are_a_different_run(
@@ -161,13 +217,16 @@ def test_presets_are_the_published_protocols() -> None:
         (Finetune, "simclr-1%"): {"learning_rate": 0.05, "fraction": 0.01, "epochs": 60, "nesterov": True},
         (Finetune, "lightly"): {"learning_rate": 0.05, "fraction": 1.0, "epochs": 30, "nesterov": False},
         (LinearAugmented, "simclr"): {"learning_rate": 0.1, "batch_size": 4096, "epochs": 90, "schedule": "cosine"},
+        (LinearAugmented, "dinov3"): {"batch_size": 1024, "epochs": 10, "schedule": "cosine", "nesterov": False},
         (LinearAugmented, "moco"): {"learning_rate": 30.0, "batch_size": 256, "milestones": (0.6, 0.8)},
     }
     for (kind, name), settings in published.items():
         protocol = kind(preset=name)
-        assert {field: getattr(protocol, field) for field in settings} == settings
+        assert settings.items() <= protocol.model_dump().items()
         assert (protocol.name, protocol.momentum, protocol.weight_decay, protocol.warmup_epochs) == ("sgd", 0.9, 0, 0)
     assert Finetune(preset="simclr-10%", epochs=5).epochs == 5
+    expected = [step * 10.0**power for power in range(-5, -1) for step in (1, 2, 5)] + [0.1]
+    assert LinearAugmented(preset="dinov3").learning_rate == pytest.approx(expected)
     with pytest.raises(ValueError, match=r"finetune: preset: expected one of lightly, simclr-1%, .*, found 'x'"):
         build_protocol("finetune", {"preset": "x"})
 
@@ -178,6 +237,12 @@ def test_too_few_images_and_encoders_without_blocks_are_refused(shard_set: Shard
         trained(Finetune(**SHORT, fraction=0.1), start)
     with pytest.raises(ValueError, match=r"finetune\.layer_decay: expected an encoder of blocks or stages"):
         layer_scales(Encoder(EncoderConfig(name="timm:dla46_c")), 0.5)
+
+
+@pytest.mark.parametrize("settings", [("finetune", {}), ("linear-augmented", {"clip_norm": 1})])
+def test_several_rates_are_refused_where_they_would_not_be_apart(settings: tuple[str, dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match=r"learning_rate: expected one number; several need a frozen encoder"):
+        build_protocol(settings[0], {"learning_rate": [0.1, 1], **settings[1]})
 
 
 def test_the_command_trains_beside_what_needs_representations(shard_set: ShardSet, tmp_path: Path) -> None:
