@@ -207,9 +207,10 @@ class Study:
             path.write_text(record["best"])
             print(f"best: trial {best.number}, {best.value:.1f} %: {' '.join(overrides(best.params))}")
             print(f"to train it: python -m train.pretrain --config {path}")
-        whole = self.directory / "study.json.new"
-        whole.write_text(json.dumps(record | more))
-        whole.replace(self.directory / "study.json")
+        with _locked(self.directory / "study.lock"):
+            whole = self.directory / "study.json.new"
+            whole.write_text(json.dumps(record | more))
+            whole.replace(self.directory / "study.json")
 
     def _take(self) -> "tuple[optuna.Trial, TextIO] | None":
         """A trial to run and its lock: one that was left, or a new one; None if there are enough."""
