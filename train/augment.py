@@ -37,9 +37,7 @@ Matrix = list[list[float | None]]
 
 @command("train.augment")
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = study_parser(
-        "train.augment", "Which augmentations matter: a short run for each, and for each pair.", "linear"
-    )
+    made = study_parser("train.augment", str(__doc__), "linear", arguments)
     options = argparse.Namespace(**vars(made.parse_args(arguments)), prune_after=1)
     tried, settings = read_study(options, "augment", AUGMENTATIONS)
     views = cells(tried, settings)

@@ -10,12 +10,14 @@ import ctypes
 import fcntl
 import json
 import math
+import os
 import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from statistics import fmean
 from subprocess import STDOUT, Popen, TimeoutExpired
@@ -49,7 +51,7 @@ Values = dict[str, Any]
 
 @command("train.tune")
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = study_parser("train.tune", "Search for settings: an Optuna study whose trials are runs.", "knn")
+    made = study_parser("train.tune", str(__doc__), "knn", arguments)
     made.add_argument("--trials", type=int, default=20, help="of the study, over all its processes (default: 20)")
     pruning = "of a run, after which it ends if it is worse than the median of 5 or more (default: 0.25; 1: never)"
     made.add_argument("--prune-after", type=float, default=0.25, metavar="PART", help=pruning)
@@ -66,13 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if finished else stop.EXIT_CODE
 
 
-def study_parser(name: str, description: str, objective: str) -> argparse.ArgumentParser:
-    made = parser(f"python -m {name}", description, "Exit codes: those of train.pretrain.")
+def study_parser(name: str, description: str, objective: str, words: Sequence[str] | None) -> argparse.ArgumentParser:
+    made = parser(f"python -m {name}", description.splitlines()[0], "Exit codes: those of train.pretrain.")
     add, objectives = made.add_argument, [taken + metric for taken in ("", "best-") for metric in _METRICS]
     add("--study", type=Path, default=Path("runs/study"), help="directory named as the study (default: %(default)s)")
     add("--storage", metavar="URL", help="database that machines share (default: SQLite in the study's directory)")
     add("--objective", choices=objectives, default=objective, help="online accuracy to maximise (default: %(default)s)")
     add("--nproc_per_node", type=int, default=1, help="processes of a trial (default: 1)")
+    add("--engine", choices=("local", "ray"), default="local", help="ray: tuners wherever a Ray cluster has room")
+    add("--cpus", type=int, help="that Ray keeps for a trial (default: one a process; and a GPU, where it has any)")
+    made.set_defaults(words=[name, *(sys.argv[1:] if words is None else words)])
     return made
 
 
@@ -175,10 +180,12 @@ class Study:
 
     def run(self) -> bool:
         """Run trials until the study has as many as it should and none is unfinished here; False if stopped before."""
+        if self.options.engine == "ray" and self._missing():
+            return self._run_on_ray()
         with stop.StopRequest() as request, Progress(disable=not sys.stdout.isatty()) as progress:
             bar = progress.add_task("trials", total=self.options.trials)
             while not request.requested:
-                progress.update(bar, completed=sum(trial["state"] != "running" for trial in self.trials()))
+                progress.update(bar, completed=self.options.trials - self._missing())
                 if taken := self._take():
                     with taken[1]:
                         self._follow(taken[0], taken[1], request)
@@ -187,6 +194,45 @@ class Study:
                 else:
                     sleep(_POLL_SECONDS)  # who runs them may die
         return False
+
+    def _run_on_ray(self) -> bool:
+        """By tuners like this one, as many as Ray has room for, which knows nothing else of the study. Raises UserError
+        if they end too early."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ImportError:
+            raise UserError("Ray is not installed; pip install 'parallax-ssl[ray]'") from None
+        options, folder, (name, *words) = self.options, Path.cwd(), self.options.words
+
+        def tuner() -> None:  # Ray copies the function whole
+            os.chdir(folder)
+            import_module(name).main([*words, "--engine", "local"])
+
+        with ray.init(include_dashboard=False):  # a cluster that there is, or one of its own
+            if not options.storage and len(ray.nodes()) > 1:
+                raise UserError("--storage: expected a database that all machines of the Ray cluster reach, found none")
+            has, processes = ray.cluster_resources(), options.nproc_per_node
+            needs = {"CPU": options.cpus or processes} | ({"GPU": processes} if has.get("GPU") else {})
+            room = int(min(has.get(kind, 0) // count for kind, count in needs.items()))
+            if not room:
+                raise UserError(f"--engine ray: expected room for a trial with {needs}, found {has}")
+            place = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0))(tuner).remote
+            with stop.StopRequest() as request:
+                tasks = waiting = [place() for _ in range(min(room, self._missing()))]
+                while waiting and not request.requested:
+                    _, waiting = ray.wait(waiting, timeout=_POLL_SECONDS)
+                for task in waiting:
+                    ray.cancel(task)  # is Ctrl-C to the tuner
+                ray.wait(tasks, num_returns=len(tasks))
+        if self._missing() and not request.requested:
+            raise UserError(
+                f"{self._missing()} trials are not done, and all tuners have ended; what they said is above"
+            )
+        return not request.requested
+
+    def _missing(self) -> int:
+        return max(0, self.options.trials - sum(trial["state"] != "running" for trial in self.trials()))
 
     def trials(self) -> list[Values]:
         """Of each its number, state, value (None before its end) and parameters."""

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,12 @@ def write_study(folder: Path, shards: Path, section: str = "search", tried: Any 
     return ["--config", str(folder / "study.yaml"), "--study", str(folder / "study"), *SMALL_OF_STUDY]
 
 
+def run(arguments: list[str]) -> None:
+    sys.exit(main(arguments))
+
+
 def as_process(arguments: list[str]) -> Any:
-    tuner = _FORKSERVER.Process(target=main, args=(arguments,))
+    tuner = _FORKSERVER.Process(target=run, args=(arguments,))
     tuner.start()
     return tuner
 
@@ -111,6 +116,22 @@ def test_a_trial_worse_than_the_median_is_pruned(shards: Path, tmp_path: Path) -
     assert found(tmp_path)["trials"][-1]["state"] == "pruned"
     (path,) = checkpoints(tmp_path / "study" / "trial-0005")
     assert int(path.stem.removeprefix("step-")) < 2000, "it was stopped and saved"
+
+
+def test_ray_places_tuners_which_stop_and_go_on(shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'parallax-ssl[ray]'")
+    arguments = [*write_study(tmp_path, shards), "optim.steps=200", "--trials", "2", "--engine", "ray"]
+    stopped = as_process(arguments)
+    wait_until(lambda: any(tmp_path.glob("study/*/metrics.jsonl")) or not stopped.is_alive())
+    os.kill(stopped.pid, signal.SIGTERM)
+    stopped.join()
+    assert stopped.exitcode == 3
+    saved = [checkpoints(run) for run in tmp_path.glob("study/trial-*")]
+    assert any(saved), "by the signal"
+    finishing = as_process(arguments)
+    finishing.join()
+    assert finishing.exitcode == 0
+    assert [trial["state"] for trial in found(tmp_path)["trials"]] == ["complete"] * 2
 
 
 @pytest.mark.parametrize(
