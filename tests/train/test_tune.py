@@ -120,14 +120,16 @@ def test_a_trial_worse_than_the_median_is_pruned(shards: Path, tmp_path: Path) -
 
 def test_ray_places_tuners_which_stop_and_go_on(shards: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'parallax-ssl[ray]'")
-    arguments = [*write_study(tmp_path, shards), "optim.steps=200", "--trials", "2", "--engine", "ray"]
+    arguments = [*write_study(tmp_path, shards), "optim.steps=400", "--trials", "2", "--engine", "ray"]
     stopped = as_process(arguments)
     wait_until(lambda: any(tmp_path.glob("study/*/metrics.jsonl")) or not stopped.is_alive())
+    children = Path(f"/proc/{stopped.pid}/task/{stopped.pid}/children").read_text().split()
+    assert any("raylet" in Path(f"/proc/{child}/cmdline").read_text() for child in children)
     os.kill(stopped.pid, signal.SIGTERM)
     stopped.join()
     assert stopped.exitcode == 3
-    saved = [checkpoints(run) for run in tmp_path.glob("study/trial-*")]
-    assert any(saved), "by the signal"
+    assert any(checkpoints(run) for run in tmp_path.glob("study/trial-*")), "by the signal"
+    assert "running" in {trial["state"] for trial in found(tmp_path)["trials"]}
     finishing = as_process(arguments)
     finishing.join()
     assert finishing.exitcode == 0
