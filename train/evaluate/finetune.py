@@ -101,16 +101,14 @@ class Trained(OptimConfig, Protocol):
 
         The folder is named by all that decides its weights as well, so that different settings are a different run.
         """
-        if self.batch_size > len(images.ids):
-            raise UserError(
-                f"{name}.batch_size: expected at most the {len(images.ids)} training images, found {self.batch_size}"
-            )
+        if self.batch_size > (most := len(images.ids)):
+            raise UserError(f"{name}.batch_size: expected at most the {most} training images, found {self.batch_size}")
         augmented = augmented_view(pretrained.config.views)
         digest = xxhash.xxh3_64(hash_of(pretrained.encoder, images.shards, augmented).encode() + images.ids.tobytes())
         digest.update(self.model_dump_json(exclude={"checkpoint_every"}).encode())
         folder = pretrained.directory / f"{name}-{digest.hexdigest()}"
         config = self._config(pretrained.config, images, augmented, folder)
-        plan, order = plan_run(config, len(images.ids)), ShuffledPart(images.ids, self.seed, self.batch_size)
+        plan, order = plan_run(config, most), ShuffledPart(images.ids, self.seed, self.batch_size)
         begin = partial(self._begin, config, pretrained.encoder, world)
         method, done = train(config, images.shards, plan, world, begin, order)
         return accuracies(method, test, view, config, world) if done >= plan.total_steps else []
@@ -123,15 +121,9 @@ class Trained(OptimConfig, Protocol):
         tree["method"] = {"name": "supervised", "num_classes": len(images.shards.manifest.class_names)}
         tree["optim"] = self.model_dump(mode="json", include=set(OptimConfig.model_fields))
         tree["optim"]["learning_rate"] = self.learning_rate[0]
-        tree["run"] = {
-            "dir": str(folder),
-            "seed": self.seed,
-            "global_batch_size": self.batch_size,
-            "precision": run.run.precision,
-            "batchnorm": "local" if self.frozen else "global",
-            "checkpoint_every": self.checkpoint_every,
-            "online": False,
-        }
+        tree["run"] = self.model_dump(include={"seed", "checkpoint_every"}) | {"dir": str(folder), "online": False}
+        over = "local" if self.frozen else "global"
+        tree["run"] |= {"global_batch_size": self.batch_size, "precision": run.run.precision, "batchnorm": over}
         return validate(tree, "evaluation")
 
     def _begin(self, config: Config, encoder: Encoder, world: World) -> Beginning:
