@@ -216,7 +216,8 @@ class Study:
             needs = {"CPU": options.cpus or processes} | ({"GPU": processes} if has.get("GPU") else {})
             room = int(min(has.get(kind, 0) // count for kind, count in needs.items()))
             if not room:
-                raise UserError(f"--engine ray: expected room for a trial with {needs}, found {has}")
+                found = {kind: has.get(kind, 0) for kind in needs}
+                raise UserError(f"--engine ray: expected a cluster with room for a trial, {needs}, found {found}")
             place = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0))(tuner).remote
             with stop.StopRequest() as request:
                 tasks = waiting = [place() for _ in range(min(room, self._missing()))]

@@ -184,3 +184,11 @@ def test_optuna_is_asked_for_by_the_name_of_its_extra(
     monkeypatch.setattr("train.tune.optuna", None)
     assert main(write_study(tmp_path, shards)) == 2
     assert "pip install 'parallax-ssl[tune]'" in capsys.readouterr().err
+
+
+def test_ray_is_asked_for_by_the_name_of_its_extra(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main([*write_study(tmp_path, shards), "--engine", "ray"]) == 2
+    assert "pip install 'parallax-ssl[ray]'" in capsys.readouterr().err
