@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import doctor
-from benchmarks.doctor import STEP, Model, Variant, diagnose, fastest, main, measure_alone
+from benchmarks.doctor import STEP, Model, Variant, diagnose, fastest, main, measure_alone, variants
 from benchmarks.measure import Rate
 from benchmarks.stages import Training
 from pipeline.backends import BACKENDS, BackendContext
@@ -136,6 +136,21 @@ def test_the_largest_part_of_what_is_used_up_bounds_the_run(shard_set: ShardSet)
     v = variant(shard_set)
     assert Model(stages(v, 1, loader=0.008), cold=False).bottleneck(v) == ("the cores", "decoding")
     assert Model(stages(v, 1, loader=0.001), cold=False).bottleneck(v) == ("the cores", STEP)
+
+
+def test_fewer_threads_of_torch_are_always_tried(shard_set: ShardSet) -> None:
+    config, before = (
+        load_config(None, [f"data.shards={shard_set.root}", "run.global_batch_size=8"]),
+        torch.get_num_threads(),
+    )
+    torch.set_num_threads(3)
+    try:
+        with ExitStack() as stack:
+            found = variants(config, shard_set, 2.0, False, stack)
+    finally:
+        torch.set_num_threads(before)
+    threads = {v.name: v.torch_threads for v in found if v.name.startswith("OMP")}
+    assert threads == {"OMP_NUM_THREADS=1": 1, "OMP_NUM_THREADS=2": 2}
 
 
 def test_too_many_threads_are_told_where_fewer_do_as_well(
