@@ -108,8 +108,8 @@ def variants(config: Config, shards: ShardSet, cores: float, cold: bool, stack: 
         found.append(_with(as_it_is, backend=backend, num_threads=count, prefetch=prefetch))
     if cold and config.data.window is None:
         found.append(_with(as_it_is, window=2))
-    # Where loader threads delay one of torch's threads, the others wait for it busily, which no stage alone shows.
-    fewer = sorted(count for count in {1, num_cores} if count < as_it_is.torch_threads)
+    enough = {num_cores} if torch.cuda.is_available() else {num_cores, 1}  # see docs/benchmarks.md: no stage shows it
+    fewer = sorted(count for count in enough if count < as_it_is.torch_threads)
     found += [replace(as_it_is, name=f"OMP_NUM_THREADS={count}", torch_threads=count) for count in fewer]
     for name, flags in _FORMS.items() if jpeg else ():
         sample = open_shards(temporary_shards(stack, _sample(shards, config), shards.manifest.num_lanes, *flags))
