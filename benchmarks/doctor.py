@@ -3,16 +3,19 @@
     python -m benchmarks.doctor --config configs/demo.yaml --shards DIR --apply tuned.yaml
 
 Every stage is measured alone. Four limits follow: of storage, of the loader's threads, of the cores, of the training
-thread. A run is predicted to be as fast as the lowest, whose largest part bounds it. A cure has costs of its own, also
-measured alone (those of a different form of the images, on a sample), so its rate is predicted before it is run, in
-turns with the run as it is. ``synthetic`` is a loader without costs: no cure of the loader can give more.
+thread; the largest part of the lowest bounds the run. Then loader and step are measured beside each other, neither
+waiting for the other, which says what they take from each other, and with that how fast the run will be. So a cure's
+rate is predicted before it is run (that of a different form of the images, on a sample), in turns with the run as it
+is. ``synthetic`` is a loader without costs: no cure of the loader can give more.
 """
 
 import argparse
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -156,6 +159,8 @@ def measure_alone(
                 turns[step_stage] = partial(_step_turn, step, ceilings.asked(step), v, seconds)
             if v.data["backend"] != "synthetic":
                 turns[reading_stage] = partial(ceilings.reading, v.shards, v.data["num_threads"], seconds)
+                whole = stack.enter_context(open_loader(config, v.shards, **v.data))
+                turns[f"{v.name}, both"] = partial(_both_turn, whole, training.alone(whole), v, seconds, cold)
         return interleave(turns, options.rounds)
 
 
@@ -177,9 +182,23 @@ def _step_turn(step: Callable[[], int], asked: Turn, v: Variant, seconds: float)
     return {**_seconds(rate_of(step, seconds, 2, finish)), **asked}
 
 
+def _both_turn(loader: Loader, step: Callable[[], int], v: Variant, seconds: float, cold: bool) -> Turn:
+    """Images/s of the loader, whose batches are dropped, beside those of the step, on batches that are there."""
+    torch.set_num_threads(v.torch_threads)
+    if cold:
+        ceilings.forget(v.shards)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(rate_of, partial(load, loader), seconds, v.data["prefetch"] + 1, finish)
+        start, images = time.perf_counter(), 0
+        while not loading.done():
+            images += step()
+        finish()
+        return {"loader": loading.result()["images_per_second"], "step": images / (time.perf_counter() - start)}
+
+
 def _seconds(turn: Turn) -> dict[str, float]:
     rate = turn["images_per_second"]
-    return {"seconds": 1 / rate, "cpu_seconds": turn["cpu_percent"] / 100 / rate}
+    return {"seconds": 1 / rate, "cpu_seconds": max(turn["cpu_percent"], 0.1) / 100 / rate}  # ticks are 10 ms
 
 
 @dataclass(frozen=True)
@@ -204,8 +223,20 @@ class Model:
         return found
 
     def predicted(self, v: Variant) -> Rate:
-        first, *others = self.limits(v).values()
-        return first.by_round(min, *others)
+        """Images/s, by what loader and step make alone and beside each other."""
+        limits, both = self.limits(v), self.alone.get(f"{v.name}, both")
+        alone = limits.pop("the training thread")
+        if both is None:  # the loader costs nothing
+            return alone
+        cores, loader_cpu = self.alone["cores"]["cores"], self.alone[v.stages[0]]["cpu_seconds"]
+        limits["the cores"] = cores.ratio(loader_cpu)
+
+        def rate(loader: float, step: float, step_alone: float, *loader_alone: float) -> float:
+            if loader < step:
+                return _shared(min(loader_alone), loader, step)
+            return _shared(step_alone, step, loader)
+
+        return both["loader"].by_round(rate, both["step"], alone, *limits.values())
 
     def bottleneck(self, v: Variant) -> tuple[str, str]:
         """What is used up first, and the largest part of it."""
@@ -219,16 +250,24 @@ class Model:
         return lowest, READING if lowest == "storage" else max(parts, key=lambda name: parts[name])
 
 
+def _shared(alone: float, slow: float, fast: float) -> float:
+    """The rate r of the slower of two, which waits for nothing: it has ``slow`` while the other works, for r / ``fast``
+    of the time, and ``alone`` otherwise."""
+    return alone / (1 + (alone - slow) / fast)
+
+
 def diagnose(model: Model, as_it_is: Variant, cures: Sequence[Variant]) -> list[Variant]:
     """Print the stages, what bounds the run, and what cures would give. Returns the run as it is and the cures to run:
     nothing where noise decides."""
     _show_stages(model, as_it_is)
     lowest, part = model.bottleneck(as_it_is)
     limit, cores, now = model.limits(as_it_is)[lowest], model.alone["cores"]["cores"], model.predicted(as_it_is)
-    if limit.is_noisy or cores.is_noisy:
-        print(f"too noisy to say what bounds the run: {limit} images/s, {cores} cores; stop other work on this machine")
+    if now.is_noisy or cores.is_noisy:
+        print(f"too noisy to say what bounds the run: {now} images/s, {cores} cores; stop other work on this machine")
         return []
-    print(f"{part} bounds this run at {limit} images/s ({lowest}); {cores} cores are there")
+    print(f"{part} bounds this run at {now} images/s ({lowest}); {cores} cores are there")
+    if now.ratio(limit).mean * _WORTH < 1:
+        print(f"loader and step hold each other up: apart they would allow {limit} images/s")
     chosen = [as_it_is]
     for cure in cures:
         gain = model.predicted(cure).ratio(now)

@@ -14,7 +14,7 @@ import torch
 from benchmarks import doctor
 from benchmarks.doctor import STEP, Model, Variant, diagnose, fastest, main, measure_alone, variants
 from benchmarks.measure import Rate
-from benchmarks.stages import Training
+from benchmarks.stages import Training, open_loader
 from pipeline.backends import BACKENDS, BackendContext
 from pipeline.backends.cpu import Decoder
 from pipeline.backends.pool import ThreadedBackend
@@ -114,6 +114,7 @@ def stages(v: Variant, rounds: int, *, noise: float = 0.0, loader: float = 0.002
         | {"resizing": 0.2 * loader, "changing colours": 0.1 * loader, "normalising": 1e-5},
         v.stages[1]: {"seconds": 0.001, "cpu_seconds": 0.002, "FLOP": 1e6, "bytes": 1e5},
         v.stages[2]: {f"{a} {b}": 1e4 for a in ("cold", "warm") for b in ("random", "sequential")},
+        f"{v.name}, both": {"loader": 400, "step": 800},
     }
     spread = [1 + noise * (-1) ** i for i in range(rounds)]
     return {n: {k: Rate(tuple(x * s for s in spread)) for k, x in turn.items()} for n, turn in values.items()}
@@ -129,7 +130,34 @@ def test_the_limits_are_those_of_the_thread_the_cores_the_step_and_storage(shard
     found = {name: limit.mean for name, limit in limits.items()}
     expected = {"2 loader threads": 1000, "the cores": 500, "the training thread": 1 / 0.00101, "storage": 10000}
     assert found == pytest.approx(expected)
-    assert Model(stages(v, 1), cold=False).predicted(v).mean == pytest.approx(500)
+
+
+def test_what_loader_and_step_take_from_each_other_is_in_the_prediction(shard_set: ShardSet) -> None:
+    """Images wait for the loader, which has the cores to itself for ``1 - r / 800`` of the time; then for the step."""
+    v = variant(shard_set)
+    found = stages(v, 1)
+    r = Model(found, cold=False).predicted(v).mean
+    assert r == pytest.approx(r / 800 * 400 + (1 - r / 800) * 1000)
+    found[f"{v.name}, both"] = {"loader": Rate((900,)), "step": Rate((450,))}
+    r = Model(found, cold=False).predicted(v).mean
+    assert r == pytest.approx(r / 900 * 450 + (1 - r / 900) / 0.00101)
+
+
+def test_the_step_beside_a_loader_is_measured_while_it_loads(
+    shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_decoder(monkeypatch)
+    config = load_config(None, [*SMALL, f"data.shards={shard_set.root}", "data.backend=cpu"])
+
+    def step() -> int:
+        time.sleep(DELAY)
+        return 8
+
+    with open_loader(config, shard_set) as loader:
+        v = Variant("as it is", shard_set, {"prefetch": 1}, torch_threads=1)
+        turn = doctor._both_turn(loader, step, v, 0.5, cold=False)
+    assert 0 < turn["loader"] < 1 / DELAY
+    assert 1 / DELAY < turn["step"] < 8 / DELAY
 
 
 def test_the_largest_part_of_what_is_used_up_bounds_the_run(shard_set: ShardSet) -> None:
