@@ -1,6 +1,6 @@
 """Write an encoder as others read it: ``python -m train.export --checkpoint runs/x --out FOLDER``.
 
-The folder has ``model.safetensors`` by the names of timm, which are torchvision's for its ResNets, ``config.json`` with
+The folder has ``model.safetensors`` by the names of timm, which are torchvision's for ResNets, ``config.json`` with
 how images are scaled and where the weights are from, and a model card with an evaluation. With ``--onnx`` it
 has ``model.onnx`` instead, with the same JSON as metadata.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
+from safetensors.torch import save_file
 
 from pipeline.views import ViewSpec
 from sharding.command import UserError, command
@@ -22,21 +23,24 @@ from train.engine.checkpoint import Pretrained, load_pretrained
 from train.engine.monitor import read_lines
 from train.evaluate.__main__ import RESULTS
 from train.evaluate.data import enlarged
+from train.evaluate.features import weights_of
 from train.model.encoder import TIMM, Encoder
 
 _CARD = """---
-library_name: timm
-pipeline_tag: image-feature-extraction
+{library}pipeline_tag: image-feature-extraction
 ---
 
-# {encoder}, pretrained by {method}
+# {title}
 
-    timm.create_model("local-dir:FOLDER", pretrained=True)  # or "hf-hub:USER/NAME"
+    {call}
 
 {table}
 
-{step} steps on data of fingerprint {data}; Parallax at commit {commit}. `config.json` has all settings.
+{origin}`config.json` has all settings.
 """
+_TIMM_CALL = 'timm.create_model("local-dir:FOLDER", pretrained=True)  # or "hf-hub:USER/NAME"'
+# what timm says of weights of its own, and at which size it tests those
+_NOT_OURS = ("paper_ids", "paper_name", "origin_url", "url", "hf_hub_id", "test_input_size", "test_crop_pct")
 _FILES = ["README.md", "config.json", "model.safetensors", "model.onnx"]
 
 
@@ -57,16 +61,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def export(pretrained: Pretrained, out: Path) -> None:
-    """For timm. Raises `UserError` for an encoder that it does not have."""
+    """For timm; a ResNet of a width or stem that it does not have by torchvision's names alone."""
     from timm.models import save_for_hf
 
-    config, evaluation = pretrained.config, _evaluation(pretrained)
-    model = _as_timm(pretrained.encoder, config.encoder.name)
-    model.pretrained_cfg = model.pretrained_cfg | _scaling(pretrained) | {"tag": config.method.name, "license": None}
-    source = _source(pretrained)
-    save_for_hf(model, str(out), {"parallax": source}, safe_serialization=True)
-    names = {"encoder": config.encoder.name, "method": config.method.name}
-    (out / "README.md").write_text(_CARD.format(**names, **source, table=_table(evaluation)))
+    config, source, scaling = pretrained.config, _source(pretrained), _scaling(pretrained)
+    if model := _as_timm(pretrained.encoder, config.encoder.name):
+        tag = None if pretrained.step is None else config.method.name
+        own = {"tag": tag, "license": None, **dict.fromkeys(_NOT_OURS)}
+        model.pretrained_cfg = model.pretrained_cfg | scaling | own
+        save_for_hf(model, str(out), {"parallax": source}, safe_serialization=True)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.contiguous() for name, value in pretrained.encoder.backbone.state_dict().items()}
+        save_file(weights, out / "model.safetensors")
+        (out / "config.json").write_text(json.dumps({"pretrained_cfg": scaling, "parallax": source}, indent=2))
+    (out / "README.md").write_text(_card(pretrained, source, in_timm=model is not None))
 
 
 def export_onnx(pretrained: Pretrained, out: Path) -> None:
@@ -115,15 +124,20 @@ def push(folder: Path, repository: str) -> str:
 
 def _evaluation(pretrained: Pretrained) -> dict[str, Any] | None:
     """The newest of these weights; rather one with the images that they were pretrained on than one by transfer."""
-    found = [r for r in read_lines(pretrained.directory / RESULTS, "results")[0] if r["step"] == pretrained.step]
+    weights = weights_of(pretrained.encoder)
+    found = [r for r in read_lines(pretrained.directory / RESULTS, "weights")[0] if r["weights"] == weights]
     own = [record for record in found if record["train"]["fingerprint"] == pretrained.data]
     return next(reversed(own or found), None)
 
 
 def _source(pretrained: Pretrained) -> dict[str, Any]:
-    """Where the weights are from."""
-    made = {"step": pretrained.step, "data": pretrained.data, "commit": automatic.commit()}
-    return {**made, "config": pretrained.config.model_dump(mode="json")}
+    """Where the weights are from: a run, or a file of other people."""
+    config = pretrained.config.model_dump(mode="json")
+    if pretrained.step is None:
+        return {"file": pretrained.path.name, "config": {"encoder": config["encoder"]}}
+    starts, _ = read_lines(pretrained.directory / automatic.PROVENANCE, "commit")
+    commit = starts[-1]["commit"] if starts else None
+    return {"step": pretrained.step, "data": pretrained.data, "commit": commit, "config": config}
 
 
 def _scaling(pretrained: Pretrained) -> dict[str, Any]:
@@ -142,20 +156,30 @@ def _scaling(pretrained: Pretrained) -> dict[str, Any]:
 
 
 def _as_timm(encoder: Encoder, name: str) -> Any:
-    """timm's model with the encoder's weights."""
+    """timm's model with the encoder's weights; None where it has no such model."""
     from timm import create_model
 
     if name.startswith(TIMM):
         return encoder.backbone
-    model = create_model(name, num_classes=0)
     try:
+        model = create_model(name, num_classes=0)
         model.load_state_dict(encoder.backbone.state_dict())
     except RuntimeError:
-        raise UserError(
-            f"encoder: timm has {name} with 64 channels in its first stage and the stem for ImageNet only; "
-            "`train.engine.checkpoint.load_encoder` loads this one"
-        ) from None
+        return None
     return model
+
+
+def _card(pretrained: Pretrained, source: dict[str, Any], *, in_timm: bool) -> str:
+    config = pretrained.config
+    title, origin = f"{config.encoder.name}, weights of {pretrained.path.name}", ""
+    if pretrained.step is not None:
+        title = f"{config.encoder.name}, pretrained by {config.method.name}"
+        origin = "{step} steps on data of fingerprint {data}; Parallax at commit {commit}. ".format(**source)
+    encoder = [f"encoder.{field}={value}" for field, value in config.encoder.model_dump(exclude_defaults=True).items()]
+    call = " ".join(["python -m train.evaluate --checkpoint FOLDER/model.safetensors", *encoder])
+    library, call = ("library_name: timm\n", _TIMM_CALL) if in_timm else ("", call)
+    table = _table(_evaluation(pretrained))
+    return _CARD.format(library=library, title=title, call=call, table=table, origin=origin)
 
 
 def _table(evaluation: dict[str, Any] | None) -> str:

@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the file, .npz")
     parser.add_argument("settings", nargs="*", metavar="name=value", help="as of python -m train.evaluate")
     given = parser.parse_args(arguments)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     with session("train.features") as world:
         pretrained, shards = load_pretrained(given.checkpoint, given.settings), open_shards(given.shards)
         images = Images(shards, np.arange(shards.manifest.num_samples))

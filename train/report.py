@@ -90,7 +90,8 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
 
 def _read(path: Path, name: str) -> Run:
     if not any((path / file).exists() for file in ("config.yaml", "metrics.jsonl")):
-        raise UserError(f"{path}: expected the directory of a run, found neither config.yaml nor metrics.jsonl")
+        found = "found neither config.yaml nor metrics.jsonl; of a study name the trials"
+        raise UserError(f"{path}: expected the directory of a run, {found}")
     settings, config, problems = {}, None, []
     try:
         settings = read_yaml(path / "config.yaml")

@@ -245,7 +245,7 @@ class Study:
         record: Values = {"study": str(self.directory), "objective": self.options.objective, "trials": self.trials()}
         states = [trial["state"] for trial in record["trials"]]
         print(f"{self.directory}:", ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
-        if states.count("complete") > 1:
+        if states.count("complete") > 1 and len(self.space) > 1:
             record["importances"] = optuna.importance.get_param_importances(self._study)
             print("importances:", ", ".join(f"{key} {share:.2f}" for key, share in record["importances"].items()))
         if "complete" in states:

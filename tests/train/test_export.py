@@ -109,17 +109,63 @@ def test_evaluations_of_other_steps_and_by_transfer_are_not_the_cards(tmp_path: 
     pretrained = checkpoint.load_pretrained(run)._replace(data=own["train"]["fingerprint"])
     transfer = {**own, "train": {**own["train"], "fingerprint": "others"}, "time": "transfer"}
     with (run / "evaluation.jsonl").open("a") as file:
-        file.writelines(f"{json.dumps(record)}\n" for record in (transfer, {**own, "step": -1, "time": "earlier"}))
+        file.writelines(
+            f"{json.dumps(record)}\n" for record in (transfer, {**own, "weights": "earlier", "time": "earlier"})
+        )
     assert _evaluation(pretrained) == own
     assert _evaluation(pretrained._replace(data="unknown")) == transfer
-    assert _evaluation(pretrained._replace(step=-2)) is None
+    with torch.no_grad():
+        next(pretrained.encoder.parameters()).add_(1)
+    assert _evaluation(pretrained) is None
 
 
-def test_an_encoder_that_timm_has_not_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = trained(tmp_path / "run", "encoder=resnet18", "encoder.stem=cifar")
-    assert main(["--checkpoint", str(run), "--out", str(tmp_path / "out")]) == 2
-    assert "timm has resnet18 with 64 channels" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+def test_a_resnet_that_timm_has_not_is_exported_for_whoever_reads_torchvisions_names(tmp_path: Path) -> None:
+    run, out = trained(tmp_path / "run", "encoder=resnet18", "encoder.stem=cifar", "encoder.width=8"), tmp_path / "out"
+    config, card = exported(run, out), (out / "README.md").read_text()
+    assert config["pretrained_cfg"]["input_size"] == [3, 64, 64]
+    assert config["parallax"]["step"] == 7
+    assert "timm" not in card
+    (call,) = (line.split() for line in card.splitlines() if line.startswith("    "))
+    same(checkpoint.load_pretrained(out / "model.safetensors", call[call.index("--checkpoint") + 2 :]).encoder, run)
+
+
+def test_the_size_and_crop_are_ours_wherever_timm_looks(tmp_path: Path) -> None:
+    import timm
+    from timm.data.config import resolve_model_data_config
+
+    run = trained(tmp_path / "run", "encoder=resnet50")
+    config = exported(run, tmp_path / "out")["pretrained_cfg"]
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    for use_test_size in (False, True):
+        found = resolve_model_data_config(model, use_test_size=use_test_size)
+        assert (found["input_size"], found["crop_pct"]) == ((3, 64, 64), config["crop_pct"])
+    assert not {"paper_ids", "origin_url", "hf_hub_id"} & config.keys()
+
+
+def test_the_commit_is_that_of_the_training(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", "encoder=resnet18")
+    assert exported(run, tmp_path / "unknown")["parallax"]["commit"] is None
+    (run / "provenance.jsonl").write_text('{"commit": "first"}\n{"commit": "newest"}\n')
+    assert exported(run, tmp_path / "out")["parallax"]["commit"] == "newest"
+    assert "Parallax at commit newest" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_files_in_a_folder_have_cards_of_their_own(tmp_path: Path, shard_set: ShardSet) -> None:
+    """Of other people, of whose training nothing is known."""
+    for name in ("a", "b"):
+        weights = torchvision.models.resnet18().state_dict()
+        torch.save(weights, tmp_path / f"{name}.pth")
+    settings = ["encoder=resnet18", f"data.shards={shard_set.root}", "views.size=32", "views.kernel=5"]
+    assert evaluate(["--checkpoint", str(tmp_path / "a.pth"), "--protocol", "knn", "knn.k=5", *settings]) == 0
+    for name in ("a", "b"):
+        out = tmp_path / f"out-{name}"
+        assert main(["--checkpoint", str(tmp_path / f"{name}.pth"), "--out", str(out), *settings]) == 0
+        card, config = (out / "README.md").read_text(), json.loads((out / "config.json").read_text())
+        assert f"# resnet18, weights of {name}.pth" in card
+        assert ("Not evaluated." in card) == (name == "b")
+        assert not any(word in card for word in ("simclr", "None", "steps"))
+        assert config["parallax"].keys() == {"file", "config"}
+        assert "tag" not in config["pretrained_cfg"]
 
 
 def onnx(run: Path, out: Path) -> Any:

@@ -8,8 +8,8 @@ What the stream of batches depends on (`identity_of`) is stored and must agree o
 """
 
 import logging
+import re
 import zipfile
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from sharding.command import UserError
 from sharding.storage import rename_durably
 from train.config import Config, load_config, validate
-from train.engine.foreign import encoder_weights
+from train.engine.foreign import HARMLESS, encoder_weights
 from train.methods import build_method
 from train.model.encoder import Encoder
 from train.overrides import apply
@@ -190,13 +190,14 @@ def changed_settings(state: State, config: Config) -> list[str]:
 class Pretrained(NamedTuple):
     """An encoder to evaluate or to export; ``config`` is that of its run, or of a file of other people what the user
     said of it; ``step`` counts the updates that it was trained for, on ``data`` of that fingerprint, None where that is
-    unknown; results about it go to ``directory``."""
+    unknown; it was read from ``path``, and results about it go to ``directory``."""
 
     encoder: Encoder
     config: Config
     step: int | None
     data: str | None
     directory: Path
+    path: Path
 
 
 def load_pretrained(path: Path, overrides: Sequence[str] = ()) -> Pretrained:
@@ -211,7 +212,7 @@ def load_pretrained(path: Path, overrides: Sequence[str] = ()) -> Pretrained:
         config = load_config(None, overrides)
         encoder = Encoder(config.encoder)
         initialize(encoder, path, "--checkpoint")
-        return Pretrained(encoder.eval(), config, None, None, directory)
+        return Pretrained(encoder.eval(), config, None, None, directory, path)
     state = load(path) if path.is_file() else load_latest(path)
     if state is None:
         raise CheckpointError(f"{path}: expected a checkpoint or a run directory with step-*.pt files")
@@ -222,7 +223,8 @@ def load_pretrained(path: Path, overrides: Sequence[str] = ()) -> Pretrained:
     config = validate(state["config"], str(path), overrides)
     method = build_method(config.method, config.encoder, World())
     method.load_state_dict(state["method"])
-    return Pretrained(method.exported().float().eval(), config, state["step"], state["identity"].get("data"), directory)
+    encoder, data = method.exported().float().eval(), state["identity"].get("data")
+    return Pretrained(encoder, config, state["step"], data, directory, path)
 
 
 def load_encoder(path: str | Path) -> Encoder:
@@ -258,10 +260,13 @@ def _content(path: Path, field: str) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([Namespace]):  # DINO and MAE save their arguments
+        with torch.serialization.safe_globals(HARMLESS):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise CheckpointError(f"{field}: {path}: cannot be read ({str(error).splitlines()[0]})") from None
+        why = str(error).splitlines()[0]
+        if found := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
+            why = f"it holds {found[1]}, which may run code when read; save the tensors alone, as a state_dict"
+        raise CheckpointError(f"{field}: {path}: cannot be read ({why})") from None
 
 
 def _copy(value: Any) -> Any:

@@ -1,10 +1,21 @@
 """Other people's files of weights: where in them the encoder is. Its own names are those of torchvision or timm."""
 
 import re
+from argparse import Namespace
+from itertools import product
+from pathlib import PosixPath
 from typing import Any
 
+import numpy as np
 import torch
 
+# What lies beside the weights and is read as well: arguments, paths, numpy's numbers and arrays by the names of its
+# versions 1 and 2. Nothing of this runs code.
+HARMLESS: list[Any] = [Namespace, PosixPath, np.dtype, np.ndarray, *(type(np.dtype(kind)) for kind in "?bhilBHILefd")]
+HARMLESS += [
+    (getattr(np._core.multiarray, name), f"numpy.{module}.multiarray.{name}")  # type: ignore[attr-defined]
+    for name, module in product(("scalar", "_reconstruct"), ("core", "_core"))
+]
 # Where the weights lie in the file; the first that is there, else the file is nothing but weights.
 _CONTAINERS = (
     "classy_state_dict.base_model.model.trunk",  # VISSL

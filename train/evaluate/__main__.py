@@ -20,7 +20,7 @@ from train.engine import automatic
 from train.engine.checkpoint import Pretrained, load_pretrained
 from train.evaluate import PROTOCOLS, Protocol, build_protocol
 from train.evaluate.data import Images, choose_images, evaluation_view
-from train.evaluate.features import FEATURES, Features, extract
+from train.evaluate.features import FEATURES, Features, extract, weights_of
 from train.evaluate.finetune import Trained
 from train.evaluate.pictures import Album
 from train.model.encoder import Encoder
@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             own, results = pretrained._replace(encoder=encoder), one.record["results"].setdefault(name, {})
             if not all(isinstance(protocol, Trained) for protocol in protocols.values()):
                 one.h[name] = [extract(encoder, part, one.view, folder, world, **how) for part in (one.train, one.test)]
+                for side, h in zip(("train", "test"), one.h[name], strict=True):
+                    one.record[side]["num_images"] = len(h)  # without those that cannot be decoded
             for chosen, protocol in protocols.items():
                 if not isinstance(protocol, Trained):
                     results[chosen] = protocol.together(own, one.test, one.h[name][1], world)
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file.write(json.dumps(one.record) + "\n")
         _draw(one.record, pretrained.directory, several=len(sets) > 1)
         _show(one.record)
-        for album in (album for album in albums if album.folder.exists()):
+        for album in (album for album in albums if album.drawn):
             print(f"pictures are in {album.folder}")
     return 0
 
@@ -111,6 +113,7 @@ def _prepare(pair: Pair, protocols: Protocols, pretrained: Pretrained, checkpoin
         "commit": automatic.commit(),
         "checkpoint": str(checkpoint),
         "step": pretrained.step,
+        "weights": weights_of(pretrained.encoder),
         "held_out": test.shards is train.shards,
         "train": train.describe(),
         "test": test.describe(),

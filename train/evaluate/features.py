@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 FEATURES = "features"  # the folder for them, beside the checkpoints
 _VERSION = 1  # of the files
 _BATCH = 256  # views of a process that pass the network at a time
-_TILE = 8192  # representations in memory at a time
+TILE = 8192  # representations in memory at a time
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Features:
         """A part of the images, by position or by a mask (n,)."""
         return replace(self, ids=self.ids[chosen], labels=self.labels[chosen])
 
-    def tiles(self, device: torch.device, size: int = _TILE) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def tiles(self, device: torch.device, size: int = TILE) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(m, D) representations and (m,) labels of consecutive images, on the device."""
         for ids, labels in zip(self.ids.split(size), self.labels.split(size), strict=True):
             yield ((self.h[ids] - self.mean) / self.std).to(device), labels.to(device)
@@ -89,7 +89,7 @@ def extract(encoder: Encoder, images: Images, view: ViewSpec, folder: Path, worl
     """
     path = folder / hash_of(encoder, images.shards, view)
     world.require_agreement({"the encoder, the images or the view to evaluate": path.name})
-    if not world.broadcast(world.is_main and _is_sound(path)):
+    if not (are_there := world.broadcast(world.is_main and _is_sound(path))):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="tmp-", dir=folder) if world.is_main else nullcontext() as made:
             unfinished = Path(str(world.broadcast(made)))
@@ -103,6 +103,8 @@ def extract(encoder: Encoder, images: Images, view: ViewSpec, folder: Path, worl
     found = _open(path, images)
     if world.is_main:
         found.moments()
+        if are_there and (missing := np.setdiff1d(images.ids, found.ids.numpy()).tolist()):
+            log.warning("%s: left out, as they could not be decoded: samples %s", images.shards.directory, missing)
     return found
 
 
@@ -116,7 +118,13 @@ def share(num_images: int, tile: int, world: World) -> slice:
 
 def hash_of(encoder: Encoder, shards: ShardSet, view: ViewSpec) -> str:
     """Of all that decides the representations of these images, seen so."""
-    digest = xxhash.xxh3_128(f"{_VERSION} {shards.manifest.fingerprint} {view.model_dump_json()}".encode())
+    words = f"{_VERSION} {shards.manifest.fingerprint} {view.model_dump_json()} {weights_of(encoder)}"
+    return xxhash.xxh3_128_hexdigest(words.encode())
+
+
+def weights_of(encoder: Encoder) -> str:
+    """A hash by which evaluations tell encoders apart: of their parameters and buffers."""
+    digest = xxhash.xxh3_128()
     for name, tensor in encoder.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -183,7 +183,7 @@ class Finetune(Trained):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         # lightly-ai/lightly, benchmarks/imagenet/resnet50/finetune_eval.py
         "lightly": {"learning_rate": 0.05, "batch_size": 256, "epochs": 30},
-        # SimCLR, appendix B.5
+        # SimCLR, appendix B.5, in which a batch has 4096 images: more than a small data set has at 1 %
         "simclr-1%": {"learning_rate": 0.05, "batch_size": 256, "epochs": 60, "nesterov": True, "fraction": 0.01},
         "simclr-10%": {"learning_rate": 0.05, "batch_size": 256, "epochs": 30, "nesterov": True, "fraction": 0.1},
     }

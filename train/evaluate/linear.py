@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from rich.progress import Progress
 
 from train.evaluate import Protocol, Rates, Values
 from train.evaluate.features import Features
@@ -36,6 +37,7 @@ def fit(train: Features, weight_decay: float, iterations: int, device: torch.dev
     solver = torch.optim.LBFGS(layer.parameters(), max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
 
     def objective() -> torch.Tensor:
+        bar.advance(passes)
         solver.zero_grad()
         value = weight_decay / 2 * layer.weight.square().sum()
         value.backward()
@@ -45,7 +47,9 @@ def fit(train: Features, weight_decay: float, iterations: int, device: torch.dev
             value = value + part
         return value.detach()
 
-    solver.step(objective)
+    with Progress(transient=True) as bar:
+        passes = bar.add_task(f"linear, weight decay {weight_decay:g}", total=iterations * 5 // 4)  # L-BFGS's limit
+        solver.step(objective)
     return layer
 
 

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,15 @@ Columns = dict[str, list[Any]]  # of a map: a row an image
 
 @dataclass(frozen=True)
 class Album:
-    """Where the pictures of an encoder go, beside its checkpoint of ``step``, and how `Loader` reads (``reading``) the
-    images in them."""
+    """Where the pictures of an encoder go, beside its checkpoint of ``step``, which were ``drawn``, and how `Loader`
+    reads (``reading``) the images in them."""
 
     directory: Path
     encoder: str
     step: int | None
     shards: ShardSet
     reading: dict[str, Any]
+    drawn: list[str] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -46,15 +47,20 @@ class Album:
     def file(self, name: str) -> Path:
         """Where to write it; makes the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.drawn.append(name)
         return self.folder / name
 
     def thumbnails(self, ids: torch.Tensor, size: int) -> Picture:
-        """(n, size, size, 3): the middle square of each sample of ``ids`` (n,), which may repeat."""
+        """(n, size, size, 3): the middle square of each sample of ``ids`` (n,), which may repeat; black where it cannot
+        be decoded."""
         unique, where = np.unique(ids.numpy(), return_inverse=True)
         views = in_levels(preset("eval", size=size, resize=size))
+        tiles = np.zeros((len(unique), size, size, 3), np.uint8)
         with Loader(self.shards, views, seed=0, order=Sequential(unique, 256), **self.reading) as loader:
-            tiles = [batch.views[0].permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8) for batch in loader]
-        return np.concatenate(tiles)[where]
+            for batch in loader:
+                place = np.searchsorted(unique, batch.ids.cpu().numpy())
+                tiles[place] = batch.views[0].permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
+        return tiles[where]
 
     def classes(self, labels: torch.Tensor) -> list[str]:
         """Their names; "" where there is no label."""

@@ -2,9 +2,11 @@
 
 import argparse
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +119,23 @@ def test_weights_of_a_different_network_are_refused_by_name(tmp_path: Path) -> N
     torch.save({"state_dict": named("module.encoder_q.", weights)}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=r"--checkpoint: .*layer1\.2\.\S+: expected nothing, found \("):
         load_pretrained(tmp_path / "x.pth", ["encoder=resnet18"])
+
+
+def test_what_lies_beside_the_weights_is_read_or_named(tmp_path: Path) -> None:
+    weights, path = Encoder(EncoderConfig(name="resnet18")).backbone.state_dict(), tmp_path / "x.pth"
+    beside = {
+        "best": np.float64(3),
+        "counts": np.arange(3, dtype=np.uint8),
+        "root": Path("/data"),
+        "old": np.float32(1),
+    }
+    torch.save({"state_dict": weights, "hyper_parameters": beside}, path)
+    load_pretrained(path, ["encoder=resnet18"])
+    torch.save({"state_dict": weights, "rate": Fraction(1, 2)}, path)
+    with pytest.raises(
+        CheckpointError, match=r"x\.pth: cannot be read \(it holds fractions\.Fraction, which may run code"
+    ):
+        load_pretrained(path, ["encoder=resnet18"])
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], {}])

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
@@ -21,6 +22,7 @@ from train.config import load_config
 from train.engine import checkpoint
 from train.evaluate.__main__ import choose_pairs, main
 from train.evaluate.data import choose_images, evaluation_view
+from train.evaluate.pictures import Album
 from train.methods import build_method
 from train.processes.distributed import World
 from train.report import evaluated, read_runs
@@ -200,8 +202,24 @@ def test_an_undecodable_image_is_left_out_and_named(
     run: Path, damage: Callable[[int], ShardSet], caplog: pytest.LogCaptureFixture
 ) -> None:
     shards = damage(17)
-    assert main(["--checkpoint", str(run), "--train", str(shards.root), "--protocol", "knn", "knn.k=5"]) == 0
+    arguments = ["--checkpoint", str(run), "--train", str(shards.root), "--protocol", "knn", "knn.k=5"]
+    assert main(arguments) == 0
     assert [record.message.split(" (")[0] for record in caplog.records] == ["left out sample 17"]
+    caplog.clear()
+    assert main(arguments) == 0
+    assert "left out, as they could not be decoded: samples [17]" in caplog.text
+    rest = np.arange(len(shards.index)) % 5 != 0
+    for record in records(run):
+        assert record["train"]["num_images"] == rest.sum() - 1
+        assert record["test"]["num_images"] == (~rest).sum()
+
+
+def test_a_thumbnail_of_an_undecodable_image_is_black(damage: Callable[[int], ShardSet], tmp_path: Path) -> None:
+    shards = damage(17)
+    album = Album(tmp_path, "pretrained", 1, shards, {"backend": "cpu"})
+    tiles = album.thumbnails(torch.tensor([18, 17, 16, 18]), 16)
+    assert [bool(tile.any()) for tile in tiles] == [True, False, True, True]
+    assert (tiles[0] == tiles[3]).all()
 
 
 def test_small_images_are_evaluated_whole(shard_set: ShardSet) -> None:

@@ -31,7 +31,7 @@ def pretrained(shards: Path | str, directory: Path | str, *overrides: str) -> Pr
     small = ["encoder=resnet18", "encoder.width=8", "views.size=32", "views.kernel=5", "data.num_threads=1"]
     config = load_config(None, [*small, f"data.shards={shards}", *overrides])
     torch.manual_seed(1)
-    return Pretrained(Encoder(config.encoder).eval(), config, 1, None, Path(directory))
+    return Pretrained(Encoder(config.encoder).eval(), config, 1, None, Path(directory), Path(directory))
 
 
 def trained(protocol: Trained, start: Pretrained, world: World | None = None, fitted: bool = False) -> dict[str, float]:

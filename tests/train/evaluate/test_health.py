@@ -53,7 +53,7 @@ def test_views_are_the_runs_own_of_test_images_that_are_evenly_chosen(shard_set:
     config = load_config(None, ["data.num_threads=1"])
     config = config.model_copy(update={"views": preset("byol", size=32, kernel=5) + preset("mae", size=16)})
     test = Features(torch.zeros(92, 1), ids := torch.arange(1, 92, 2), torch.zeros(46, dtype=torch.int64))
-    given = Pretrained(encoder, config, 1, None, tmp_path), Images(shard_set, ids.numpy()), test, World()
+    given = Pretrained(encoder, config, 1, None, tmp_path, tmp_path), Images(shard_set, ids.numpy()), test, World()
     found = Health(images=16, views=3).together(*given)
 
     first, second = preset("byol", size=32, kernel=5)
