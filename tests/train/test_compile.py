@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.train.model.test_checkpointing import task_of
+from tests.train.model.test_checkpointing import batch_of, task_of
 from train.model.draws import Draws
 from train.processes.distributed import World
 
@@ -16,7 +16,6 @@ class Masked(nn.Module):
         return torch.where(draws.uniform("mask", view.shape[1]) < 0.5, view, 0)
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin `zlib.crc32")
 def test_the_number_of_a_step_is_an_input_of_a_compiled_forward() -> None:
     """Were it a constant, all steps would draw what the first one drew, or each would be compiled."""
     graphs = list[torch.fx.GraphModule]()
@@ -31,6 +30,25 @@ def test_the_number_of_a_step_is_an_input_of_a_compiled_forward() -> None:
         assert torch.equal(compiled(view, Draws(0, step, ids)), Masked()(view, Draws(0, step, ids))), f"step {step}"
         counts.append(len(graphs))
     assert counts[2:] == [counts[2]] * 4, counts
+
+
+def test_dropped_paths_break_no_graph_and_a_step_is_none_of_its_own() -> None:
+    graphs, counts = list[torch.fx.GraphModule](), []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    vit = ["encoder.name=timm:test_vit", "encoder.image_size=32", "encoder.stem=imagenet", "encoder.width=64"]
+    config, task = task_of("simclr", World(), *vit, "encoder.drop_path=0.5")
+    compiled = torch.compile(task.method, backend=backend)
+    for step in range(4):
+        batch = batch_of(config, World(), step)
+        draws = Draws(0, step, batch.ids)
+        assert torch.equal(compiled(batch.views, draws).z, task.method(batch.views, draws).z), f"step {step}"
+        counts.append(len(graphs))
+    assert counts[0] == 2, "the method's, and one of the draws handed to its encoder"
+    assert counts[1:] == [3] * 3, "the latter again, with the step as an input"
 
 
 @pytest.mark.parametrize(("settings", "graphs"), [(["run.compile=true"], False), (["run.cuda_graphs=true"], True)])

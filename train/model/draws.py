@@ -62,13 +62,13 @@ class Draws:
         return units.view(-1, *shape)
 
 
-def philox(key: tuple[int, int], c0: int, c1: torch.Tensor, c2: int, c3: torch.Tensor) -> torch.Tensor:
+def philox(key: tuple[int, int], c0: int | torch.Tensor, c1: torch.Tensor, c2: int, c3: torch.Tensor) -> torch.Tensor:
     """`pipeline.random.philox` on the device of ``c1``: words in [0, 2**32), int64, of shape (..., 4).
 
     Products of two words wrap around in int64, which leaves all of their 64 bits right.
     """
     c1, c3 = torch.broadcast_tensors(c1, c3)
-    a, b, c, d = torch.full_like(c1, c0), c1, torch.full_like(c1, c2), c3
+    a, b, c, d = torch.zeros_like(c1) + c0, c1, torch.full_like(c1, c2), c3
     k0, k1 = key
     for _ in range(10):
         p, q = a * 0xD2511F53, c * 0xCD9E8D57
@@ -77,6 +77,7 @@ def philox(key: tuple[int, int], c0: int, c1: torch.Tensor, c2: int, c3: torch.T
     return torch.stack([a, b, c, d], dim=-1)
 
 
+@torch.compiler.assume_constant_result  # of a name; torch.compile would break its graph at zlib
 def _stream(name: str) -> int:
     return zlib.crc32(name.encode()) % _NAMES
 
