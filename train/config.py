@@ -110,6 +110,8 @@ class RunConfig(ParallelConfig):
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         """Refuses what does not go together."""
+        if self.sharded_checkpoints and self.parallel != "fsdp":
+            raise ValueError(f"sharded_checkpoints: expected parallel=fsdp, found {self.parallel}; set one of them")
         for name, value, others in _APART:
             chosen = getattr(self, name)
             wrong = [o for o in others.split() if getattr(self, o) != type(self).model_fields[o].default]

@@ -197,9 +197,12 @@ class Pretraining:
         noise = self._noise(loss.metrics["gradient_norm"], 2 if twice else 1) if self._noise else {}
         return loss._replace(metrics=loss.metrics | noise)
 
-    def full_state(self) -> checkpoint.State | None:
-        """All that later updates depend on, on rank 0, None on the others. Synchronises ranks."""
-        state = self.communication.full_state(self.method, self.optimizer)
+    def full_state(self, step: int) -> checkpoint.State | None:
+        """All that updates after ``step`` depend on, on rank 0, None on the others. With ``run.sharded_checkpoints``
+        shards are written, and their places are in it. Synchronises ranks."""
+        run = self.config.run
+        folder = checkpoint.unfinished(run.dir, step) if run.sharded_checkpoints else None
+        state = self.communication.full_state(self.method, self.optimizer, folder)
         return state and state | {"scaler": self.step.scaler.state_dict()}
 
     def load(self, state: checkpoint.State) -> None:
@@ -249,7 +252,8 @@ class Log:
 
 @dataclass
 class Save:
-    """Has a checkpoint written every ``run.checkpoint_every`` steps, and at the end. The loop waits for the copy."""
+    """Has a checkpoint written every ``run.checkpoint_every`` steps, and at the end. The loop waits for the copy, or
+    until all shards are written."""
 
     task: Pretraining
     clock: Clock
@@ -262,7 +266,7 @@ class Save:
             return
         self.task.step.check(self.task.config.run.dir)
         with self.clock.pausing():
-            tensors = self.task.full_state()
+            tensors = self.task.full_state(state.done)
             if self.writer and tensors:
                 tensors |= {"online": self.online.state_dict()} if self.online else {}
                 tensors |= {"identity": self.identity, "config": self.task.config.model_dump(mode="json")}

@@ -1,14 +1,17 @@
 """Checkpoints: tensors and plain Python in one file, written beside and renamed, verified before use.
 
 A file is a zip archive as torch writes it, with the xxh3_128 of everything before it as the archive's comment. So any
-damage is noticed, and ``torch.load(path, weights_only=True)`` still reads it.
+damage is noticed, and ``torch.load(path, weights_only=True)`` still reads it. Where processes have written their shards
+themselves (`train.processes.fsdp.write`) it lies in one directory with those, and has their checksums.
 
 What the stream of batches depends on (`identity_of`) is stored and must agree on resume; what it does not depend on
 (world size, backend, threads) may change.
 """
 
 import logging
+import os
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,12 +23,13 @@ import xxhash
 from safetensors.torch import load_file
 
 from sharding.command import UserError
-from sharding.storage import rename_durably
+from sharding.storage import checksum, rename_durably
 from train.config import Config, load_config, validate
 from train.engine.foreign import HARMLESS, encoder_weights
 from train.methods import build_method
 from train.model.encoder import Encoder
 from train.overrides import apply
+from train.processes import fsdp
 from train.processes.distributed import World
 
 log = logging.getLogger(__name__)
@@ -35,6 +39,8 @@ State = dict[str, Any]  # "method", "optimizer": state dicts; "step"; "identity"
 _MARK = b"xxh3_128="
 _SEAL_BYTES = len(_MARK) + 32  # in hexadecimal digits
 _CHUNK_BYTES = 1 << 24
+_SHARDED = ".dcp"  # a directory
+_STATE = "state.pt"  # the file in it that is like the others
 
 
 class CheckpointError(UserError):
@@ -61,6 +67,8 @@ class Writer:
         self._directory, self._keep, self._keep_every = directory, keep, keep_every
         self._executor = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
+        for left in directory.glob("step-*.tmp"):  # by a run that was killed
+            _remove(left)
 
     def save(self, step: int, state: State) -> None:
         """Start writing ``state``, of which a copy is made here. Raises the error of the write before, if it failed."""
@@ -86,11 +94,12 @@ class Writer:
         save(self._directory, step, state)
         for path in checkpoints(self._directory)[: -self._keep]:
             if not self._keep_every or step_of(path) % self._keep_every:
-                path.unlink()
+                _remove(path)
 
 
 def save(directory: Path, step: int, state: State) -> Path:
-    """Write ``step-<step>.pt``, durably and all or nothing.
+    """Write ``step-<step>.pt``, durably and all or nothing; where the state has the places of shards (`fsdp.write`) a
+    directory of that name in ``.dcp``, from the `unfinished` one that they are in.
 
     Raises OSError when the file cannot be written, and UserError, naming the tensor, for values that are not finite.
     """
@@ -101,15 +110,18 @@ def save(directory: Path, step: int, state: State) -> Path:
                 "continue from an earlier checkpoint with a lower learning rate"
             )
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"step-{step:09d}.pt"
-    temporary = path.with_suffix(".tmp")
+    temporary, sharded = unfinished(directory, step), "files" in state
+    path, file = temporary.with_suffix(_SHARDED if sharded else ".pt"), temporary / _STATE if sharded else temporary
     try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-        _seal(temporary)
+        if sharded:
+            state = state | {"files": {name: _hash(temporary / name) for name in state["files"]}}
+            shutil.rmtree(path, ignore_errors=True)  # one that could not be read
+        with file.open("wb") as opened:
+            torch.save(state, opened)
+        _seal(file)
         rename_durably(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's zip writer
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         reason = error if isinstance(error, OSError) else "is the disk full?"
         raise OSError(
             f"{path}: the checkpoint could not be written ({reason}); free space or change run.dir"
@@ -117,9 +129,14 @@ def save(directory: Path, step: int, state: State) -> Path:
     return path
 
 
+def unfinished(directory: Path, step: int) -> Path:
+    """Where the checkpoint after a step is until it is complete."""
+    return directory / f"step-{step:09d}.tmp"
+
+
 def checkpoints(directory: Path) -> list[Path]:
     """All complete checkpoints, oldest first."""
-    return sorted(directory.glob("step-*.pt"))
+    return sorted(path for path in directory.glob("step-*") if path.suffix in (".pt", _SHARDED))
 
 
 def step_of(path: Path) -> int:
@@ -127,10 +144,16 @@ def step_of(path: Path) -> int:
 
 
 def load(path: Path) -> State:
-    """The state in a file, on the CPU. Raises `CheckpointError` where it is missing, damaged or something else."""
+    """The state in a file or in a directory with shards, on the CPU. Raises `CheckpointError` where any of it is
+    missing, damaged or something else."""
+    sharded = path.is_dir()
     try:
-        _check(path)
-        state: State = torch.load(path, map_location="cpu", weights_only=True)
+        _check(file := path / _STATE if sharded else path)
+        state: State = torch.load(file, map_location="cpu", weights_only=True)
+        for name, expected in state.pop("files").items() if sharded else ():
+            if _hash(path / name) != expected:
+                raise CheckpointError(f"{path / name}: damaged (its checksum differs); use an earlier checkpoint")
+        state = fsdp.read(state, path) if sharded else state
     except CheckpointError:
         raise
     except Exception as error:  # damage has as many of them as torch's reader has lines
@@ -207,15 +230,16 @@ def load_pretrained(path: Path, overrides: Sequence[str] = ()) -> Pretrained:
     ``overrides`` are settings: ``data.cache_dir=...`` or ``views.size=...``, and for a file of other people also what
     its encoder is, such as ``encoder.name=timm:vit_base_patch16_224``. Raises `CheckpointError` and `ConfigError`.
     """
-    directory = path.parent if path.is_file() else path
+    single = path.is_file() or path.suffix == _SHARDED
+    directory = path.parent if single else path
     if path.is_file() and not path.match("step-*.pt") and "identity" not in _content(path, "--checkpoint"):
         config = load_config(None, overrides)
         encoder = Encoder(config.encoder)
         initialize(encoder, path, "--checkpoint")
         return Pretrained(encoder.eval(), config, None, None, directory, path)
-    state = load(path) if path.is_file() else load_latest(path)
+    state = load(path) if single else load_latest(path)
     if state is None:
-        raise CheckpointError(f"{path}: expected a checkpoint or a run directory with step-*.pt files")
+        raise CheckpointError(f"{path}: expected a checkpoint or a run directory with checkpoints")
     for override in overrides:
         if not override.startswith(("data.", "views.")):
             raise CheckpointError(f"{override}: expected settings of data, views or protocols; the run has the others")
@@ -293,6 +317,8 @@ def _seal(path: Path) -> None:
         file.write(_SEAL_BYTES.to_bytes(2, "little"))
         file.seek(0)
         file.write(_checksum(file, path.stat().st_size))
+        file.flush()
+        os.fsync(file)
 
 
 def _check(path: Path) -> None:
@@ -312,6 +338,18 @@ def _checksum(file: BinaryIO, size: int) -> bytes:
         digest.update(chunk)
         size -= len(chunk)
     return _MARK + digest.hexdigest().encode()
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return checksum(file)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_unsealed(path: Path, end: bytes) -> bool:

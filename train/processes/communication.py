@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -32,6 +33,9 @@ class ParallelConfig(Settings):
 
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="fsdp: each process has a share of parameters, gradients and optimizer (FSDP2)"
+    )
+    sharded_checkpoints: bool = Field(
+        False, description="with fsdp: each process writes its own share (DCP), and no host holds the whole state then"
     )
     gradient_compression: Literal["none", "bf16", "fp16", "powersgd"] = Field(
         "none", description="how gradients are sent: in a shorter dtype, or as matrices of low rank"
@@ -97,10 +101,10 @@ class Communication:
             for tensor, mean in zip(self._averaged, flat.split([t.numel() for t in self._averaged]), strict=True):
                 tensor.copy_(mean.view_as(tensor))
 
-    def full_state(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> State | None:
+    def full_state(self, method: nn.Module, optimizer: torch.optim.Optimizer, folder: Path | None) -> State | None:
         """`World.full_state`, and in "ranks" what each rank has that others do not; the weights are then the averages.
         Synchronises ranks."""
-        own, full = dict[str, Any](), self._world.full_state(method, optimizer)
+        own, full = dict[str, Any](), self._world.full_state(method, optimizer, folder)
         if self._power and self._power.error_dict:
             own = {"powersgd": {name: getattr(self._power, name) for name in _MEMORY}}
         if self._local and self._step >= self._config.local_sgd_start:

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharding.command import UserError
 from train.processes.failure import Failures
-from train.processes.fsdp import ShardOptimizer, is_sharded, whole
+from train.processes.fsdp import ShardOptimizer, is_sharded, whole, write
 
 T = TypeVar("T")
 
@@ -101,12 +102,16 @@ class World:
                         "processes with the same command and the same code"
                     )
 
-    def full_state(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """The state of both on rank 0, None on the others. To be called on all ranks: it may be gathered."""
+    def full_state(
+        self, method: nn.Module, optimizer: torch.optim.Optimizer, folder: Path | None = None
+    ) -> dict[str, Any] | None:
+        """The state of both on rank 0, None on the others. To be called on all ranks: it may be gathered, or, where
+        there is a ``folder``, shards be written there: see `fsdp.write`."""
         if isinstance(optimizer, ZeroRedundancyOptimizer):
             optimizer.consolidate_state_dict()
         if isinstance(optimizer, ShardOptimizer):
-            state = whole({"method": method.state_dict(), "optimizer": optimizer.state_dict()})
+            shards = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
+            state = write(shards, folder, self.control) if folder else whole(shards)
             return state if self.is_main else None
         return {"method": method.state_dict(), "optimizer": optimizer.state_dict()} if self.is_main else None
 

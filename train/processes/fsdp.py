@@ -3,17 +3,25 @@
 An optimizer updates a rank's shards as they are; what is saved is whole, and the same as without shards.
 """
 
+import io
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import checkpoint as dcp
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sharding.command import UserError
+
 State = dict[str, Any]
+
+_SHARDS = "shards"  # the only key of what `write` leaves of a tensor: first row, file, first byte and bytes of each
 
 
 def shard_parameters(module: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
@@ -44,6 +52,52 @@ def whole(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: whole(t).cpu() if isinstance(t, DTensor) else whole(t) for key, t in value.items()}
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def write(state: State, folder: Path, group: Any) -> State:
+    """Every rank's shards into a file of its own in ``folder``, which all see, by torch.distributed.checkpoint. Returns
+    the state with the places of its shards in place of them, and in "files" the names of all files. Synchronises ranks.
+
+    Raises OSError on all ranks when a file cannot be written, and UserError for values that are not finite.
+    """
+    shards, places = dict[str, DTensor](), defaultdict[str, list[Any]](list)
+
+    def noted(value: Any, name: str) -> Any:
+        if isinstance(value, Mapping):
+            return {key: noted(item, f"{name}.{key}".lstrip(".")) for key, item in value.items()}
+        if not isinstance(value, DTensor):
+            return value
+        if value.is_floating_point() and not local(value).isfinite().all():
+            raise UserError(f"{folder}: not saved: {name} has values that are not finite; lower the learning rate")
+        shards[name] = value
+        return {_SHARDS: places[name]}
+
+    left = noted(state, "")
+    try:
+        saved = dcp.state_dict_saver.save(shards, checkpoint_id=folder, process_group=group)
+    except dcp.api.CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise OSError(f"{folder}: rank {rank} could not write its shards ({reason}); free space") from None
+    for index, place in saved.storage_data.items():
+        places[index.fqn].append((index.offset[0], place.relative_path, place.offset, place.length))
+    return left | {"files": [".metadata", *{place.relative_path for place in saved.storage_data.values()}]}
+
+
+def read(value: Any, folder: Path) -> Any:
+    """What `write` returned, but for "files", with whole tensors on the host. Of torch's `.metadata`, a pickle, none is
+    read."""
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {_SHARDS}:
+        return torch.cat([_shard(folder / name, *place) for _, name, *place in sorted(value[_SHARDS])])
+    return {key: read(item, folder) for key, item in value.items()}
+
+
+def _shard(path: Path, start: int, length: int) -> torch.Tensor:
+    with path.open("rb") as file:
+        file.seek(start)
+        shard: torch.Tensor = torch.load(io.BytesIO(file.read(length)), weights_only=True)
+    return shard
 
 
 def load(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
