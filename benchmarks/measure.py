@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.energy import Meter
+from sharding.progress import steps
 
 _IDLE = 0.05  # of a core
 _IDLE_SECONDS = 0.2
@@ -81,8 +80,7 @@ def interleave(contestants: Mapping[str, Callable[[], Turn]], rounds: int) -> Re
     """
     found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in contestants}
     turns = list(interleaved_names(list(contestants), rounds))
-    console = Console(stderr=True)
-    for name in track(turns, "measuring", console=console, transient=True, disable=not console.is_terminal):
+    for name in steps(turns, "measuring"):
         come_to_rest()
         for quantity, value in contestants[name]().items():
             found[name][quantity].append(value)

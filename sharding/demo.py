@@ -73,7 +73,8 @@ def load_demo(split: str = "train", seed: int = 0, num_images: int | None = None
     """
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageFeature
-    from rich.progress import track
+
+    from sharding.progress import steps
 
     if split not in NUM_IMAGES:
         raise UserError(f"demo: expected split {' or '.join(NUM_IMAGES)}, found {split!r}")
@@ -81,7 +82,7 @@ def load_demo(split: str = "train", seed: int = 0, num_images: int | None = None
     if count < 1 or seed < 0:
         raise UserError(f"demo: expected num_images >= 1 and seed >= 0, found {count} and {seed}")
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=list(CLASSES))})
-    indices = track(range(count), f"demo images, {split}", transient=True)
+    indices = steps(range(count), f"demo images, {split}")
     images = [{"bytes": _encode(draw(split, seed, i)), "path": None} for i in indices]
     return Dataset.from_dict({"image": images, "label": [i % len(CLASSES) for i in range(count)]}, features=features)
 

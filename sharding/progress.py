@@ -1,17 +1,24 @@
-"""Progress of a build, in images and bytes of the source."""
+"""Progress on the standard error stream: of a build, in images and bytes of the source, and of any other steps."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
 
 
+def steps(of: Iterable[T], what: str, total: int | None = None, *, shown: bool = True) -> Iterable[T]:
+    """The same, with a bar while a terminal is looking, of which nothing is left."""
+    console = Console(stderr=True)
+    hidden = not (shown and console.is_terminal)
+    return rich.progress.track(of, what, total=total, console=console, transient=True, disable=hidden)
+
+
 def bar() -> Progress:
-    """On the standard error stream."""
     what, speed = TextColumn("{task.description}"), TextColumn("{task.fields[speed]}")
     return Progress(what, BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn(), console=Console(stderr=True))
 

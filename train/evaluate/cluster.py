@@ -7,12 +7,12 @@ from operator import itemgetter
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from rich.progress import track
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 from sklearn.metrics.cluster import contingency_matrix
 
 from sharding.command import UserError
+from sharding.progress import steps
 from train.engine.checkpoint import Pretrained
 from train.evaluate import Protocol
 from train.evaluate.data import Images
@@ -38,7 +38,7 @@ class Cluster(Protocol):
         count, generator = self.clusters or len(test.labels.unique()), torch.Generator().manual_seed(self.seed)
         self.check(0, len(test))  # undecodable ones are left out by now
         x, best = points_of(test, world), (-1.0, torch.empty(0))
-        for _ in track(range(self.starts), "k-means", transient=True, disable=not world.is_main):
+        for _ in steps(range(self.starts), "k-means", shown=world.is_main):
             seeds = plus_plus(x, len(test), count, generator, world)
             best = max(best, lloyd(x, seeds, self.iterations, world), key=itemgetter(0))
         found = world.collect(assign(x, best[1]).cpu())

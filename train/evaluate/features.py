@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from rich.progress import track
 
 from pipeline.loader import Loader
 from pipeline.order import Sequential
@@ -26,6 +25,7 @@ from pipeline.plan import Ints
 from pipeline.views import ViewSpec, flatten
 from sharding.command import UserError
 from sharding.manifest import ShardSet
+from sharding.progress import steps
 from sharding.storage import checksum
 from train.evaluate.data import Images
 from train.model.encoder import Encoder
@@ -140,7 +140,7 @@ def represent(
     encoder.to(world.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     what = f"features of {images.shards.directory}"
     with Loader(images.shards, views, seed=0, order=order, **options) as loader:
-        for batch in track(loader, what, total=order.num_steps, transient=True, disable=not world.is_main):
+        for batch in steps(loader, what, order.num_steps, shown=world.is_main):
             with torch.inference_mode():
                 h = encoder(torch.cat(batch.views)).float().cpu()
             yield batch.ids.cpu().numpy(), h.unflatten(0, (num_views, -1))

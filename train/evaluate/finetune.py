@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 import xxhash
 from pydantic import Field, PlainSerializer, model_validator
-from rich.progress import track
 from torch import nn
 
 from pipeline.loader import Loader
 from pipeline.order import Sequential, ShuffledPart
 from pipeline.views import ViewSpec
 from sharding.command import UserError
+from sharding.progress import steps
 from train.config import Config, validate
 from train.engine.checkpoint import Pretrained
 from train.engine.plan import plan_run
@@ -215,7 +215,7 @@ def accuracies(method: Method, images: Images, view: ViewSpec, config: Config, w
     order = Sequential(np.array_split(images.ids, world.size)[world.rank], _BATCH)
     counts = torch.zeros(len(classifiers), 3, dtype=torch.int64, device=world.device)
     with Loader(images.shards, (view,), seed=0, order=order, dtype=dtype, **reading(config.data, world)) as loader:
-        for batch in track(loader, "test", total=order.num_steps, transient=True, disable=not world.is_main):
+        for batch in steps(loader, "test", order.num_steps, shown=world.is_main):
             h = method.encoder(batch.views[0])
             scores = torch.stack([classifier(h) for classifier in classifiers])
             right = scores.topk(min(5, scores.shape[2])).indices == batch.labels[:, None]

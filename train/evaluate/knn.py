@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from rich.progress import track
 
 from sharding.command import UserError
+from sharding.progress import steps
 from train.evaluate import Counts, Protocol, Rates, Values
 from train.evaluate.features import TILE, Features
 from train.evaluate.pictures import NEIGHBOURS, Album, save_sheet
@@ -87,7 +87,7 @@ def nearest(queries: Features, keys: Features, k: int, device: torch.device) -> 
     """Cosine similarities (n, k) of the ``k`` nearest keys of each query, and their positions (n, k), nearest first.
     Exact; a tile of the queries meets a tile of the keys at a time. Raises `UserError` where there are fewer keys."""
     _check_neighbours("k", k, len(keys))
-    tiles = track(queries.tiles(device), "neighbours", total=-(-len(queries) // TILE), transient=True)
+    tiles = steps(queries.tiles(device), "neighbours", -(-len(queries) // TILE))
     found = [_nearest_of(F.normalize(tile, dim=1), keys, k) for tile, _ in tiles]
     similarity, positions = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
     return similarity, positions

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from rich.progress import Progress
 
+from sharding.progress import steps
 from train.evaluate import Protocol, Rates, Values
 from train.evaluate.features import Features
 
@@ -23,7 +23,8 @@ class Linear(Protocol):
         if len(self.weight_decay) > 1:
             held_out = torch.arange(len(train)) % 5 == 0
             rest, part = train.take(~held_out), train.take(held_out)
-            scores = [accuracy(fit(rest, decay, self.iterations, device), part, device) for decay in self.weight_decay]
+            tried = steps(self.weight_decay, "weight decays")
+            scores = [accuracy(fit(rest, decay, self.iterations, device), part, device) for decay in tried]
             chosen = self.weight_decay[scores.index(max(scores))]
             yield "weight decay chosen", chosen
         yield "top-1 %", accuracy(fit(train, chosen, self.iterations, device), test, device)
@@ -37,7 +38,6 @@ def fit(train: Features, weight_decay: float, iterations: int, device: torch.dev
     solver = torch.optim.LBFGS(layer.parameters(), max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
 
     def objective() -> torch.Tensor:
-        bar.advance(passes)
         solver.zero_grad()
         value = weight_decay / 2 * layer.weight.square().sum()
         value.backward()
@@ -47,9 +47,7 @@ def fit(train: Features, weight_decay: float, iterations: int, device: torch.dev
             value = value + part
         return value.detach()
 
-    with Progress(transient=True) as bar:
-        passes = bar.add_task(f"linear, weight decay {weight_decay:g}", total=iterations * 5 // 4)  # L-BFGS's limit
-        solver.step(objective)
+    solver.step(objective)
     return layer
 
 

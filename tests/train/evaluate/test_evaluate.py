@@ -199,7 +199,7 @@ def test_broken_encoders_are_refused(
 
 
 def test_an_undecodable_image_is_left_out_and_named(
-    run: Path, damage: Callable[[int], ShardSet], caplog: pytest.LogCaptureFixture
+    run: Path, damage: Callable[[int], ShardSet], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = damage(17)
     arguments = ["--checkpoint", str(run), "--train", str(shards.root), "--protocol", "knn", "knn.k=5"]
@@ -208,6 +208,7 @@ def test_an_undecodable_image_is_left_out_and_named(
     caplog.clear()
     assert main(arguments) == 0
     assert "left out, as they could not be decoded: samples [17]" in caplog.text
+    assert "\n\n" not in capsys.readouterr().err, "progress bars leave nothing where no terminal is looking"
     rest = np.arange(len(shards.index)) % 5 != 0
     for record in records(run):
         assert record["train"]["num_images"] == rest.sum() - 1
