@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks import ceilings
-from benchmarks.generated import temporary_shards
+from benchmarks.generated import temporary_directory, temporary_shards
 from benchmarks.measure import Rate, Results, Turn, interleave, rate_of
 from benchmarks.peers import PeerOptions, build_peer
 from benchmarks.report import chart, save, show
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out:
         save(options.out, start, ({"contestant": name, **turn} for name, turn in {**model.alone, **runs}.items()))
     if options.apply:
-        apply(options, fastest(chosen, runs))
+        apply(options, fastest(chosen, runs), as_it_is)
     return 0
 
 
@@ -106,16 +106,21 @@ def variants(config: Config, shards: ShardSet, cores: float, cold: bool, stack: 
     found = [as_it_is, replace(as_it_is, name="synthetic", data={**now, "backend": "synthetic"})]
     jpeg = not shards.manifest.is_decode_free
     backends = ("cpu", "dali") if jpeg or torch.cuda.is_available() else ("cpu",)  # of planes, both are one on a CPU
-    for backend, count in product(backends, (num_cores, 16 * num_cores)):
-        prefetch = max(config.data.prefetch, 1 + count // config.run.global_batch_size)
+    counts = [min(many * num_cores, 1024) for many in (1, 16)]  # what a configuration may have, as the 64 batches
+    for backend, count in product(backends, counts):
+        prefetch = min(64, max(config.data.prefetch, 1 + count // config.run.global_batch_size))
         found.append(_with(as_it_is, backend=backend, num_threads=count, prefetch=prefetch))
     if cold and config.data.window is None:
         found.append(_with(as_it_is, window=2))
-    enough = {num_cores} if torch.cuda.is_available() else {num_cores, 1}  # see docs/benchmarks.md: no stage shows it
+    enough = {num_cores} if torch.cuda.is_available() else {num_cores, 1}  # several wait for each other
     fewer = sorted(count for count in enough if count < as_it_is.torch_threads)
     found += [replace(as_it_is, name=f"OMP_NUM_THREADS={count}", torch_threads=count) for count in fewer]
     for name, flags in _FORMS.items() if jpeg else ():
-        sample = open_shards(temporary_shards(stack, _sample(shards, config), shards.manifest.num_lanes, *flags))
+        directory = temporary_directory(stack, shards)
+        disk = "a different" if directory.stat().st_dev != shards.root.stat().st_dev else "the same"
+        print(f"{name}: a sample is built in {directory}, on {disk} disk")
+        encoded = _sample(shards, config)
+        sample = open_shards(temporary_shards(directory, encoded, shards.manifest.num_lanes, *flags))
         build = f"python -m sharding.build --dataset {shards.directory} --out DIR {' '.join(flags)}"
         found.append(replace(as_it_is, name=name, shards=sample, command=build))
     return [v for v in found if v.name]
@@ -145,6 +150,9 @@ def measure_alone(
         "cores": lambda: {"cores": ceilings.cores(seconds)},
         "machine": lambda: ceilings.arithmetic(device(), dtype, seconds / 4),
     }
+    with open_loader(config, shards) as first:
+        step = training.alone(first)  # batches of all variants have the same shapes
+    asked = ceilings.asked(step)
     with ExitStack() as stack:
         for peer in () if shards.manifest.is_decode_free else ("decode-only", "decode-only-dali"):
             work = build_peer(peer, PeerOptions(shards, flatten(config.views), batch, 1, 2), stack)
@@ -155,12 +163,11 @@ def measure_alone(
                 loader = stack.enter_context(open_loader(config, v.shards, **{**v.data, "num_threads": 1}))
                 turns[loader_stage] = partial(_loader_turn, loader, v, seconds, cold)
             if step_stage not in turns:
-                step = training.alone(loader)
-                turns[step_stage] = partial(_step_turn, step, ceilings.asked(step), v, seconds)
+                turns[step_stage] = partial(_step_turn, step, asked, v, seconds)
             if v.data["backend"] != "synthetic":
                 turns[reading_stage] = partial(ceilings.reading, v.shards, v.data["num_threads"], seconds)
                 whole = stack.enter_context(open_loader(config, v.shards, **v.data))
-                turns[f"{v.name}, both"] = partial(_both_turn, whole, training.alone(whole), v, seconds, cold)
+                turns[f"{v.name}, both"] = partial(_both_turn, whole, step, v, seconds, cold)
         return interleave(turns, options.rounds)
 
 
@@ -187,13 +194,23 @@ def _both_turn(loader: Loader, step: Callable[[], int], v: Variant, seconds: flo
     torch.set_num_threads(v.torch_threads)
     if cold:
         ceilings.forget(v.shards)
+
+    def load_apart() -> Turn:
+        with torch.cuda.stream(torch.cuda.Stream() if torch.cuda.is_available() else None):  # waits for no step
+            return rate_of(partial(load, loader), seconds, v.data["prefetch"] + 1, _finish_stream)
+
     with ThreadPoolExecutor(1) as pool:
-        loading = pool.submit(rate_of, partial(load, loader), seconds, v.data["prefetch"] + 1, finish)
+        loading = pool.submit(load_apart)
         start, images = time.perf_counter(), 0
         while not loading.done():
             images += step()
         finish()
         return {"loader": loading.result()["images_per_second"], "step": images / (time.perf_counter() - start)}
+
+
+def _finish_stream() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
 
 
 def _seconds(turn: Turn) -> dict[str, float]:
@@ -225,18 +242,20 @@ class Model:
     def predicted(self, v: Variant) -> Rate:
         """Images/s, by what loader and step make alone and beside each other."""
         limits, both = self.limits(v), self.alone.get(f"{v.name}, both")
-        alone = limits.pop("the training thread")
+        cores, loader = self.alone["cores"]["cores"], self.alone[v.stages[0]]
+        apart = {**limits, "the cores": cores.ratio(loader["cpu_seconds"])}
+        alone = apart.pop("the training thread")
         if both is None:  # the loader costs nothing
             return alone
-        cores, loader_cpu = self.alone["cores"]["cores"], self.alone[v.stages[0]]["cpu_seconds"]
-        limits["the cores"] = cores.ratio(loader_cpu)
 
-        def rate(loader: float, step: float, step_alone: float, *loader_alone: float) -> float:
-            if loader < step:
-                return _shared(min(loader_alone), loader, step)
-            return _shared(step_alone, step, loader)
+        def rate(beside: float, step: float, own: float, step_alone: float, *loader_alone: float) -> float:
+            step = 1 / (1 / step + own)  # what the loader's thread did there, the training thread does in a run
+            if beside < step:
+                return _shared(min(loader_alone), beside, step)
+            return _shared(step_alone, step, beside)
 
-        return both["loader"].by_round(rate, both["step"], alone, *limits.values())
+        found = both["loader"].by_round(rate, both["step"], loader[OWN], alone, *apart.values())
+        return found.by_round(min, *limits.values())
 
     def bottleneck(self, v: Variant) -> tuple[str, str]:
         """What is used up first, and the largest part of it."""
@@ -262,8 +281,9 @@ def diagnose(model: Model, as_it_is: Variant, cures: Sequence[Variant]) -> list[
     _show_stages(model, as_it_is)
     lowest, part = model.bottleneck(as_it_is)
     limit, cores, now = model.limits(as_it_is)[lowest], model.alone["cores"]["cores"], model.predicted(as_it_is)
-    if now.is_noisy or cores.is_noisy:
-        print(f"too noisy to say what bounds the run: {now} images/s, {cores} cores; stop other work on this machine")
+    if limit.is_noisy or now.is_noisy or cores.is_noisy:
+        found = f"{now} images/s, at most {limit} ({lowest}), {cores} cores"
+        print(f"too noisy to say what bounds the run: {found}; stop other work on this machine")
         return []
     print(f"{part} bounds this run at {now} images/s ({lowest}); {cores} cores are there")
     if now.ratio(limit).mean * _WORTH < 1:
@@ -272,7 +292,7 @@ def diagnose(model: Model, as_it_is: Variant, cures: Sequence[Variant]) -> list[
     for cure in cures:
         gain = model.predicted(cure).ratio(now)
         fewer = cure.data["backend"] == as_it_is.data["backend"] and cure.num_threads < as_it_is.num_threads
-        oversubscribed = fewer and gain.mean * _WORTH > 1
+        oversubscribed = fewer and lowest == "the cores" and gain.mean * _WORTH > 1
         if oversubscribed:
             print(f"oversubscribed: {cure.name} would do")
         if oversubscribed or gain.mean >= _WORTH or cure.data["backend"] == "synthetic":
@@ -328,24 +348,32 @@ def report(model: Model, chosen: Sequence[Variant], runs: Results, picture: Path
 
 
 def fastest(chosen: Sequence[Variant], runs: Results) -> Variant:
-    """By measurement, of the settings among them; the run as it is where none is surely faster. Raises UserError where
-    noise has decided."""
+    """By measurement, of the settings among them; the run as it is where none is surely faster. Prints what was faster
+    and is no setting. Raises UserError where noise has decided."""
     if not chosen:
         raise UserError("--apply: expected a machine quiet enough to measure, found none; nothing is written")
-    best, least = chosen[0], _WORTH
+    best, least, others = chosen[0], _WORTH, dict[str, Rate]()
     for v in chosen[1:]:
         gain = runs[v.name]["images_per_second"].ratio(runs[chosen[0].name]["images_per_second"])
-        is_setting = v.data["backend"] != "synthetic" and v.data != chosen[0].data and not v.command
-        if is_setting and gain.mean > least and (len(gain.rounds) == 1 or gain.mean - gain.margin > 1):
+        surely = gain.mean > _WORTH and (len(gain.rounds) == 1 or gain.mean - gain.margin > 1)
+        if not surely or v.data["backend"] == "synthetic":
+            continue
+        if v.data == chosen[0].data:  # other shards, or threads of torch
+            others[v.name] = gain
+        elif gain.mean > least:
             best, least = v, gain.mean
+    for name, gain in others.items():
+        if gain.mean > least:
+            print(f"{name}, which is not a setting, was faster: x {gain.decided()}")
     return best
 
 
-def apply(options: argparse.Namespace, best: Variant) -> None:
-    """Write the configuration that was given with the settings of ``best``."""
+def apply(options: argparse.Namespace, best: Variant, as_it_is: Variant) -> None:
+    """Write the configuration that was given with what ``best`` has changed."""
     shards = [f"data.shards={options.shards}"] if options.shards else []
     config = load_config(options.config, [*options.overrides, *shards])
-    tuned = config.model_copy(update={"data": config.data.model_copy(update=best.data)})
+    changed = {name: value for name, value in best.data.items() if value != as_it_is.data[name]}
+    tuned = config.model_copy(update={"data": config.data.model_copy(update=changed)})
     options.apply.write_text(tuned.to_yaml())
     print(f"{options.apply}: {best.name}")
 

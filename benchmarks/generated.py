@@ -1,5 +1,6 @@
 """Shards made for a benchmark: of generated images where there are no data, and of given ones."""
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,22 +9,28 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from sharding.command import UserError
+from sharding.manifest import ShardSet
 
 
 def generated_shards(stack: ExitStack, num_images: int, lanes: int = 8) -> Path:
     """Shards of textured JPEGs in a temporary directory: two thirds 500 x 375, about 110 kB, as most of ImageNet."""
     print(f"no shards given: using {num_images} generated images")
-    return temporary_shards(stack, [_textured(number) for number in range(num_images)], lanes)
+    return temporary_shards(temporary_directory(stack), [_textured(number) for number in range(num_images)], lanes)
 
 
-def temporary_shards(stack: ExitStack, encoded: Sequence[bytes], lanes: int, *options: str) -> Path:
-    """Shards of images with labels 0 to 9, as ``options`` of `sharding.build` say."""
+def temporary_directory(stack: ExitStack, shards: ShardSet | None = None) -> Path:
+    """Beside ``shards``, so that both are read from the same disk; elsewhere if that is not allowed."""
+    where = shards.root.parent if shards and os.access(shards.root.parent, os.W_OK) else None
+    return Path(stack.enter_context(TemporaryDirectory(prefix="parallax-", dir=where)))
+
+
+def temporary_shards(directory: Path, encoded: Sequence[bytes], lanes: int, *options: str) -> Path:
+    """Shards in ``directory`` of images with labels 0 to 9, as ``options`` of `sharding.build` say."""
     import datasets
 
     from sharding.build import main as build
 
     datasets.disable_progress_bars()
-    directory = Path(stack.enter_context(TemporaryDirectory()))
     source, out = directory / "source", directory / "shards"
     source.mkdir()
     images = [{"bytes": data, "path": None} for data in encoded]

@@ -1,10 +1,7 @@
 """An iterator as a peer, and `torch.utils.data.DataLoader` as an iterator."""
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -42,10 +39,3 @@ def worker_options(options: PeerOptions) -> dict[str, Any]:
         "pin_memory": torch.cuda.is_available(),
         "persistent_workers": True,
     }
-
-
-def temporary_directory(options: PeerOptions, stack: ExitStack) -> Path:
-    """Beside the shards, so that all contestants read from the same disk; elsewhere if that is not allowed."""
-    root = options.shards.root.parent
-    where = root if os.access(root, os.W_OK) else None
-    return Path(stack.enter_context(TemporaryDirectory(prefix="peer-", dir=where)))

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torchvision.datasets import ImageFolder
 
+from benchmarks.generated import temporary_directory
 from benchmarks.peers import Peer, PeerOptions
-from benchmarks.peers.dataloader import batches_of, over, temporary_directory
+from benchmarks.peers.dataloader import batches_of, over
 from benchmarks.peers.transforms import MakeViews
 from pipeline.reading.reader import Reader
 
@@ -22,7 +23,7 @@ def build(options: PeerOptions, stack: ExitStack) -> Peer:
 
 def unpack(options: PeerOptions, stack: ExitStack) -> Path:
     """A folder of ``label/sample.jpg``."""
-    folder = temporary_directory(options, stack)
+    folder = temporary_directory(stack, options.shards)
     with closing(Reader(options.shards)) as reader:
         for sample, label in enumerate(options.shards.index.label.tolist()):
             path = folder / f"{label:05d}" / f"{sample:08d}.jpg"
