@@ -143,7 +143,7 @@ def test_the_limits_are_those_of_the_thread_the_cores_the_step_and_storage(shard
 
 
 def test_what_loader_and_step_take_from_each_other_is_in_the_prediction(shard_set: ShardSet) -> None:
-    """Images wait for the loader, which has the cores to itself while the step, which also normalises, is idle; then for
+    """Images wait for the loader, which has the cores to itself while the step, that also normalises, is idle; then for
     the step."""
     v = variant(shard_set)
     found = stages(v)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -19,8 +20,9 @@ from train.processes.distributed import World
 PROVENANCE = "provenance.jsonl"  # in a run's directory: a line for each start of the run
 _LIBRARIES = (
     *("torch", "torchvision", "nvidia-dali-cuda120", "numba", "simplejpeg", "webdataset", "datasets", "pillow"),
-    *("albumentations", "opencv-python-headless"),
+    *("albumentations", "opencv-python-headless", "torchcodec"),
 )
+_PROC = Path("/proc")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -55,11 +57,15 @@ def commit() -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """Processor, cores this process may use, load, GPU, library versions, commit (marked where the tree is changed)."""
+    """Processor and its mean clock, cores this process may use, load, page cache, GPU, library versions, commit (marked
+    where the tree is changed); None for what the machine does not tell."""
+    clocks, cached = [float(clock) for clock in _told("cpuinfo", "cpu MHz")], _told("meminfo", "Cached")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "cpu": _cpu_name(),
+        "cpu": (_told("cpuinfo", "model name") or [platform.processor()])[0],
+        "cpu_mhz": statistics.fmean(clocks) if clocks else None,
+        "page_cache_bytes": 1024 * int(cached[0].removesuffix("kB")) if cached else None,
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -86,8 +92,8 @@ def _output(command: Sequence[str]) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def _told(file: str, what: str) -> list[str]:
+    """The values of a file of Linux's /proc; none where there is no such file."""
+    path = _PROC / file
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(what)]
