@@ -4,7 +4,9 @@ A step on W processes takes that of a single one, and what its messages take ove
 log2(W) hops and a bandwidth B in and out of each process: (W - 1) m / B for m bytes gathered from each rank, and again
 to return their gradients; 2 (W - 1) / W m / B for m bytes reduced. BatchNorm's statistics are gathered forward and
 reduced backward, embeddings are gathered and returned: that is waited for. Averaging gradients hides behind the
-backward pass, two thirds of the step, on GPUs but not on CPUs.
+backward pass on GPUs but not on CPUs: of two thirds of the step, which is assumed. Over several pieces of a batch only
+the last hides it. Post-local SGD averages weights, a teacher's too, after the update, behind nothing; that its groups
+are of one process is assumed.
 """
 
 import math
@@ -17,12 +19,7 @@ from benchmarks.measure import Rate, Results
 from benchmarks.report import show
 
 _WORLD_SIZES = (8, 64, 512, 4096)
-_VARIANTS: dict[str, dict[str, float]] = {
-    "fp32 gradients": {},
-    "bf16 gradients": {"gradient_share": 0.5},
-    "averaged every 4 steps": {"gradient_share": 0.25},
-    "local BatchNorm": {"batchnorm_share": 0},
-}
+_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -52,15 +49,17 @@ def step_seconds(
     *,
     gradient_share: float = 1,
     batchnorm_share: float = 1,
+    every: float = 1,
 ) -> float:
     """The model: ``single`` is the step of one process, ``sent`` what `benchmarks.rank` counted of its messages,
-    ``overlap`` the share of the step that hides averaging; the other shares are of what is sent."""
+    ``overlap`` the share of the step that hides averaging; the other shares are of the bytes of gradients and of
+    BatchNorm's messages. Of ``every`` so many steps, or pieces of a batch, one averages: seconds of each on average."""
     norms, norm_bytes = (batchnorm_share * sent[f"batchnorm_{what}"] / 2 for what in ("messages", "bytes"))
     rows, row_bytes = (sent[f"gather_{what}"] / 2 for what in ("messages", "bytes"))
     waited = link.gather(size, norm_bytes, norms) + link.reduce(size, norm_bytes, norms)
     waited += 2 * link.gather(size, row_bytes, rows)
-    gradients = link.reduce(size, gradient_share * sent["gradient_bytes"], gradient_share)
-    return single + waited + max(0.0, gradients - overlap * single)
+    gradients = link.reduce(size, gradient_share * sent["gradient_bytes"], 1)
+    return single + waited + max(0.0, gradients - overlap * single) / every
 
 
 def predict(results: Results, link: Link) -> None:
@@ -68,13 +67,21 @@ def predict(results: Results, link: Link) -> None:
     overlap = 2 / 3 if torch.cuda.is_available() else 0.0
     sent = {name: value.mean for name, value in results["weak 1"].items()}
     single = sent["batch"] / sent["step"]
+    weights = sent["weight_bytes"] / sent["gradient_bytes"]
+    variants: dict[str, dict[str, float]] = {
+        "fp32 gradients": {},
+        "bf16 gradients": {"gradient_share": 0.5},
+        f"accumulated over {_EVERY} pieces": {"every": _EVERY},
+        f"weights averaged every {_EVERY} steps": {"every": _EVERY, "overlap": 0, "gradient_share": weights},
+        "local BatchNorm": {"batchnorm_share": 0},
+    }
     rows = []
-    for name, variant in _VARIANTS.items():
-        steps = [step_seconds(single, sent, link, size, overlap, **variant) for size in _WORLD_SIZES]
-        rows.append([name, *(f"{single / seconds:.3f}" for seconds in steps)])
+    for name, variant in variants.items():
+        of = {"overlap": overlap, **variant}
+        rows.append([name, *(f"{single / step_seconds(single, sent, link, n, **of):.3f}" for n in _WORLD_SIZES)])
     assumed = (
         f"PREDICTED efficiency of weak scaling. Measured: a step of {1000 * single:.4g} ms. Assumed: {link}, "
-        f"{overlap:.0%} of the step to average {sent['gradient_bytes'] / 1e6:.3g} MB in, equally fast ranks"
+        f"equally fast ranks; averaging {sent['gradient_bytes'] / 1e6:.3g} MB hides behind {overlap:.0%} of the step"
     )
     show(assumed, ["", *(f"{size} GPUs" for size in _WORLD_SIZES)], rows)
     for name, turn in results.items():

@@ -101,7 +101,7 @@ def _pin(rank: int, num_cores: int) -> None:
 
 def _messages(training: Training, step: Callable[[], int], world: Counting) -> dict[str, float]:
     """Number and bytes of what a rank sends in a step, forward and backward: BatchNorm's statistics, what
-    `World.gather` and `World.mean` are given, gradients."""
+    `World.gather` and `World.mean` are given, gradients; and bytes of the weights that post-local SGD averages."""
     norms = [m for m in training.method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     sizes: list[int] = []
     hooks = [m.register_forward_hook(lambda m, *_: sizes.append(2 * m.num_features * _FLOAT)) for m in norms]
@@ -114,7 +114,9 @@ def _messages(training: Training, step: Callable[[], int], world: Counting) -> d
     sent = {"batchnorm": 2 * sizes, "gather": 2 * world.sent}
     sent["gradient"] = [sum(p.nbytes for p in training.method.parameters() if p.requires_grad)]
     counts: dict[str, float] = {f"{what}_messages": len(messages) for what, messages in sent.items()}
-    return counts | {f"{what}_bytes": sum(messages) for what, messages in sent.items()}
+    counts |= {f"{what}_bytes": sum(messages) for what, messages in sent.items()}
+    teachers = sum(p.nbytes for teacher, _ in training.method.teachers() for p in teacher.parameters())
+    return {**counts, "weight_bytes": counts["gradient_bytes"] + teachers}
 
 
 def _alone(sent: dict[str, float], world: World) -> dict[str, float]:
@@ -125,7 +127,7 @@ def _alone(sent: dict[str, float], world: World) -> dict[str, float]:
         return statistics.median(_times(lambda: [send(message) for _ in range(round(count))], world))
 
     statistics_by = world.mean if world.device.type == "cuda" else Neighbours().gather
-    by = {what: statistics_by if what == "batchnorm" else world.mean for what in MESSAGES}
+    by = {"batchnorm": statistics_by, "gather": world.gather, "gradient": world.mean}
     found = {f"{what}_seconds": seconds(by[what], sent[f"{what}_messages"], sent[f"{what}_bytes"]) for what in MESSAGES}
     return found | {"latency_seconds": seconds(world.mean, 10, 0) / 10}
 
