@@ -81,7 +81,7 @@ def predict(results: Results, link: Link) -> None:
         rows.append([name, *(f"{single / step_seconds(single, sent, link, n, **of):.3f}" for n in _WORLD_SIZES)])
     assumed = (
         f"PREDICTED efficiency of weak scaling. Measured: a step of {1000 * single:.4g} ms. Assumed: {link}, "
-        f"equally fast ranks; averaging {sent['gradient_bytes'] / 1e6:.3g} MB hides behind {overlap:.0%} of the step"
+        f"equally fast ranks, averaging {sent['gradient_bytes'] / 1e6:.3g} MB hides behind {overlap:.0%} of the step"
     )
     show(assumed, ["", *(f"{size} GPUs" for size in _WORLD_SIZES)], rows)
     for name, turn in results.items():

@@ -1,17 +1,21 @@
 import json
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
-from benchmarks.measure import Rate
-from benchmarks.stages import parse
+from benchmarks.measure import Rate, rate_of
+from benchmarks.stages import load, open_loader, parse
 from benchmarks.throughput import _parser, _verdict, main
 from pipeline.backends import BACKENDS, BackendContext, Pending, Views
 from pipeline.backends.cpu import build
 from pipeline.plan import BatchPlan
 from sharding.manifest import ShardSet
+from train.config import load_config
 
 QUICK = ["--rounds", "2", "--seconds", "0.05", "--threads", "1"]
 SMALL = ["views.size=32", "views.kernel=7", "run.global_batch_size=8", "data.num_threads=1"]
@@ -97,6 +101,41 @@ def test_a_backend_that_does_more_work_shows_in_the_ranking(
     assert rates[1] > 2 * rates[0]
     printed = capsys.readouterr().out
     assert printed.index("cpu, 1 thread") < printed.index("slowed, 1 thread")
+
+
+class Noting:
+    """The cpu backend, which notes when it delivers how many images."""
+
+    delivered: ClassVar[list[tuple[float, int]]] = []
+
+    def __init__(self, context: BackendContext) -> None:
+        self._backend = build(context)
+        self.stats, self.close = self._backend.stats, self._backend.close
+
+    def submit(self, plan: BatchPlan) -> "Noting.Batch":
+        return Noting.Batch(self._backend.submit(plan))
+
+    class Batch:
+        def __init__(self, batch: Pending) -> None:
+            self._batch, self.done = batch, batch.done
+
+        def result(self, timeout: float | None = None) -> Views:
+            views = self._batch.result(timeout)
+            Noting.delivered.append((time.perf_counter(), len(views[0])))
+            return views
+
+
+def test_images_per_second_agree_with_what_the_backend_delivered(
+    shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKENDS, "cpu", "tests.benchmarks.test_throughput:Noting")
+    config, moments = load_config(None, [*SMALL, f"data.shards={shard_set.root}", "data.backend=cpu"]), list[float]()
+    with open_loader(config, shard_set) as loader:
+        turn = rate_of(partial(load, loader), 1.0, 20, lambda: moments.append(time.perf_counter()))
+    begin, end = moments
+    images = sum(rows for moment, rows in Noting.delivered if begin < moment < end)
+    assert images == pytest.approx(turn["images_per_second"] * (end - begin), rel=0.05)
+    assert images == sum(rows for _, rows in Noting.delivered) - 20 * 8, "all but those of the warm-up"
 
 
 def test_overrides_may_stand_behind_options_with_several_values() -> None:
