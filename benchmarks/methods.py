@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for split in ("train", "test"):
         if not (options.data / split / "manifest.json").exists():
             build_shards(["--dataset", "demo", "--split", split, "--out", str(options.data / split)])
-    rows = []
-    for method in options.methods:
-        for seed in options.seeds:
+    rows: list[dict[str, Any]] = []
+    try:
+        for method, seed in product(options.methods, options.seeds):
             rows.append(measured(method, seed, options))
             with options.out.open("a") as file:
                 file.write(json.dumps({**rows[-1], "environment": environment()}) + "\n")
-    columns = ["method", "seed", *_COLUMNS]
-    show("accuracies: pretrained (untrained), percent", columns, map(_cells, rows))
+    finally:  # also those before a run that failed
+        show("accuracies: pretrained (untrained), percent", ["method", "seed", *_COLUMNS], map(_cells, rows))
     return 0
 
 
 def measured(method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """A run in a process of its own, and what became of it. Raises UserError where it failed."""
     run = options.runs / f"{method}-{seed}"
-    settings = [f"data.shards={options.data}/train", f"run.dir={run}", f"run.seed={seed}", *options.overrides]
+    settings = [f"data.shards={options.data}/train", f"run.dir={run}", f"run.seed={seed}"]
+    settings += [f"method.weights={options.runs}/simclr-{seed}"] if method == "distill" else []
+    settings += options.overrides
     train = ["train.pretrain", "--config", f"configs/demo-{method}.yaml", *settings]
     memory = _run(train)
     _run(["train.evaluate", "--checkpoint", str(run), "--test", f"{options.data}/test", "--untrained"])

@@ -151,6 +151,13 @@ class Config(Settings):
                 f"views: expected at least {self.method.min_views} views of each image for {self.method.name}, "
                 f"found {count}; set views.count={self.method.min_views}, for example"
             )
+        sizes = [group.size for group in self.views for _ in range(group.count)]
+        if sizes[: (least := self.method.min_global)] != least * [max(sizes)]:
+            raise ValueError(
+                f"views: expected at least {least} of the largest size, {max(sizes)} px, to come first for "
+                f"{self.method.name}, found views of {', '.join(map(str, sizes))} px; put the group of the large ones "
+                f"first, with a count of {least} or more"
+            )
         return self
 
     def to_yaml(self) -> str:

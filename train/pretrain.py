@@ -28,7 +28,7 @@ from train.engine import automatic, checkpoint, health
 from train.engine.loop import Clock, Hook, StepDone, fit
 from train.engine.monitor import Monitor
 from train.engine.noise import NoiseScale, critical_batch_size
-from train.engine.plan import RunPlan, check_batch, plan_run
+from train.engine.plan import RunPlan, check_batch, check_labels, plan_run
 from train.engine.step import TrainStep
 from train.methods import Loss, Method, build_method
 from train.model.batchnorm import synchronize_batchnorm
@@ -69,6 +69,7 @@ def pretrain(config: Config, world: World) -> bool:
     num_lanes = Manifest.load(config.data.shards).num_lanes
     shards = open_shards(config.data.shards, lanes_of_rank(num_lanes, world.rank, world.size))
     check_batch(config, shards.manifest, world.size)
+    check_labels(config, shards)
     plan = plan_run(config, shards.manifest.num_samples)
 
     def begin() -> Beginning:

@@ -270,8 +270,9 @@ def initialize(encoder: Encoder, path: Path, field: str = "run.init_from") -> No
     for name in sorted(own.keys() | weights.keys()):
         expected, found = (tuple(d[name].shape) if name in d else "nothing" for d in (own, weights))
         if expected != found:
+            own_section = "method.teacher" if field == "method.weights" else "encoder"
             raise CheckpointError(
-                f"{field}: {path}: {name}: expected {expected}, found {found}; set `encoder` to theirs"
+                f"{field}: {path}: {name}: expected {expected}, found {found}; set `{own_section}` to theirs"
             )
     encoder.load_state_dict(weights)
 

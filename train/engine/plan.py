@@ -4,9 +4,12 @@ import logging
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from sharding.command import UserError
-from sharding.manifest import Manifest
+from sharding.manifest import Manifest, ShardSet
 from train.config import Config
+from train.methods import method_class
 from train.optim import schedule
 from train.optim.optimizers import OptimConfig
 
@@ -76,4 +79,25 @@ def check_batch(config: Config, manifest: Manifest, world_size: int) -> None:
             "images twice, each as its own negative; a smaller one or more data are better",
             batch,
             manifest.num_samples,
+        )
+
+
+def check_labels(config: Config, shards: ShardSet) -> None:
+    """Raises UserError where the method takes labels, unless all images have one, of two classes or more, and of no
+    more than it is to tell apart."""
+    name, labels = config.method.name, shards.index.label
+    if not method_class(name).takes_labels:
+        return
+    missing, classes = int((labels < 0).sum()), len(np.unique(labels[labels >= 0]))
+    if missing or classes < 2:
+        raise UserError(
+            f"data.shards: {shards.directory}: expected labelled images of 2 classes or more for method.name={name}, "
+            f"found {missing} of {len(labels)} without a label (a folder with a single class counts as unlabelled) and "
+            f"{classes} classes; choose labelled shards, or a method that takes no labels"
+        )
+    most, least = getattr(config.method, "num_classes", math.inf), int(labels.max()) + 1
+    if most < least:
+        raise UserError(
+            f"method.num_classes: expected at least the {least} classes of {shards.directory}, found {most}; "
+            f"set method.num_classes={least}"
         )

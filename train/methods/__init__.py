@@ -38,6 +38,7 @@ class MethodConfig(Settings):
     """The section ``method`` of a configuration; each method has its own, in which ``name`` is a literal."""
 
     min_views: ClassVar[int] = 2  # of each image
+    min_global: ClassVar[int] = 0  # views that come first and must be of the largest size
 
     name: str = ""
 

@@ -9,7 +9,7 @@ is in configs/imagenet-dino.yaml, as only ViTs have it. Left out: main_dino.py's
 tensor's gradient, and gains of the last layer that are trained, which it recommends for a ViT-S.
 """
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ _GLOBAL = 2  # views that the teacher sees
 
 
 class DINOConfig(MethodConfig):
+    min_global: ClassVar[int] = _GLOBAL
+
     name: Literal["dino"] = "dino"
     hidden: int = Field(2048, ge=1, description="width of the head's hidden layers")
     bottleneck: int = Field(256, ge=1, description="dimensions before the last layer")

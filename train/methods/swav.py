@@ -10,7 +10,7 @@ near 0, not at a sixteenth of the peak.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ _ASSIGNED = 2  # views that get codes: the full crops
 
 
 class SwAVConfig(MethodConfig):
+    min_global: ClassVar[int] = _ASSIGNED
+
     name: Literal["swav"] = "swav"
     temperature: float = Field(0.1, gt=0, description="of predictions")
     hidden: int = Field(2048, ge=1, description="width of the projector's hidden layer")
