@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from sharding.manifest import Manifest, ShardSet, open_shards
 from train.config import Config, DataConfig, load_config
 from train.engine import automatic, checkpoint, health
 from train.engine.loop import Clock, Hook, StepDone, fit
-from train.engine.monitor import Monitor
+from train.engine.monitor import Monitor, read_metrics
 from train.engine.noise import NoiseScale, critical_batch_size
 from train.engine.plan import RunPlan, check_batch, check_labels, plan_run
 from train.engine.step import TrainStep
@@ -114,13 +114,14 @@ def train(
             _introduce(config, state, plan)
             _record_start(config, shards, start_step, plan, world.size)
         loader = stack.enter_context(build_loader(config, shards, world, start_step, order))
-        clock, monitor, writer, run = Clock(), None, None, config.run
+        clock, monitor, writer, run, watch = Clock(), None, None, config.run, health.Watch()
         if world.is_main:
+            watch = health.Watch(r for r in read_metrics(run.dir) if r["step"] <= start_step)
             sizes = plan.total_steps, run.global_batch_size
             monitor = stack.enter_context(Monitor(run.dir, start_step, *sizes, run.loggers))
             writer = stack.enter_context(checkpoint.Writer(run.dir, run.keep_checkpoints, run.keep_every))
         hooks: list[Hook] = [online] if online else []
-        hooks += [Log(task, loader, clock, monitor, online), Save(task, clock, writer, identity, online)]
+        hooks += [Log(task, loader, clock, monitor, online, watch), Save(task, clock, writer, identity, online)]
         done = fit(task, loader, plan.total_steps, hooks, lambda: any_rank(request.requested), start_step)
     world.barrier()
     return task.method, done
@@ -225,7 +226,7 @@ class Log:
     clock: Clock
     monitor: Monitor | None
     online: Online | None
-    watch: health.Watch = field(default_factory=health.Watch)
+    watch: health.Watch
     sign: str | None = None  # of collapse, in the record before
 
     def __call__(self, state: StepDone) -> None:

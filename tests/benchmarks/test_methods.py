@@ -49,3 +49,14 @@ def test_a_run_that_fails_is_named(data: Path, tmp_path: Path) -> None:
     options = ["--methods", "mocov2", "--data", str(data), "--runs", str(tmp_path), "--out", str(tmp_path / "x")]
     assert main(["run.global_batch_size=7", *options]) == 2
     assert not (tmp_path / "x").exists()
+
+
+def test_distill_has_the_simclr_of_its_runs_and_seed_and_what_is_done_is_shown(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, where = tmp_path / "x", ["--data", str(data), "--runs", str(tmp_path), "--seeds", "3"]
+    narrow = "method.teacher={name: resnet18, width: 8}"
+    assert main([*_TINY, "method.layers=2", "--methods", "simclr", "mocov2", *where, "--out", str(out)]) == 2
+    assert "accuracies" in capfd.readouterr().out, "of simclr, although mocov2 has no method.layers"
+    assert main([*_TINY, narrow, "--methods", "distill", *where, "--out", str(out)]) == 0
+    assert f"method.weights={tmp_path}/simclr-3" in json.loads(out.read_text().splitlines()[-1])["command"]

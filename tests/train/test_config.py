@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,18 @@ def test_saved_configuration_is_the_same(tmp_path: Path, length: str) -> None:
 def test_errors_name_the_field(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("methods", "counts"),  # of views of 64 px, then of 32, then of 64
+    [("dino swav lejepa visreg", (0, 4, 2)), ("dino swav", (1, 4, 0)), ("dino swav", (1, 1, 2))],
+)
+def test_views_that_are_global_for_a_method_come_first(methods: str, counts: tuple[int, int, int]) -> None:
+    groups = [{"count": n, "size": size, "kernel": 5} for n, size in zip(counts, (64, 32, 64), strict=True) if n]
+    for method in methods.split():
+        with pytest.raises(ConfigError, match=r"views: expected at least [12] of the largest size, 64 px, to come first"):
+            load_config(None, [f"method.name={method}", f"views={json.dumps(groups)}"])
+    load_config(None, [f"views={json.dumps(groups)}"])
 
 
 @pytest.mark.parametrize(

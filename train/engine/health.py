@@ -4,6 +4,8 @@ All of it is computed where losses are logged, from two views of at most 512 ima
 of their dimensions. So the numbers of embeddings with more dimensions are those of a part of them. How to read them:
 
     embedding_std     1 where embeddings go into all directions alike, 0 where all are the same
+    z_std             standard deviation of the embeddings as they are, averaged over dimensions, of methods whose loss
+                      sees their length: near 1 where it is kept up, 0 where all are the same
     alignment         0 where the views of an image agree, 2 where they are as far apart as those of different images
     uniformity        -4 for embeddings spread evenly over the sphere, 0 where all are the same
     rankme            the number of dimensions in use
@@ -16,6 +18,8 @@ of their dimensions. So the numbers of embeddings with more dimensions are those
 """
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +30,12 @@ from train.model.teacher import distance
 from train.processes.distributed import World
 
 _MOST = 512  # images and dimensions: an eigendecomposition of this size takes milliseconds
-_SIGNS = {"embedding_std": (0.05, "complete collapse"), "rankme": (1.5, "dimensional collapse")}
+_SIGNS = {
+    "embedding_std": (0.05, "complete collapse"),
+    "z_std": (0.1, "complete collapse"),  # where the losses of those methods want 1
+    "rankme": (1.5, "dimensional collapse"),
+}
+_UNIFORM = 99.0  # teacher_entropy_percent
 _TIMES = 2
 
 
@@ -42,6 +51,8 @@ def measure(method: Method, loss: Loss, world: World) -> dict[str, torch.Tensor]
     stride = math.ceil(loss.z.shape[1] * world.size / _MOST)
     z = world.gather(loss.z[:, ::stride].float().contiguous(), dim=1).double()
     found = {"embedding_std": embedding_std(z), "uniformity": uniformity(z)}
+    if method.length_counts:
+        found["z_std"] = z.std(dim=1, correction=0).mean()
     spectrum = _spectrum(z[0])
     found |= {"rankme": rankme(spectrum.sqrt()), "alpha_req": alpha_req(spectrum)}
     if len(z) > 1:
@@ -112,18 +123,26 @@ def _spectrum(a: torch.Tensor) -> torch.Tensor:
 
 class Watch:
     """Says when embeddings have collapsed: a figure is below its limit, twice in a row, and has fallen to less than a
-    third of its highest since the start (an untrained ViT's class tokens are nearly the same, and a run comes out)."""
+    third of its highest since the start (an untrained ViT's class tokens are nearly the same, and a run comes out); or
+    a teacher's distributions are nearly uniform, and ``embedding_std`` has fallen to half. ``records`` are those of
+    the run so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, records: Iterable[dict[str, Any]] = ()) -> None:
         self._highest = dict.fromkeys(_SIGNS, 0.0)
         self._times = 0
+        for record in records:
+            self(record)
 
-    def __call__(self, measured: dict[str, float]) -> str | None:
+    def __call__(self, measured: dict[str, Any]) -> str | None:
         """The name of the sign with its figures; None where there is none."""
         signs = []
-        for name, (limit, kind) in _SIGNS.items():
+        for name in [name for name in _SIGNS if name in measured]:
+            limit, kind = _SIGNS[name]
             highest = self._highest[name] = max(measured[name], self._highest[name])
             if measured[name] < min(limit, highest / 3):
                 signs.append(f"{kind}: {name} is {measured[name]:.2g} and was {highest:.2g}")
+        entropy = measured.get("teacher_entropy_percent", 0.0)
+        if entropy > _UNIFORM and measured["embedding_std"] < self._highest["embedding_std"] / 2:
+            signs.append(f"collapse to the uniform distribution: teacher_entropy_percent is {entropy:.2f}")
         self._times = self._times + 1 if signs else 0
         return signs[0] if self._times >= _TIMES else None

@@ -84,6 +84,7 @@ class Method(nn.Module):
     recipe: ClassVar[Recipe]
     images_meet: ClassVar[bool] = True  # in `loss`: False where it is a mean over images, so that pieces just add up
     takes_labels: ClassVar[bool] = False
+    length_counts: ClassVar[bool] = False  # whether the loss sees the length of embeddings, so that it is watched
 
     encoder: Encoder
 

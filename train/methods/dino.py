@@ -9,6 +9,7 @@ is in configs/imagenet-dino.yaml, as only ViTs have it. Left out: main_dino.py's
 tensor's gradient, and gains of the last layer that are trained, which it recommends for a ViT-S.
 """
 
+import math
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -103,7 +104,9 @@ class DINO(Method):
         targets = ((e.teacher - self.centre) / self._teacher_temperature()).softmax(-1)
         value = swapped_prediction(e.student / self._config.temperature, targets)
         certainty = entropy(targets).mean()
-        return Loss(value, {"teacher_entropy": certainty, "divergence": value.detach() - certainty})
+        percent = 100 * certainty / math.log(targets.shape[-1])
+        metrics = {"teacher_entropy": certainty, "teacher_entropy_percent": percent}
+        return Loss(value, {**metrics, "divergence": value.detach() - certainty})
 
     def teachers(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(self.teacher_encoder, self.encoder), (self.teacher_head, self.head)]

@@ -53,6 +53,8 @@ class Centred(NamedTuple):
 class Predicted(Projected):
     """Each view predicts the mean of the image's global views: the first ones of one size."""
 
+    length_counts = True
+
     def forward(self, views: list[torch.Tensor], draws: Draws) -> Centred:
         z, h = super().forward(views, draws)
         return Centred(z, z[: len(same_size(views)[0])].mean(0, keepdim=True), h)

@@ -36,6 +36,7 @@ class VICRegConfig(ProjectorConfig):
 class VICReg(Projected):
     Config = VICRegConfig
     head: ClassVar = {"last_norm": False, "last_bias": False}
+    length_counts = True
     recipe = Recipe(
         "vicreg",
         optim={"name": "lars", "learning_rate": 0.2, "final_learning_rate": 0.001, "weight_decay": 1e-6}

@@ -1,12 +1,14 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from sharding.command import UserError
 from sharding.manifest import Manifest, open_shards
 from tests.train.runs import settings
 from train.config import load_config
 from train.engine.checkpoint import checkpoints, load
-from train.engine.plan import RunPlan, plan_run
+from train.engine.plan import RunPlan, check_labels, plan_run
 from train.pretrain import main
 
 
@@ -63,3 +65,23 @@ def test_a_run_moves_its_weight_decay_and_shows_what_is_derived(
     groups = load(checkpoints(tmp_path)[-1])["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [pytest.approx(0.2), 0.0]
     assert "derived: 2 steps; learning rate 0.004688 after 0 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["supcon", "supervised"])
+def test_methods_that_take_labels_want_all_of_them(method: str, shards: Any) -> None:
+    config, opened = load_config(None, [f"method.name={method}"]), open_shards(shards)
+    check_labels(config, opened)
+    for label, found in ((-1, "96 of 96 without a label .* and 0 classes"), (0, "0 of 96 without .* and 1 classes")):
+        spoilt = replace(opened.index, label=0 * opened.index.label + label)
+        with pytest.raises(UserError, match=rf"data\.shards: .*2 classes or more for method.name={method}, found {found}"):
+            check_labels(config, replace(opened, index=spoilt))
+        check_labels(load_config(), replace(opened, index=spoilt))
+
+
+def test_the_baseline_knows_all_classes_before_it_starts(
+    shards: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = [f"data.shards={shards}", f"run.dir={tmp_path / 'run'}", "run.global_batch_size=24"]
+    assert main(["method.name=supervised", "method.num_classes=9", *wanted]) == 2
+    assert "method.num_classes: expected at least the 10 classes of" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

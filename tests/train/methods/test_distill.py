@@ -100,7 +100,7 @@ def test_the_teacher_is_a_runs_or_a_files(shards: Path, tmp_path: Path) -> None:
 def test_weights_that_do_not_fit_are_named(shards: Path, tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pt")
     chosen = settings_of("distill", shards, tmp_path / "run", f"method.weights={tmp_path / 'other.pt'}")
-    with pytest.raises(checkpoint.CheckpointError, match=r"method.weights: .*other.pt"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"method.weights: .*other.pt.*set `method.teacher` to"):
         build(load_config(None, chosen), World())
 
 

@@ -21,11 +21,22 @@ from train.processes.distributed import World
 _BATCH = 12
 _STEP = 7
 every_method = pytest.mark.parametrize("name", METHODS)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "swav with a full queue": {"queue": 12, "queue_starts": 0.0},
+    "distill of features": {"objective": "feature"},
+    "simclr without norm": {"norm": "none"},
+}
+every_variant = pytest.mark.parametrize("name", [*METHODS, *VARIANTS])
+
+
+def chosen(name: str) -> type[Method]:
+    """Of a row of the table, or of a variant, whose first word it is."""
+    return method_class(name.split()[0])
 
 
 def views(name: str) -> list[torch.Tensor]:
     """Of the recipe's kinds, two of each at most, of at most 32 px."""
-    groups = preset(method_class(name).recipe.views)
+    groups = preset(chosen(name).recipe.views)
     specs = flatten([group.model_copy(update={"count": min(2, group.count)}) for group in groups])
     generator = torch.Generator().manual_seed(1)
     shapes = [(_BATCH, 3, min(32, spec.size), min(32, spec.size)) for spec in specs]
@@ -45,14 +56,15 @@ def narrow(config: type[MethodConfig]) -> MethodConfig:
 
 def small_encoder(name: str) -> EncoderConfig:
     """Of the kind that the recipe has: a ViT, which drops paths, or a ResNet."""
-    if method_class(name).recipe.sections.get("encoder", {}).get("name", "").startswith("timm:vit"):
+    if chosen(name).recipe.sections.get("encoder", {}).get("name", "").startswith("timm:vit"):
         return EncoderConfig(name="timm:vit_tiny_patch16_224", image_size=32, drop_path=0.4)
     return EncoderConfig(name="resnet18", width=8, stem="cifar")
 
 
 def build(name: str, world: World, batchnorm: bool = True) -> Method:
     torch.manual_seed(0)
-    method = build_method(narrow(method_class(name).Config), small_encoder(name), world).double()
+    config = narrow(chosen(name).Config).model_copy(update=VARIANTS.get(name, {}))
+    method = build_method(config, small_encoder(name), world).double()
     for module in list(method.modules()):
         for child_name, child in module.named_children():
             if not batchnorm and isinstance(child, nn.modules.batchnorm._BatchNorm):
@@ -84,8 +96,9 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 def train_all(world: World) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
     """Of every method: the undivided batch, and pieces without BatchNorm. One start of processes for all."""
-    whole = {name: train(world, name) for name in METHODS}
-    pieces = {name: train(world, name, 2, batchnorm=False, steps=1) for name in METHODS}
+    names = [*METHODS, *VARIANTS]
+    whole = {name: train(world, name) for name in names}
+    pieces = {name: train(world, name, 2, batchnorm=False, steps=2) for name in names}
     return {"whole": whole, "pieces": pieces}
 
 
@@ -94,7 +107,7 @@ def processes() -> dict[int, list[Any]]:
     return {world_size: run_ranks(train_all, world_size) for world_size in (2, 3)}
 
 
-@every_method
+@every_variant
 def test_many_processes_make_the_steps_of_one(name: str, processes: dict[int, list[Any]]) -> None:
     expected = train(World(), name)
     for ranks in processes.values():
@@ -102,11 +115,11 @@ def test_many_processes_make_the_steps_of_one(name: str, processes: dict[int, li
             assert_equal(found["whole"][name], expected, rtol=1e-9)
 
 
-@every_method
+@every_variant
 def test_pieces_make_the_steps_of_the_undivided_batch(name: str, processes: dict[int, list[Any]]) -> None:
     """Without BatchNorm, whose statistics would be those of a piece; in one process, and in several."""
-    expected = train(World(), name, batchnorm=False, steps=1)
-    assert_equal(train(World(), name, 6, batchnorm=False, steps=1), expected, rtol=1e-10)
+    expected = train(World(), name, batchnorm=False, steps=2)
+    assert_equal(train(World(), name, 6, batchnorm=False, steps=2), expected, rtol=1e-10)
     for ranks in processes.values():
         for found in ranks:
             assert_equal(found["pieces"][name], expected, rtol=1e-10)
