@@ -20,13 +20,14 @@ from train.losses.redundancy import barlow_twins
 from train.methods import Loss, Recipe
 from train.methods.networks import Embeddings, Projected, ProjectorConfig
 from train.model.draws import Draws
+from train.model.heads import Widths
 
 
 class BarlowTwinsConfig(ProjectorConfig):
     name: Literal["barlow"] = "barlow"
     off_diagonal: float = Field(0.0051, ge=0, description="lambda of equation 1: weight of the redundancy term")
     scale: float = Field(1.0, gt=0, description="factor of the loss; solo-learn takes 0.1 on small data sets")
-    hidden: int = Field(8192, ge=1, description="width of the projector's hidden layers")
+    hidden: Widths = Field(8192, description="width of the projector's hidden layers")
     out: int = Field(8192, ge=1, description="dimensions of the embedding")
 
 

@@ -10,16 +10,16 @@ from torch import nn
 from train.methods import Method, MethodConfig, Update, encode, same_size
 from train.model.draws import Draws
 from train.model.encoder import Encoder
-from train.model.heads import mlp
+from train.model.heads import Widths, mlp
 from train.model.teacher import follow, teacher_of
 from train.optim.schedule import cosine
 from train.processes.distributed import World
 
 
 class ProjectorConfig(MethodConfig):
-    hidden: int = Field(2048, ge=1, description="width of the projector's hidden layers")
+    hidden: Widths = Field(2048, description="width of the projector's hidden layers, or a list of them all")
     out: int = Field(128, ge=1, description="dimensions of the embedding")
-    layers: int = Field(3, ge=1, description="linear layers of the projector")
+    layers: int = Field(3, ge=1, description="linear layers of the projector; a list of widths says so itself")
 
 
 class Embeddings(NamedTuple):
@@ -84,7 +84,7 @@ class WithPredictor(Projected):
 
 class TeacherConfig(ProjectorConfig):
     tau: float = Field(0.996, ge=0, le=1, description="share of the teacher that an update keeps, at the start")
-    hidden: int = Field(4096, ge=1, description="width of the projector's and predictor's hidden layer")
+    hidden: Widths = Field(4096, description="width of the projector's and predictor's hidden layer")
     out: int = Field(256, ge=1, description="dimensions of projection and prediction")
     layers: int = Field(2, ge=1, description="linear layers of the projector")
 

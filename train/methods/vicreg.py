@@ -22,6 +22,7 @@ from train.losses.redundancy import covariance, variance_hinge
 from train.methods import Loss, Recipe
 from train.methods.networks import Embeddings, Projected, ProjectorConfig
 from train.model.draws import Draws
+from train.model.heads import Widths
 
 
 class VICRegConfig(ProjectorConfig):
@@ -29,7 +30,7 @@ class VICRegConfig(ProjectorConfig):
     invariance: float = Field(25.0, ge=0, description="lambda: weight of the distance between views")
     variance: float = Field(25.0, ge=0, description="mu: weight of the standard deviations' hinge")
     covariance: float = Field(1.0, ge=0, description="nu: weight of the covariances")
-    hidden: int = Field(8192, ge=1, description="width of the expander's hidden layers")
+    hidden: Widths = Field(8192, description="width of the expander's hidden layers")
     out: int = Field(8192, ge=1, description="dimensions of the embedding")
 
 
