@@ -78,6 +78,7 @@ def _measured(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     run = options.runs / "-".join(map(str, cell))
     settings = [f"data.shards={options.data}/train", f"run.dir={run}", f"run.seed={cell.seed}", *options.overrides]
     config = load_config(Path(f"configs/cifar10-narrow-{cell.method}.yaml"), settings)
+    open_shards(f"{options.data}/test")  # before it trains, not hours later
     train = pretrain if cell.side == "ours" else train_by_lightly
     train(config, World())
     if evaluate(["--checkpoint", str(run), "--test", f"{options.data}/test", "--untrained"]):

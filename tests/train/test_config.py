@@ -102,7 +102,9 @@ def test_errors_name_the_field(override: str, message: str) -> None:
 def test_views_that_are_global_for_a_method_come_first(methods: str, counts: tuple[int, int, int]) -> None:
     groups = [{"count": n, "size": size, "kernel": 5} for n, size in zip(counts, (64, 32, 64), strict=True) if n]
     for method in methods.split():
-        with pytest.raises(ConfigError, match=r"views: expected at least [12] of the largest size, 64 px, to come first"):
+        with pytest.raises(
+            ConfigError, match=r"views: expected at least [12] of the largest size, 64 px, to come first"
+        ):
             load_config(None, [f"method.name={method}", f"views={json.dumps(groups)}"])
     load_config(None, [f"views={json.dumps(groups)}"])
 

@@ -73,7 +73,9 @@ def test_methods_that_take_labels_want_all_of_them(method: str, shards: Any) -> 
     check_labels(config, opened)
     for label, found in ((-1, "96 of 96 without a label .* and 0 classes"), (0, "0 of 96 without .* and 1 classes")):
         spoilt = replace(opened.index, label=0 * opened.index.label + label)
-        with pytest.raises(UserError, match=rf"data\.shards: .*2 classes or more for method.name={method}, found {found}"):
+        with pytest.raises(
+            UserError, match=rf"data\.shards: .*2 classes or more for method.name={method}, found {found}"
+        ):
             check_labels(config, replace(opened, index=spoilt))
         check_labels(load_config(), replace(opened, index=spoilt))
 
