@@ -3,8 +3,9 @@
     python -m benchmarks.methods --methods simclr byol --seeds 0 1 2
 
 Recipes are `configs/demo-METHOD.yaml`: one encoder, its views, schedule and optimizer for all, but MAE's encoder and
-views and the steps of supervised's schedule. So the table says that a method trains, not which is best. Accuracies are of test images, percent; chance is 10. Peak memory is that of the
-process, on the host. Each finished run is a line of ``--out`` at once.
+views and the steps of supervised's schedule. So the table says that a method trains, not which is best. Accuracies are
+of test images, percent; chance is 10. Peak memory is that of the process, on the host. Each finished run is a line of
+``--out`` at once.
 """
 
 import argparse
