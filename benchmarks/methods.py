@@ -2,10 +2,9 @@
 
     python -m benchmarks.methods --methods simclr byol --seeds 0 1 2
 
-Recipes are `configs/demo-METHOD.yaml`: one encoder, its views, schedule and optimizer for all, but MAE's encoder and
-views and the steps of supervised's schedule. So the table says that a method trains, not which is best. Accuracies are
-of test images, percent; chance is 10. Peak memory is that of the process, on the host. Each finished run is a line of
-``--out`` at once.
+Recipes are `configs/demo-METHOD.yaml`: one encoder, its views, schedule and optimizer, but for MAE's encoder and views
+and supervised's schedule. So the table says that a method trains, not which is best. Accuracies are of test images,
+percent; chance is 10. Peak memory is the process's, on the host. Each finished run is a line of ``--out`` at once.
 """
 
 import argparse
@@ -50,9 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measured(method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """A run in a process of its own, and what became of it. Raises UserError where it failed."""
     run = options.runs / f"{method}-{seed}"
-    settings = [f"data.shards={options.data}/train", f"run.dir={run}", f"run.seed={seed}"]
-    settings += [f"method.weights={options.runs}/simclr-{seed}"] if method == "distill" else []
-    settings += options.overrides
+    teacher = [f"method.weights={options.runs}/simclr-{seed}"] if method == "distill" else []
+    settings = [f"data.shards={options.data}/train", f"run.dir={run}", f"run.seed={seed}", *teacher, *options.overrides]
     train = ["train.pretrain", "--config", f"configs/demo-{method}.yaml", *settings]
     memory = _run(train)
     _run(["train.evaluate", "--checkpoint", str(run), "--test", f"{options.data}/test", "--untrained"])

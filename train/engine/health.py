@@ -30,11 +30,7 @@ from train.model.teacher import distance
 from train.processes.distributed import World
 
 _MOST = 512  # images and dimensions: an eigendecomposition of this size takes milliseconds
-_SIGNS = {
-    "embedding_std": (0.05, "complete collapse"),
-    "z_std": (0.1, "complete collapse"),  # where the losses of those methods want 1
-    "rankme": (1.5, "dimensional collapse"),
-}
+_LIMITS = {"embedding_std": 0.05, "z_std": 0.1, "rankme": 1.5}  # of z_std losses want 1
 _UNIFORM = 99.0  # teacher_entropy_percent
 _TIMES = 2
 
@@ -128,7 +124,7 @@ class Watch:
     the run so far."""
 
     def __init__(self, records: Iterable[dict[str, Any]] = ()) -> None:
-        self._highest = dict.fromkeys(_SIGNS, 0.0)
+        self._highest = dict.fromkeys(_LIMITS, 0.0)
         self._times = 0
         for record in records:
             self(record)
@@ -136,13 +132,13 @@ class Watch:
     def __call__(self, measured: dict[str, Any]) -> str | None:
         """The name of the sign with its figures; None where there is none."""
         signs = []
-        for name in [name for name in _SIGNS if name in measured]:
-            limit, kind = _SIGNS[name]
+        for name in _LIMITS.keys() & measured.keys():
             highest = self._highest[name] = max(measured[name], self._highest[name])
-            if measured[name] < min(limit, highest / 3):
-                signs.append(f"{kind}: {name} is {measured[name]:.2g} and was {highest:.2g}")
+            if measured[name] < min(_LIMITS[name], highest / 3):
+                kind = "dimensional" if name == "rankme" else "complete"
+                signs.append(f"{kind} collapse: {name} is {measured[name]:.2g} and was {highest:.2g}")
         entropy = measured.get("teacher_entropy_percent", 0.0)
         if entropy > _UNIFORM and measured["embedding_std"] < self._highest["embedding_std"] / 2:
             signs.append(f"collapse to the uniform distribution: teacher_entropy_percent is {entropy:.2f}")
         self._times = self._times + 1 if signs else 0
-        return signs[0] if self._times >= _TIMES else None
+        return min(signs) if self._times >= _TIMES else None

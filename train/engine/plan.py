@@ -97,7 +97,4 @@ def check_labels(config: Config, shards: ShardSet) -> None:
         )
     most, least = getattr(config.method, "num_classes", math.inf), int(labels.max()) + 1
     if most < least:
-        raise UserError(
-            f"method.num_classes: expected at least the {least} classes of {shards.directory}, found {most}; "
-            f"set method.num_classes={least}"
-        )
+        raise UserError(f"method.num_classes: expected {least} or more for {shards.directory}, found {most}; raise it")

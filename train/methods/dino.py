@@ -31,7 +31,6 @@ _GLOBAL = 2  # views that the teacher sees
 
 class DINOConfig(MethodConfig):
     min_global: ClassVar[int] = _GLOBAL
-
     name: Literal["dino"] = "dino"
     hidden: int = Field(2048, ge=1, description="width of the head's hidden layers")
     bottleneck: int = Field(256, ge=1, description="dimensions before the last layer")
@@ -104,9 +103,8 @@ class DINO(Method):
         targets = ((e.teacher - self.centre) / self._teacher_temperature()).softmax(-1)
         value = swapped_prediction(e.student / self._config.temperature, targets)
         certainty = entropy(targets).mean()
-        percent = 100 * certainty / math.log(targets.shape[-1])
-        metrics = {"teacher_entropy": certainty, "teacher_entropy_percent": percent}
-        return Loss(value, {**metrics, "divergence": value.detach() - certainty})
+        metrics = {"teacher_entropy": certainty, "divergence": value.detach() - certainty}
+        return Loss(value, metrics | {"teacher_entropy_percent": 100 * certainty / math.log(targets.shape[-1])})
 
     def teachers(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(self.teacher_encoder, self.encoder), (self.teacher_head, self.head)]

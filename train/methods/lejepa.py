@@ -25,7 +25,6 @@ from train.model.draws import Draws
 
 class LeJEPAConfig(ProjectorConfig):
     min_global: ClassVar[int] = 1
-
     name: Literal["lejepa"] = "lejepa"
     regularizer: float = Field(0.05, ge=0, le=1, description="lambda: weight of SIGReg against the invariance")
     slices: int = Field(1024, ge=1, description="random directions of a step")

@@ -30,7 +30,6 @@ _ASSIGNED = 2  # views that get codes: the full crops
 
 class SwAVConfig(MethodConfig):
     min_global: ClassVar[int] = _ASSIGNED
-
     name: Literal["swav"] = "swav"
     temperature: float = Field(0.1, gt=0, description="of predictions")
     hidden: int = Field(2048, ge=1, description="width of the projector's hidden layer")

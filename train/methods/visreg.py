@@ -28,7 +28,6 @@ from train.model.draws import Draws
 
 class VISRegConfig(ProjectorConfig):
     min_global: ClassVar[int] = 1
-
     name: Literal["visreg"] = "visreg"
     regularizer: float = Field(0.9, ge=0, le=1, description="lambda: weight of the regularisers; 0.6 on small data")
     scale: float = Field(1.0, ge=0, description="weight of the standard deviations' term")

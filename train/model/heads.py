@@ -27,8 +27,8 @@ def mlp(
     last_bias: bool = True,
     activation: type[nn.Module] = nn.ReLU,
 ) -> "MLP":
-    """``layers`` linear layers, ``hidden`` wide, each followed by a ``norm`` and all but the last by an ``activation``.
-    Where ``hidden`` is a tuple, one layer for each of its widths and the last.
+    """``layers`` linear layers, ``hidden`` wide, or one for each width in ``hidden`` and the last; each is followed by
+    a ``norm`` and all but the last by an ``activation``.
 
     ``last_norm`` says whether the last layer has a norm too, as SimCLR's has (google-research/simclr; two details of
     theirs are not here: that BatchNorm has no bias, and linear layers start at N(0, 0.01) where these start as torch's
