@@ -84,18 +84,25 @@ def test_other_views_are_refused(shard_set: ShardSet) -> None:
         next(_batches(load_config(None, ["views=byol"]), shard_set))
 
 
+def test_it_looks_for_test_images_before_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load_demo("train", num_images=96).to_parquet(tmp_path / "images" / "train-00000-of-00001.parquet")
+    arguments = ["--dataset", str(tmp_path / "images"), "--out", str(tmp_path / "train"), "--lanes", "4"]
+    assert build_shards([*arguments, "--workers", "1"]) == 0
+    options = ["--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "x")]
+    assert main(["optim.steps=1", "data.num_threads=1", "run.global_batch_size=24", *options]) == 2
+    assert f"{tmp_path}/test" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 @_WITH_LIGHTLY
 def test_both_sides_are_trained_and_evaluated_alike(tmp_path: Path) -> None:
-    out = tmp_path / "results.jsonl"
-    options = ["--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(out), "--methods", "simclr"]
-    options = ["optim.steps=2", "data.num_threads=1", "run.global_batch_size=24", *options, "--seeds", "5"]
     for split, count in (("train", 96), ("test", 40)):
-        assert main(options) == 2
-        assert not (tmp_path / "runs").exists(), "it must look for both before it trains"
         load_demo(split, num_images=count).to_parquet(tmp_path / "images" / split / "train-00000-of-00001.parquet")
         arguments = ["--dataset", str(tmp_path / "images" / split), "--out", str(tmp_path / split), "--lanes", "4"]
         assert build_shards([*arguments, "--workers", "1"]) == 0
-    assert main(options) == 0
+    out = tmp_path / "results.jsonl"
+    options = ["--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(out), "--methods", "simclr"]
+    assert main(["optim.steps=2", "data.num_threads=1", "run.global_batch_size=24", *options, "--seeds", "5"]) == 0
     rows = {line["side"]: line for line in map(json.loads, out.read_text().splitlines())}
     assert rows.keys() == set(SIDES)
     assert rows["ours"]["steps"] == rows["lightly"]["steps"] == 2
