@@ -25,7 +25,7 @@ from sharding.command import UserError, command
 from sharding.manifest import open_shards
 from train.config import Config, RunConfig, load_config
 from train.engine import automatic
-from train.engine.plan import RunPlan, plan_run
+from train.engine.plan import RunPlan, check_labels, plan_run
 from train.engine.repeat import StepDiffersError, unequal_ranks
 from train.methods import Method
 from train.pretrain import Pretraining, build, build_loader, optimizer_of, parser, run_facts
@@ -96,6 +96,7 @@ def verify(config: Config, world: World, images: int | None = None) -> Iterator[
     """All checks, one after the other, the same on all ranks, which must take them together. Raises UserError for what
     prevents a run as well."""
     shards = open_shards(config.data.shards)
+    check_labels(config, shards)
     try:
         world.require_agreement(run_facts(config, shards, 0))
     except UserError as error:

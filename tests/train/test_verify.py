@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import train.verify
+from sharding.command import UserError
 from tests.processes import NO_GPU, run_ranks
 from tests.train.runs import settings_of
 from train.config import load_config
@@ -261,3 +262,9 @@ def test_alone_it_starts_two_processes_and_writes_a_report(
     assert 0 < gradient["figures"]["norm"] <= gradient["figures"]["limit"] == 1e-9
     assert [check["status"] for check in report["checks"]].count("PASS") == 10
     assert capfd.readouterr().out.splitlines()[-1] == f"PASS (report: {tmp_path / 'report.json'})"
+
+
+def test_labels_that_would_end_the_run_end_the_check(shard_set: Any, tmp_path: Path) -> None:
+    config = load_config(None, [*settings_of("supervised", shard_set.root, tmp_path), "method.num_classes=2"])
+    with pytest.raises(UserError, match=r"method\.num_classes: expected \d+ or more"):
+        list(verify(config, World()))
