@@ -109,6 +109,7 @@ def _draw(path: Path, best: Mapping[int, Reached], noise: float, least: float) -
     axes.loglog(list(best), [run.steps for run in best.values()], "o", label="measured")
     axes.loglog(list(best), [least * (1 + noise / b) for b in best], label=f"predicted, noise scale {noise:.0f}")
     axes.set(xlabel="images a batch", ylabel="steps to the target", xticks=list(best), xticklabels=map(str, best))
+    axes.xaxis.set_minor_formatter("")
     axes.legend()
     figure.savefig(path, dpi=120)
     print(f"chart: {path}")
