@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import track
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
@@ -36,6 +35,7 @@ from pipeline.reading.reader import Reader
 from pipeline.views import preset
 from sharding.command import UserError, command
 from sharding.manifest import ShardSet, open_shards
+from sharding.progress import steps
 from train.config import Config, load_config
 from train.engine import checkpoint
 from train.engine.automatic import environment
@@ -95,7 +95,7 @@ def train_by_lightly(config: Config, world: World) -> None:
     total_steps = plan_run(config, shards.manifest.num_samples).total_steps
     step = PlainStep(config, world, lightly)
     schedule = CosineAnnealingLR(step.optimizer, total_steps)
-    for _, batch in zip(track(range(total_steps), str(config.run.dir)), _batches(config, shards), strict=False):
+    for _, batch in zip(steps(range(total_steps), str(config.run.dir)), _batches(config, shards), strict=False):
         step(batch)
         schedule.step()
     state = {"method": step.method.state_dict(), "optimizer": step.optimizer.state_dict(), "step": total_steps}

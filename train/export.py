@@ -64,7 +64,8 @@ def export(pretrained: Pretrained, out: Path) -> None:
     """For timm; a ResNet of a width or stem that it does not have by torchvision's names alone."""
     from timm.models import save_for_hf
 
-    config, source, scaling = pretrained.config, _source(pretrained), _scaling(pretrained)
+    config, source, evaluation = pretrained.config, _source(pretrained), _evaluation(pretrained)
+    scaling = _scaling(pretrained, evaluation)
     if model := _as_timm(pretrained.encoder, config.encoder.name):
         tag = None if pretrained.step is None else config.method.name
         own = {"tag": tag, "license": None, **dict.fromkeys(_NOT_OURS)}
@@ -75,7 +76,7 @@ def export(pretrained: Pretrained, out: Path) -> None:
         weights = {name: value.contiguous() for name, value in pretrained.encoder.backbone.state_dict().items()}
         save_file(weights, out / "model.safetensors")
         (out / "config.json").write_text(json.dumps({"pretrained_cfg": scaling, "parallax": source}, indent=2))
-    (out / "README.md").write_text(_card(pretrained, source, in_timm=model is not None))
+    (out / "README.md").write_text(_card(pretrained, source, evaluation, in_timm=model is not None))
 
 
 def export_onnx(pretrained: Pretrained, out: Path) -> None:
@@ -86,7 +87,7 @@ def export_onnx(pretrained: Pretrained, out: Path) -> None:
         import onnxscript  # noqa: F401  # the exporter of torch needs it
     except ImportError as error:
         raise UserError(f"--onnx: {error.name} is not installed: pip install 'parallax-ssl[onnx]'") from None
-    scaling, encoder = _scaling(pretrained), pretrained.encoder
+    scaling, encoder = _scaling(pretrained, _evaluation(pretrained)), pretrained.encoder
     images = torch.randn(3, *scaling["input_size"], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = encoder(images)
@@ -140,9 +141,8 @@ def _source(pretrained: Pretrained) -> dict[str, Any]:
     return {"step": pretrained.step, "data": pretrained.data, "commit": commit, "config": config}
 
 
-def _scaling(pretrained: Pretrained) -> dict[str, Any]:
+def _scaling(pretrained: Pretrained, evaluation: dict[str, Any] | None) -> dict[str, Any]:
     """How images are to be seen, by timm's names: as in the evaluation of the card."""
-    evaluation = _evaluation(pretrained)
     view = max(pretrained.config.views, key=lambda view: view.size)
     view = ViewSpec(**evaluation["view"]) if evaluation else view.model_copy(update={"resize": enlarged(view.size)})
     return {
@@ -169,7 +169,7 @@ def _as_timm(encoder: Encoder, name: str) -> Any:
     return model
 
 
-def _card(pretrained: Pretrained, source: dict[str, Any], *, in_timm: bool) -> str:
+def _card(pretrained: Pretrained, source: dict[str, Any], evaluation: dict[str, Any] | None, *, in_timm: bool) -> str:
     config = pretrained.config
     title, origin = f"{config.encoder.name}, weights of {pretrained.path.name}", ""
     if pretrained.step is not None:
@@ -178,8 +178,7 @@ def _card(pretrained: Pretrained, source: dict[str, Any], *, in_timm: bool) -> s
     encoder = [f"encoder.{field}={value}" for field, value in config.encoder.model_dump(exclude_defaults=True).items()]
     call = " ".join(["python -m train.evaluate --checkpoint FOLDER/model.safetensors", *encoder])
     library, call = ("library_name: timm\n", _TIMM_CALL) if in_timm else ("", call)
-    table = _table(_evaluation(pretrained))
-    return _CARD.format(library=library, title=title, call=call, table=table, origin=origin)
+    return _CARD.format(library=library, title=title, call=call, table=_table(evaluation), origin=origin)
 
 
 def _table(evaluation: dict[str, Any] | None) -> str:

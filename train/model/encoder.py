@@ -96,8 +96,9 @@ class Encoder(nn.Module):
 
     def draw_from(self, draws: Draws) -> None:
         """Paths are dropped by the draws of this step from now on; a network that was never told drops none."""
-        step: Any = draws.ids.new_full((), draws.step)  # each int of a module's attributes would be compiled anew
-        draws = replace(draws, step=step)
+        if self._paths:
+            step: Any = draws.ids.new_full((), draws.step)  # each int of a module's attributes would be compiled anew
+            draws = replace(draws, step=step)
         for path in self._paths:
             path.draws, path.calls = draws, 0
 
