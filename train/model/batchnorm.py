@@ -86,25 +86,26 @@ class _BatchNormFunction(torch.autograd.Function):
         # What `native_batch_norm` sums with; on channels_last tensors 14 times as fast as `torch.var_mean`.
         mean, variance = torch.batch_norm_update_stats(x if x.dtype == torch.float64 else x.float(), None, None, 0.0)
         means, variances = neighbours.gather(torch.stack([mean, variance])).unbind(1)
-        mean = means.mean(0)
-        variance = variances.mean(0) + (means - mean).square().mean(0)
+        between, mean = torch.var_mean(means, 0, correction=0)
+        variance = variances.mean(0) + between
         count = x.numel() / x.shape[1] * len(means)
-        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
+        ctx.save_for_backward(x, weight, mean, variance)
         ctx.eps, ctx.count, ctx.neighbours = eps, count, neighbours
         ctx.mark_non_differentiable(mean, variance)
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance, count
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, mean, inverse_std = ctx.saved_tensors
-        gradient = gradients[0]
-        variance = inverse_std.pow(-2) - ctx.eps
-        # With the statistics held fixed: the local sums are the gradients of weight and bias, which DDP averages.
-        direct, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        x, weight, mean, variance = ctx.saved_tensors
+        gradient, inverse_std = gradients[0], (variance + ctx.eps).rsqrt()
+        # The local sums are the gradients of weight and bias, which DDP averages.
+        _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
         )
-        sums = ctx.neighbours.gather(torch.stack([d_weight, d_bias])).sum(0)
-        slope = -weight * inverse_std.square() * sums[0] / ctx.count
-        offset = -weight * inverse_std * sums[1] / ctx.count - slope * mean
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        return direct.addcmul_(x, slope.view(shape)).add_(offset.view(shape)), d_weight, d_bias, None, None
+        scale = weight * inverse_std
+        by_weight, by_bias = scale * ctx.neighbours.gather(torch.stack([d_weight, d_bias])).sum(0) / -ctx.count
+        slope = by_weight * inverse_std
+        scale, slope, offset = (t.view([1, -1] + [1] * (x.ndim - 2)) for t in (scale, slope, by_bias - slope * mean))
+        # Two passes over the tensors, as many as of a BatchNorm of one process.
+        d_x = torch.addcmul(offset, x, slope).addcmul_(gradient, scale).to(x.dtype)
+        return d_x, d_weight, d_bias, None, None
