@@ -38,6 +38,7 @@ PEERS = {
     "decode-only-torchcodec": "benchmarks.peers.decode:build_torchcodec",
     "imagefolder": "benchmarks.peers.imagefolder:build",
     "webdataset": "benchmarks.peers.webdataset:build",
+    "grain": "benchmarks.peers.grain:build",
     "dali-native": "benchmarks.peers.dali:build",
     "albumentations": "benchmarks.peers.albumentations:build",
 }

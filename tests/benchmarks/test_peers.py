@@ -29,7 +29,8 @@ def test_a_peer_makes_batches_without_end_and_leaves_nothing(name: str, shard_se
         except ImportError as error:
             pytest.skip(str(error))
         assert [peer() for _ in range(14)] == 14 * [8]  # more than a pass over 92 samples
-    wait_until(lambda: census() <= before)  # queues' feeder threads end by themselves
+    # Queues' feeder threads end by themselves, and Grain keeps a pool of idle ones for the whole process.
+    wait_until(lambda: not {kept for kept in census() - before if name != "grain" or kept.startswith("process")})
     assert sorted(shard_set.root.parent.iterdir()) == files
     assert torch.get_num_threads() == torch_threads
 
