@@ -133,6 +133,8 @@ def build(config: Config, world: World) -> Method:
     method = build_method(config.method, config.encoder, world)
     if config.run.init_from:
         checkpoint.initialize(method.encoder, config.run.init_from)
+        for teacher, student in method.teachers():
+            teacher.load_state_dict(student.state_dict())
     for encoder, weights in method.pretrained():
         if weights is None:
             log.warning("method.weights is not set: the teacher is an untrained network")

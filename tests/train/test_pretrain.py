@@ -14,14 +14,15 @@ from sharding.build import main as build_shards
 from sharding.manifest import open_shards
 from tests.census import wait_until
 from tests.processes import NO_GPU, run_ranks
-from tests.train.runs import settings
+from tests.train.runs import settings, settings_of
 from train.config import load_config
 from train.engine.automatic import dtype
 from train.engine.checkpoint import checkpoints, load, step_of
 from train.engine.monitor import read_metrics
 from train.engine.plan import check_batch, plan_run
 from train.evaluate.__main__ import main as evaluate
-from train.pretrain import main, pretrain
+from train.model.encoder import Encoder
+from train.pretrain import build, main, pretrain
 from train.processes.distributed import World
 
 
@@ -205,6 +206,22 @@ def test_a_checkpoint_of_other_data_is_refused(
     assert main(settings(shards, run)) == 2
     assert "data set (fingerprint of data.shards)" in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["byol", "mocov2", "dino"])
+def test_a_teacher_begins_as_its_student_does_with_the_weights_that_are_given(
+    name: str, shards: Path, tmp_path: Path
+) -> None:
+    arguments = settings_of(name, shards, tmp_path / "run", f"run.init_from={tmp_path / 'encoder.pt'}")
+    config = load_config(None, arguments)
+    weights = Encoder(config.encoder).backbone.state_dict()
+    torch.save(weights, tmp_path / "encoder.pt")
+    method = build(config, World())
+    for encoder in (method.encoder, method.exported()):
+        assert all(torch.equal(value, weights[key]) for key, value in encoder.backbone.state_dict().items())
+    for teacher, student in method.teachers():
+        pairs = zip(teacher.state_dict().values(), student.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_epochs_become_steps(shards: Path) -> None:
