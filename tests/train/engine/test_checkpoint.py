@@ -137,8 +137,13 @@ def test_a_field_that_the_checkpoint_does_not_know_has_its_default() -> None:
 
 
 def test_changed_settings_are_named() -> None:
-    changed = load_config(None, ["encoder.name=resnet18", "optim.weight_decay=0.5"])
-    assert checkpoint.changed_settings(state(1), changed) == ["optim.weight_decay: 1e-06 -> 0.5"]
+    given = ["encoder.name=resnet18", "run.global_batch_size=64", "optim.weight_decay=0.5", "run.batchnorm=local"]
+    changed = load_config(None, [*given, "run.micro_batch_size=8"])
+    assert checkpoint.changed_settings(state(1), changed) == [
+        "optim.weight_decay: 1e-06 -> 0.5",
+        "run.micro_batch_size: None -> 8",
+        "run.batchnorm: global -> local",
+    ]
 
 
 def test_a_write_that_fails_leaves_earlier_checkpoints(tmp_path: Path) -> None:
