@@ -34,6 +34,12 @@ def test_a_resumed_run_starts_on_a_line_of_its_own_and_says_so(tmp_path: Path) -
     ]
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_no_records(tmp_path: Path) -> None:
+    run_from(tmp_path, 0, 4)
+    run_from(tmp_path, 0, 2)
+    assert [(r["step"], r.get("resumed_at")) for r in read_metrics(tmp_path)] == [(1, 0), (2, None)]
+
+
 def test_tensorboard_keeps_the_point_of_the_resume_and_has_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("run: {seed: 7}\n")
     run_from(tmp_path, 0, 4)  # was killed after step 4; the last checkpoint is of step 2
