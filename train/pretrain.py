@@ -72,8 +72,8 @@ def pretrain(config: Config, world: World) -> bool:
     check_labels(config, shards)
     plan = plan_run(config, shards.manifest.num_samples)
 
-    def begin() -> Beginning:
-        method = build(config, world)
+    def begin(anew: bool) -> Beginning:
+        method = build(config, world, anew)
         return method, optimizer_of(config, method, world)
 
     _, done = train(config, shards, plan, world, begin)
@@ -90,11 +90,12 @@ def train(
     shards: ShardSet,
     plan: RunPlan,
     world: World,
-    begin: Callable[[], Beginning],
+    begin: Callable[[bool], Beginning],
     order: Order | None = None,
 ) -> tuple[Method, int]:
     """Train what ``begin`` makes, from the newest checkpoint in ``run.dir`` on, to the end of the plan or until it is
-    asked to stop; ``order`` is a `Loader`'s. Returns the method and the number of updates of the run."""
+    asked to stop; ``begin`` is told whether there is none. ``order`` is a `Loader`'s. Returns the method and the number
+    of updates of the run."""
     identity = checkpoint.identity_of(config, shards.manifest.fingerprint)
     with ExitStack() as stack:
         if world.is_main:
@@ -102,7 +103,7 @@ def train(
         state = handed_out(_resumed(config, identity) if world.is_main else None, world, config.run)
         start_step = state["step"] if state else 0
         world.require_agreement(run_facts(config, shards, start_step))
-        task = Pretraining(config, world, plan, *begin())
+        task = Pretraining(config, world, plan, *begin(state is None))
         if state:
             task.load(state)
         if start_step >= plan.total_steps:
@@ -127,15 +128,15 @@ def train(
     return task.method, done
 
 
-def build(config: Config, world: World) -> Method:
-    """The method with its initial weights, on its device, with BatchNorm as configured."""
+def build(config: Config, world: World, anew: bool = True) -> Method:
+    """The method on its device, with BatchNorm as configured; ``anew`` with the weights that it is to begin with."""
     torch.manual_seed(config.run.seed)
     method = build_method(config.method, config.encoder, world)
-    if config.run.init_from:
+    if anew and config.run.init_from:
         checkpoint.initialize(method.encoder, config.run.init_from)
         for teacher, student in method.teachers():
             teacher.load_state_dict(student.state_dict())
-    for encoder, weights in method.pretrained():
+    for encoder, weights in method.pretrained() if anew else ():
         if weights is None:
             log.warning("method.weights is not set: the teacher is an untrained network")
         else:

@@ -224,6 +224,21 @@ def test_a_teacher_begins_as_its_student_does_with_the_weights_that_are_given(
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize(("name", "setting"), [("simclr", "run.init_from={}"), ("distill", "method.weights={}")])
+def test_a_run_continues_without_the_file_that_it_began_with(
+    name: str, setting: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "encoder.pt"
+    arguments = [*settings_of(name, shards, tmp_path / "run", setting.format(file)), "optim.steps=1"]
+    config = load_config(None, arguments)
+    torch.save(Encoder(config.encoder).backbone.state_dict(), file)
+    assert main(arguments) == 0
+    file.unlink()
+    assert main([*arguments, "optim.steps=2"]) == 0
+    assert main([*arguments, f"run.dir={tmp_path / 'other'}"]) == 2
+    assert f"{setting.partition('=')[0]}: {file}: cannot be read" in capsys.readouterr().err
+
+
 def test_epochs_become_steps(shards: Path) -> None:
     manifest = open_shards(shards).manifest
     plan = plan_run(load_config(None, ["run.global_batch_size=24", "optim.epochs=10.1"]), manifest.num_samples)
