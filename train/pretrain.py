@@ -237,11 +237,12 @@ class Log:
             self.monitor.advance(state.done)
         if state.done % self.task.config.run.log_every and not state.last:
             return
-        self.task.step.check(self.task.config.run.dir)
-        named = {"loss": state.loss.value, **state.loss.metrics}
-        named |= health.measure(self.task.method, state.loss, self.task.world)
-        named |= self.online.measure(state) if self.online else {}
-        values = self.task.world.mean(torch.stack([value.float() for value in named.values()])).tolist()
+        self.task.step.check(self.task.config.run.dir)  # waits for the device: what follows is not training
+        with self.clock.pausing():
+            named = {"loss": state.loss.value, **state.loss.metrics}
+            named |= health.measure(self.task.method, state.loss, self.task.world)
+            named |= self.online.measure(state) if self.online else {}
+            values = self.task.world.mean(torch.stack([value.float() for value in named.values()])).tolist()
         if self.monitor:
             record = dict(zip(named, values, strict=True))
             record |= critical_batch_size(record) | {"learning_rate": self.task.plan.learning_rate(state.done - 1)}

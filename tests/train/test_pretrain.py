@@ -75,6 +75,13 @@ def test_another_backend_gives_the_same_curve(shards: Path, reference: list[floa
     assert found == pytest.approx(reference, rel=5e-3)
 
 
+def test_saving_and_measuring_are_pauses(shards: Path, tmp_path: Path) -> None:
+    run_alone(shards, tmp_path / "run", "optim.steps=4", "run.log_every=2", "run.checkpoint_every=3")
+    first, second = read_metrics(tmp_path / "run")
+    assert first["pause_seconds"] > 0, "its own measuring"
+    assert second["pause_seconds"] > 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_at_the_next_step_and_the_same_command_continues(
     shards: Path, tmp_path: Path, number: int

@@ -1,7 +1,7 @@
 """What a run shows and records: progress bar, ``metrics.jsonl``, and what `train.engine.loggers` has.
 
 How to read the numbers: ``images_per_second`` counts source images over all processes since the previous line, in the
-time of training; ``pause_seconds`` is the time since that line that was not training (checkpoints, evaluation).
+time of training; ``pause_seconds`` is the time since that line that was not training (checkpoints, health, kNN).
 ``data_wait_percent`` is the share of training time in which the main process stood waiting for the loader: near 0 the
 accelerator is the limit, far from 0 the input pipeline is. The first record after a resume says ``resumed_at``, 0 where
 there was no checkpoint yet; one of a collapsed run has ``collapse``, the name of the sign (`train.engine.health`).
