@@ -112,7 +112,7 @@ def train(
         online = _online(config, shards, task.method, world, state)
         request, any_rank = stack.enter_context(stop.StopRequest()), AnyRank(world)
         if world.is_main:
-            _introduce(config, state, plan)
+            _introduce(task, state)
             _record_start(config, shards, start_step, plan, world.size)
         loader = stack.enter_context(build_loader(config, shards, world, start_step, order))
         clock, monitor, writer, run, watch = Clock(), None, None, config.run, health.Watch()
@@ -340,13 +340,17 @@ def _resumed(config: Config, identity: dict[str, Any]) -> checkpoint.State | Non
     return state
 
 
-def _introduce(config: Config, state: checkpoint.State | None, plan: RunPlan) -> None:
+def _introduce(task: Pretraining, state: checkpoint.State | None) -> None:
+    config, piece = task.config, task.config.run.micro_batch_size
     (config.run.dir / "config.yaml").write_text(config.to_yaml())
     print(f"settings that are not the defaults (all of them: {config.run.dir / 'config.yaml'}):")
     print(config.differences() or "none")
-    print(f"derived: {plan}")
+    print(f"derived: {task.plan}")
+    has_norm = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in task.method.modules())
+    if has_norm and piece and piece * task.world.size < config.run.global_batch_size:
+        print(f"BatchNorm has the statistics of pieces of {piece} images a process, not of the batch (docs/design.md)")
     if state:
-        print(f"continuing at step {state['step']} of {plan.total_steps}")
+        print(f"continuing at step {state['step']} of {task.plan.total_steps}")
         for change in checkpoint.changed_settings(state, config):
             print(f"from here on {change}")
 

@@ -110,6 +110,14 @@ def test_a_run_that_is_done_already_says_so(shards: Path, tmp_path: Path, capsys
     assert "step 2 is done, and the run is to have 1; nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("piece", "said"), [(12, True), (24, False)])
+def test_a_run_says_that_batchnorm_sees_pieces(
+    piece: int, said: bool, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(settings(shards, tmp_path / "run", "optim.steps=1", f"run.micro_batch_size={piece}")) == 0
+    assert (f"BatchNorm has the statistics of pieces of {piece} images" in capsys.readouterr().out) == said
+
+
 def test_optimizer_settings_changed_on_resume_are_used_and_said(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
