@@ -120,6 +120,15 @@ def test_commands_are_found() -> None:
     assert any("--image-column img" in command for command in found)  # in the comments of a recipe
 
 
+def test_what_is_shown_of_byol_is_the_code() -> None:
+    files = [ROOT / "train" / "methods" / f"{name}.py" for name in ("__init__", "networks", "byol")]
+    code = {line.strip() for file in files for line in file.read_text().splitlines()}
+    page = (ROOT / "docs" / "add-a-method.md").read_text().splitlines()
+    shown = [line.strip() for line in page if line.startswith("    ") and "python -m" not in line]
+    assert len(shown) > 25
+    assert set(shown) - code == {"..."}
+
+
 def test_files_exist() -> None:
     for page in PAGES:
         if page.name != "log.md":  # it tells of files that are gone
