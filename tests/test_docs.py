@@ -18,6 +18,7 @@ import torch.distributed.run
 
 from sharding.demo import load_demo
 from train.config import load_config
+from train.evaluate.__main__ import choose_protocols
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -95,9 +96,20 @@ def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> No
         assert importlib.util.find_spec(words[2])
         return
     options = parse(words, monkeypatch)
-    if "train.pretrain" in words:
+    given = [*getattr(options, "overrides", ()), *getattr(options, "settings", ())]
+    if "train.evaluate" in words:
         assert options is not None
-        load_config(options.config, options.overrides)
+        _, given = choose_protocols([*options.protocol, *given])
+    for config in configs_of(words, options) if given or "train.pretrain" in words else ():
+        load_config(config, given)
+
+
+def configs_of(words: list[str], options: Any) -> list[Path | None]:
+    """Files that a command reads; none of those that are the reader's own."""
+    if "benchmarks.methods" in words:
+        return [Path(f"configs/demo-{method}.yaml") for method in options.methods]
+    config: Path | None = getattr(options, "config", None)
+    return [config if config and config.exists() else None]
 
 
 def test_commands_are_found() -> None:
@@ -106,6 +118,15 @@ def test_commands_are_found() -> None:
     assert "python -m sharding.build --out /data/shards" in found
     assert any(" optim.epochs=200 method.temperature=0.2 " in command for command in found)  # continued on a line
     assert any("--image-column img" in command for command in found)  # in the comments of a recipe
+
+
+def test_what_is_shown_of_byol_is_the_code() -> None:
+    files = [ROOT / "train" / "methods" / f"{name}.py" for name in ("__init__", "networks", "byol")]
+    code = {line.strip() for file in files for line in file.read_text().splitlines()}
+    page = (ROOT / "docs" / "add-a-method.md").read_text().splitlines()
+    shown = [line.strip() for line in page if line.startswith("    ") and "python -m" not in line]
+    assert len(shown) > 25
+    assert set(shown) - code == {"..."}
 
 
 def test_files_exist() -> None:

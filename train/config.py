@@ -268,14 +268,14 @@ def _suggestion(location: tuple[Any, ...], config: type[Config]) -> str:
     if parents:
         model = ViewSpec if parents[0] == "views" else config.model_fields[parents[0]].annotation
     names = list(getattr(model, "model_fields", {}))
+    methods = [name for name in METHODS if unknown in method_class(name).Config.model_fields]
+    if methods and parents == ["method"]:
+        chosen = config.model_fields["method"].default.name
+        return f"; it belongs to {' and '.join(methods)}, and method.name is {chosen}"
     if near := difflib.get_close_matches(str(unknown), names, n=1) or _abbreviated(str(unknown), names):
         return f"; did you mean {near[0]!r}?"
     if elsewhere := _sections_with(str(unknown), config):
         return f"; did you mean '{elsewhere[0]}.{unknown}'?"
-    if methods := [name for name in METHODS if unknown in method_class(name).Config.model_fields]:
-        return (
-            f"; it belongs to {' and '.join(methods)}, and method.name is {config.model_fields['method'].default.name}"
-        )
     return f"; expected one of {', '.join(names)}"
 
 

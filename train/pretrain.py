@@ -72,8 +72,8 @@ def pretrain(config: Config, world: World) -> bool:
     check_labels(config, shards)
     plan = plan_run(config, shards.manifest.num_samples)
 
-    def begin() -> Beginning:
-        method = build(config, world)
+    def begin(anew: bool) -> Beginning:
+        method = build(config, world, anew)
         return method, optimizer_of(config, method, world)
 
     _, done = train(config, shards, plan, world, begin)
@@ -90,11 +90,12 @@ def train(
     shards: ShardSet,
     plan: RunPlan,
     world: World,
-    begin: Callable[[], Beginning],
+    begin: Callable[[bool], Beginning],
     order: Order | None = None,
 ) -> tuple[Method, int]:
     """Train what ``begin`` makes, from the newest checkpoint in ``run.dir`` on, to the end of the plan or until it is
-    asked to stop; ``order`` is a `Loader`'s. Returns the method and the number of updates of the run."""
+    asked to stop; ``begin`` is told whether there is none. ``order`` is a `Loader`'s. Returns the method and the number
+    of updates of the run."""
     identity = checkpoint.identity_of(config, shards.manifest.fingerprint)
     with ExitStack() as stack:
         if world.is_main:
@@ -102,7 +103,7 @@ def train(
         state = handed_out(_resumed(config, identity) if world.is_main else None, world, config.run)
         start_step = state["step"] if state else 0
         world.require_agreement(run_facts(config, shards, start_step))
-        task = Pretraining(config, world, plan, *begin())
+        task = Pretraining(config, world, plan, *begin(state is None))
         if state:
             task.load(state)
         if start_step >= plan.total_steps:
@@ -111,7 +112,7 @@ def train(
         online = _online(config, shards, task.method, world, state)
         request, any_rank = stack.enter_context(stop.StopRequest()), AnyRank(world)
         if world.is_main:
-            _introduce(config, state, plan)
+            _introduce(task, state)
             _record_start(config, shards, start_step, plan, world.size)
         loader = stack.enter_context(build_loader(config, shards, world, start_step, order))
         clock, monitor, writer, run, watch = Clock(), None, None, config.run, health.Watch()
@@ -127,13 +128,15 @@ def train(
     return task.method, done
 
 
-def build(config: Config, world: World) -> Method:
-    """The method with its initial weights, on its device, with BatchNorm as configured."""
+def build(config: Config, world: World, anew: bool = True) -> Method:
+    """The method on its device, with BatchNorm as configured; ``anew`` with the weights that it is to begin with."""
     torch.manual_seed(config.run.seed)
     method = build_method(config.method, config.encoder, world)
-    if config.run.init_from:
+    if anew and config.run.init_from:
         checkpoint.initialize(method.encoder, config.run.init_from)
-    for encoder, weights in method.pretrained():
+        for teacher, student in method.teachers():
+            teacher.load_state_dict(student.state_dict())
+    for encoder, weights in method.pretrained() if anew else ():
         if weights is None:
             log.warning("method.weights is not set: the teacher is an untrained network")
         else:
@@ -234,11 +237,12 @@ class Log:
             self.monitor.advance(state.done)
         if state.done % self.task.config.run.log_every and not state.last:
             return
-        self.task.step.check(self.task.config.run.dir)
-        named = {"loss": state.loss.value, **state.loss.metrics}
-        named |= health.measure(self.task.method, state.loss, self.task.world)
-        named |= self.online.measure(state) if self.online else {}
-        values = self.task.world.mean(torch.stack([value.float() for value in named.values()])).tolist()
+        self.task.step.check(self.task.config.run.dir)  # waits for the device: what follows is not training
+        with self.clock.pausing():
+            named = {"loss": state.loss.value, **state.loss.metrics}
+            named |= health.measure(self.task.method, state.loss, self.task.world)
+            named |= self.online.measure(state) if self.online else {}
+            values = self.task.world.mean(torch.stack([value.float() for value in named.values()])).tolist()
         if self.monitor:
             record = dict(zip(named, values, strict=True))
             record |= critical_batch_size(record) | {"learning_rate": self.task.plan.learning_rate(state.done - 1)}
@@ -336,13 +340,17 @@ def _resumed(config: Config, identity: dict[str, Any]) -> checkpoint.State | Non
     return state
 
 
-def _introduce(config: Config, state: checkpoint.State | None, plan: RunPlan) -> None:
+def _introduce(task: Pretraining, state: checkpoint.State | None) -> None:
+    config, piece = task.config, task.config.run.micro_batch_size
     (config.run.dir / "config.yaml").write_text(config.to_yaml())
     print(f"settings that are not the defaults (all of them: {config.run.dir / 'config.yaml'}):")
     print(config.differences() or "none")
-    print(f"derived: {plan}")
+    print(f"derived: {task.plan}")
+    has_norm = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in task.method.modules())
+    if has_norm and piece and piece * task.world.size < config.run.global_batch_size:
+        print(f"BatchNorm has the statistics of pieces of {piece} images a process, not of the batch (docs/design.md)")
     if state:
-        print(f"continuing at step {state['step']} of {plan.total_steps}")
+        print(f"continuing at step {state['step']} of {task.plan.total_steps}")
         for change in checkpoint.changed_settings(state, config):
             print(f"from here on {change}")
 

@@ -1,7 +1,8 @@
 """The first 20 losses of every method, against those that are kept in ``golden/``: nothing changes unnoticed.
 
 A change that is meant is recorded by ``python -m tests.train.test_golden``, and explained in its commit. The first loss
-has to agree to 1e-4, the others to 5 %: rounding differs among processors, and grows from step to step.
+has to agree to 1e-4, the others to half a percent of the range that they have: without any update those of SwAV are off
+by 1 % of it, those of other methods by more. Rounding has been seen to make 0.03 % of it (SimCLR).
 """
 
 import json
@@ -39,7 +40,7 @@ def test_the_first_losses_are_those_of_before(method: str, shards: Path, tmp_pat
     expected = json.loads((GOLDEN / f"{method}.json").read_text())
     found = losses(method, shards, tmp_path / "run")
     assert found[0] == pytest.approx(expected[0], rel=1e-4)
-    assert found == pytest.approx(expected, rel=0.05)
+    assert found == pytest.approx(expected, rel=0, abs=0.005 * (max(expected) - min(expected)))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,15 @@ from sharding.build import main as build_shards
 from sharding.manifest import open_shards
 from tests.census import wait_until
 from tests.processes import NO_GPU, run_ranks
-from tests.train.runs import settings
+from tests.train.runs import settings, settings_of
 from train.config import load_config
 from train.engine.automatic import dtype
 from train.engine.checkpoint import checkpoints, load, step_of
 from train.engine.monitor import read_metrics
 from train.engine.plan import check_batch, plan_run
 from train.evaluate.__main__ import main as evaluate
-from train.pretrain import main, pretrain
+from train.model.encoder import Encoder
+from train.pretrain import build, main, pretrain
 from train.processes.distributed import World
 
 
@@ -74,6 +75,13 @@ def test_another_backend_gives_the_same_curve(shards: Path, reference: list[floa
     assert found == pytest.approx(reference, rel=5e-3)
 
 
+def test_saving_and_measuring_are_pauses(shards: Path, tmp_path: Path) -> None:
+    run_alone(shards, tmp_path / "run", "optim.steps=4", "run.log_every=2", "run.checkpoint_every=3")
+    first, second = read_metrics(tmp_path / "run")
+    assert first["pause_seconds"] > 0, "its own measuring"
+    assert second["pause_seconds"] > 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_at_the_next_step_and_the_same_command_continues(
     shards: Path, tmp_path: Path, number: int
@@ -100,6 +108,14 @@ def test_a_run_that_is_done_already_says_so(shards: Path, tmp_path: Path, capsys
     assert main(settings(shards, run, "optim.steps=2")) == 0
     assert main(settings(shards, run, "optim.steps=1")) == 0
     assert "step 2 is done, and the run is to have 1; nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("piece", "said"), [(12, True), (24, False)])
+def test_a_run_says_that_batchnorm_sees_pieces(
+    piece: int, said: bool, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(settings(shards, tmp_path / "run", "optim.steps=1", f"run.micro_batch_size={piece}")) == 0
+    assert (f"BatchNorm has the statistics of pieces of {piece} images" in capsys.readouterr().out) == said
 
 
 def test_optimizer_settings_changed_on_resume_are_used_and_said(
@@ -205,6 +221,37 @@ def test_a_checkpoint_of_other_data_is_refused(
     assert main(settings(shards, run)) == 2
     assert "data set (fingerprint of data.shards)" in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["byol", "mocov2", "dino"])
+def test_a_teacher_begins_as_its_student_does_with_the_weights_that_are_given(
+    name: str, shards: Path, tmp_path: Path
+) -> None:
+    arguments = settings_of(name, shards, tmp_path / "run", f"run.init_from={tmp_path / 'encoder.pt'}")
+    config = load_config(None, arguments)
+    weights = Encoder(config.encoder).backbone.state_dict()
+    torch.save(weights, tmp_path / "encoder.pt")
+    method = build(config, World())
+    for encoder in (method.encoder, method.exported()):
+        assert all(torch.equal(value, weights[key]) for key, value in encoder.backbone.state_dict().items())
+    for teacher, student in method.teachers():
+        pairs = zip(teacher.state_dict().values(), student.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(("name", "setting"), [("simclr", "run.init_from={}"), ("distill", "method.weights={}")])
+def test_a_run_continues_without_the_file_that_it_began_with(
+    name: str, setting: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "encoder.pt"
+    arguments = [*settings_of(name, shards, tmp_path / "run", setting.format(file)), "optim.steps=1"]
+    config = load_config(None, arguments)
+    torch.save(Encoder(config.encoder).backbone.state_dict(), file)
+    assert main(arguments) == 0
+    file.unlink()
+    assert main([*arguments, "optim.steps=2"]) == 0
+    assert main([*arguments, f"run.dir={tmp_path / 'other'}"]) == 2
+    assert f"{setting.partition('=')[0]}: {file}: cannot be read" in capsys.readouterr().err
 
 
 def test_epochs_become_steps(shards: Path) -> None:

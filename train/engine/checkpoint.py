@@ -28,7 +28,7 @@ from train.config import Config, load_config, validate
 from train.engine.foreign import HARMLESS, encoder_weights
 from train.methods import build_method
 from train.model.encoder import Encoder
-from train.overrides import apply
+from train.overrides import apply, leaves
 from train.processes import fsdp
 from train.processes.distributed import World
 
@@ -204,10 +204,10 @@ _FIELD_NAMES = {
 
 
 def changed_settings(state: State, config: Config) -> list[str]:
-    """What the configuration says of the optimizer that the checkpoint's did not, each as "optim.x: old -> new"."""
-    before = validate(state["config"], "checkpoint").optim.model_dump()
-    after = config.optim.model_dump()
-    return [f"optim.{name}: {before[name]} -> {value}" for name, value in after.items() if before[name] != value]
+    """What the configuration says that the checkpoint's did not, each as "optim.x: old -> new"."""
+    configs = validate(state["config"], "checkpoint"), config
+    before, after = (dict(leaves(each.model_dump(mode="json"))) for each in configs)
+    return [f"{name}: {before.get(name)} -> {value}" for name, value in after.items() if before.get(name) != value]
 
 
 class Pretrained(NamedTuple):

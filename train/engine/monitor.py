@@ -1,10 +1,10 @@
 """What a run shows and records: progress bar, ``metrics.jsonl``, and what `train.engine.loggers` has.
 
 How to read the numbers: ``images_per_second`` counts source images over all processes since the previous line, in the
-time of training; ``pause_seconds`` is the time since that line that was not training (checkpoints, evaluation).
+time of training; ``pause_seconds`` is the time since that line that was not training (checkpoints, health, kNN).
 ``data_wait_percent`` is the share of training time in which the main process stood waiting for the loader: near 0 the
-accelerator is the limit, far from 0 the input pipeline is. The first record after a resume says ``resumed_at``; one of
-a collapsed run has ``collapse``, the name of the sign (`train.engine.health`).
+accelerator is the limit, far from 0 the input pipeline is. The first record after a resume says ``resumed_at``, 0 where
+there was no checkpoint yet; one of a collapsed run has ``collapse``, the name of the sign (`train.engine.health`).
 """
 
 import json
@@ -54,7 +54,8 @@ class Monitor:
         directory.mkdir(parents=True, exist_ok=True)
         self._file = _open_for_lines(directory / "metrics.jsonl")
         self._loggers = open_loggers(loggers, directory, start_step)
-        self._resumed_at: dict[str, float] = {"resumed_at": start_step} if start_step else {}
+        continues = start_step or self._file.tell()  # also one that was killed before its first checkpoint
+        self._resumed_at: dict[str, float] = {"resumed_at": start_step} if continues else {}
         self._progress = progress_bar(Console())
         self._console = self._progress.console
         self._progress.disable = not self._console.is_terminal

@@ -126,8 +126,8 @@ class Trained(OptimConfig, Protocol):
         tree["run"] |= {"global_batch_size": self.batch_size, "precision": run.run.precision, "batchnorm": over}
         return validate(tree, "evaluation")
 
-    def _begin(self, config: Config, encoder: Encoder, world: World) -> Beginning:
-        method: Any = build(config, world)
+    def _begin(self, config: Config, encoder: Encoder, world: World, anew: bool) -> Beginning:
+        method: Any = build(config, world, anew)
         method.encoder.load_state_dict(encoder.state_dict())
         if self.frozen:
             method.encoder.requires_grad_(False).eval()  # BatchNorm's averages stay as well

@@ -1,5 +1,6 @@
 """BatchNorm over the images of several processes, on GPUs by torch's own, on CPU processes by `GlooBatchNorm`."""
 
+from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,14 +18,17 @@ def synchronize_batchnorm(module: Network, world: World, over: str = "global") -
 
     ``over`` may also be "local" (the images of a process), "node" (those of a machine) or a number of processes of
     consecutive ranks. On GPUs the layers are `torch.nn.SyncBatchNorm`, which refuses CPU tensors; elsewhere
-    `GlooBatchNorm`. To be called on all ranks. Raises UserError where the groups would not be of equal size.
+    `GlooBatchNorm`. timm's layers that have an activation in them keep it. To be called on all ranks. Raises UserError
+    where the groups would not be of equal size.
     """
     size = world.group_size(over)
     if world.size == 1 or size == 1:
         return module
     group = world.subgroup(size, f"run.batchnorm={over}")
     if world.device.type == "cuda":
-        return cast(Network, nn.SyncBatchNorm.convert_sync_batchnorm(module, group))
+        from timm.layers.norm_act import convert_sync_batchnorm  # torch's own leaves activations out
+
+        return cast(Network, convert_sync_batchnorm(module, group))
     return cast(Network, _with_gloo_batchnorm(module, Neighbours(group)))
 
 
@@ -34,8 +38,9 @@ def _with_gloo_batchnorm(module: nn.Module, neighbours: Neighbours) -> nn.Module
             module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
         )
         layer.neighbours = neighbours
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            setattr(layer, name, tensor)  # the same ones, with their dtype, and frozen where they are
+        own = module.named_parameters(recurse=False), module.named_buffers(recurse=False), module.named_children()
+        for name, value in chain(*own):
+            setattr(layer, name, value)  # the same ones, with their dtype, and frozen where they are
         return layer.train(module.training)
     for name, child in module.named_children():
         setattr(module, name, _with_gloo_batchnorm(child, neighbours))
@@ -43,7 +48,8 @@ def _with_gloo_batchnorm(module: nn.Module, neighbours: Neighbours) -> nn.Module
 
 
 class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the batches of neighbours on CPU tensors (n, C, ...), with equally many values on each."""
+    """BatchNorm over the batches of neighbours on CPU tensors (n, C, ...), with equally many values on each; then what
+    timm's `BatchNormAct2d` has in it: a dropout and an activation."""
 
     neighbours: Neighbours
 
@@ -53,8 +59,12 @@ class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @torch.compiler.disable  # its messages are not to be traced
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().forward(x)
+        y = self._over_neighbours(x) if self.training else super().forward(x)
+        for child in self.children():
+            y = child(y)
+        return y
+
+    def _over_neighbours(self, x: torch.Tensor) -> torch.Tensor:
         y, mean, variance, count = _BatchNormFunction.apply(x, *self._scale(x), self.eps, self.neighbours)
         if self.num_batches_tracked is not None:
             self._track(mean, variance * (count / (count - 1)))

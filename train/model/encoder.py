@@ -157,10 +157,11 @@ def _without_dropping(model: nn.Module, paths: bool) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, Theirs) and paths:
             model.set_submodule(name, DropPath(module.drop_prob, name))
-        elif isinstance(module, nn.Dropout):
+        if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif hasattr(module, "drop_prob"):  # drop paths of their own
-            module.drop_prob = 0.0
+        for rate in ("drop_prob", "drop_rate"):  # of layers and models that draw themselves
+            if hasattr(module, rate):
+                setattr(module, rate, 0.0)
     return model
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sharding.manifest import open_shards
 from train.config import load_config
 from train.engine import checkpoint
 from train.engine.checkpoint import (
@@ -21,8 +22,10 @@ from train.engine.checkpoint import (
     load_latest,
     save,
 )
+from train.pretrain import main
 
-OLD = Path(__file__).parent / "data" / "checkpoint-of-version-0.pt"  # made at commit f50895e, without a seal
+# Made at commits f50895e, without a seal, and e85dde5
+KEPT = [Path(__file__).parent / "data" / f"checkpoint-of-version-{number}.pt" for number in (0, 1)]
 CONFIG = load_config(None, ["encoder.name=resnet18", "run.global_batch_size=64"])
 IDENTITY = identity_of(CONFIG, "fp")
 
@@ -87,19 +90,35 @@ def test_only_damaged_files_are_an_error(tmp_path: Path) -> None:
         load_latest(tmp_path)
 
 
-def test_a_checkpoint_of_the_first_version_is_read_and_continues(tmp_path: Path) -> None:
-    found = load(OLD)
-    assert found["step"] == 2
-    config = load_config(
-        None,
-        [
-            *("views.size=32", "views.kernel=5", "encoder.name=resnet18", "encoder.width=1", "method.hidden=4"),
-            *("method.out=4", "method.layers=2", "optim.name=sgd", "method.temperature=0.5"),
-            *("run.global_batch_size=24", f"run.dir={tmp_path}"),
-        ],
-    )
-    check_identity(found, identity_of(config, found["identity"]["data"]), OLD)
-    assert checkpoint.load_encoder(OLD)(torch.zeros(1, 3, 32, 32)).shape == (1, 8)
+def first_settings(run: Path) -> list[str]:
+    """Of the run that the kept files are of."""
+    return [
+        *("views.size=32", "views.kernel=5", "encoder.name=resnet18", "encoder.width=1", "method.hidden=4"),
+        *("method.out=4", "method.layers=2", "optim.name=sgd", "method.temperature=0.5"),
+        *("run.global_batch_size=24", f"run.dir={run}", "data.num_threads=1"),
+    ]
+
+
+def test_a_checkpoint_of_the_first_version_is_read() -> None:
+    assert checkpoint.load_encoder(KEPT[0])(torch.zeros(1, 3, 32, 32)).shape == (1, 8)
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_checkpoints_of_all_versions_continue(kept: Path, shards: Path, tmp_path: Path) -> None:
+    """By a step without gradient or rate, so that weights stay and momenta shrink by their factor."""
+    before = load(kept)
+    assert before["step"] == 2
+    before["identity"]["data"] = open_shards(shards).manifest.fingerprint
+    save(tmp_path, 2, before)
+    still = ["optim.steps=3", "optim.learning_rate=1e-30", "optim.clip_norm=1e-30"]
+    assert main([*first_settings(tmp_path), *still, f"data.shards={shards}"]) == 0
+    after = load(checkpoints(tmp_path)[-1])
+    assert after["step"] == 3
+    for name, value in before["method"].items():
+        assert torch.equal(after["method"][name], value) or "running" in name or "num_batches" in name
+    for number, values in before["optimizer"]["state"].items():
+        found = after["optimizer"]["state"][number]["momentum_buffer"]
+        torch.testing.assert_close(found, 0.9 * values["momentum_buffer"])
 
 
 def test_values_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
@@ -137,8 +156,13 @@ def test_a_field_that_the_checkpoint_does_not_know_has_its_default() -> None:
 
 
 def test_changed_settings_are_named() -> None:
-    changed = load_config(None, ["encoder.name=resnet18", "optim.weight_decay=0.5"])
-    assert checkpoint.changed_settings(state(1), changed) == ["optim.weight_decay: 1e-06 -> 0.5"]
+    given = ["encoder.name=resnet18", "run.global_batch_size=64", "optim.weight_decay=0.5", "run.batchnorm=local"]
+    changed = load_config(None, [*given, "run.micro_batch_size=8"])
+    assert checkpoint.changed_settings(state(1), changed) == [
+        "optim.weight_decay: 1e-06 -> 0.5",
+        "run.micro_batch_size: None -> 8",
+        "run.batchnorm: global -> local",
+    ]
 
 
 def test_a_write_that_fails_leaves_earlier_checkpoints(tmp_path: Path) -> None:
@@ -209,8 +233,8 @@ def test_weights_of_a_run_a_file_and_torchvision_to_begin_with(tmp_path: Path) -
     torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
     checkpoint.initialize(encoder, tmp_path / "resnet18.pth")
     assert torch.equal(encoder.backbone.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
-    checkpoint.initialize(small := Encoder(EncoderConfig(name="resnet18", width=1)), OLD)
-    expected = load(OLD)["method"]["encoder.backbone.conv1.weight"]
+    checkpoint.initialize(small := Encoder(EncoderConfig(name="resnet18", width=1)), KEPT[0])
+    expected = load(KEPT[0])["method"]["encoder.backbone.conv1.weight"]
     assert torch.equal(small.state_dict()["backbone.conv1.weight"], expected)
     with pytest.raises(CheckpointError, match=r"init_from: .*resnet18\.pth: backbone\.bn1\.bias: expected \(1,\)"):
         checkpoint.initialize(small, tmp_path / "resnet18.pth")

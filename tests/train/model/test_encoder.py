@@ -75,10 +75,13 @@ def test_image_size_has_position_embeddings_of_its_own() -> None:
     assert backbone.pos_embed.shape == (1, 1 + 4 * 4, 192)
 
 
-@pytest.mark.parametrize("name", ["timm:swin_tiny_patch4_window7_224", "timm:swinv2_cr_tiny_224"])
-def test_nothing_is_dropped(name: str) -> None:
-    """Left alone, the first drops paths and the second activations."""
-    encoder = Encoder(EncoderConfig(name=name, image_size=64)).train()
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("timm:swin_tiny_patch4_window7_224", 64), ("timm:swinv2_cr_tiny_224", 64), ("timm:ghostnet_050", None)],
+)
+def test_nothing_is_dropped(name: str, size: int | None) -> None:
+    """Left alone, the first drops paths, the second activations, and the third representations."""
+    encoder = Encoder(EncoderConfig(name=name, image_size=size)).train()
     before = torch.get_rng_state()
     encoder(torch.zeros(2, 3, 64, 64))
     assert torch.equal(torch.get_rng_state(), before)

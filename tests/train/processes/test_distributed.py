@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from sharding.command import UserError
@@ -22,10 +23,10 @@ def images() -> torch.Tensor:
 
 
 def network() -> nn.Sequential:
+    """With the layer of most of timm's networks, which has a ReLU in it."""
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 16), nn.BatchNorm1d(16)
-    )
+    convolutions = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), BatchNormAct2d(8)
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(288, 16), nn.BatchNorm1d(16))
 
 
 def contrastive_gradients(world: World) -> list[torch.Tensor]:
@@ -81,16 +82,19 @@ def test_ranks_that_disagree_all_say_who_and_on_what() -> None:
         assert message.startswith("the ranks disagree on method.temperature: rank 0 has 0.1, rank 1 has 0.9")
 
 
-def test_synchronized_batchnorm_evaluates_like_batchnorm() -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_synchronized_batchnorm_evaluates_like_batchnorm(device: str) -> None:
+    """For a GPU, too: torch's layers take CPU tensors in evaluation."""
     module = network().eval()
-    synchronized = synchronize_batchnorm(network(), World(size=2)).eval()
+    synchronized = synchronize_batchnorm(network(), World(size=2, device=torch.device(device))).eval()
+    assert synchronized.state_dict().keys() == module.state_dict().keys()
     x = images()[0]
     torch.testing.assert_close(synchronized(x), module(x))
 
 
 def unusual_batchnorms() -> list[nn.Module]:
     kinds = [{"momentum": None}, {"momentum": 0.0}, {"affine": False}, {"track_running_stats": False}]
-    return [nn.BatchNorm2d(3, **kind) for kind in kinds]  # type: ignore[arg-type]
+    return [*(nn.BatchNorm2d(3, **kind) for kind in kinds), BatchNormAct2d(3, act_layer=nn.PReLU)]  # type: ignore[arg-type]
 
 
 def outputs_and_statistics(world: World) -> list[list[torch.Tensor]]:
@@ -145,10 +149,10 @@ def test_batchnorm_of_a_group_of_ranks_is_that_of_one_process_with_their_images(
             torch.testing.assert_close(torch.cat([found[0] for found in members]), y.detach())
             torch.testing.assert_close(torch.cat([found[1] for found in members]), x.grad, rtol=1e-4, atol=1e-5)
             for found in members:
-                torch.testing.assert_close(found[-6:], [buffer.float() for buffer in module.buffers()])
+                torch.testing.assert_close(found[-9:], [buffer.float() for buffer in module.buffers()])
             gradients.append([p.grad for p in module.parameters() if p.grad is not None])
         expected = [torch.stack(of_groups).sum(0) / 4 for of_groups in zip(*gradients, strict=True)]
-        torch.testing.assert_close(ranks[0][2:-6], expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ranks[0][2:-9], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_groups_that_would_not_be_equal_are_refused() -> None:
