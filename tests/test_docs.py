@@ -35,7 +35,15 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(match[1], comments=True) for match in matches]
 
 
-COMMANDS = [pytest.param(words, id=" ".join(words)) for page in [*PAGES, *RECIPES] for words in commands(page)]
+def demo_commands() -> list[list[str]]:
+    """The words of what `make demo` runs."""
+    text = (ROOT / "Makefile").read_text().replace("\\\n", "")
+    lines = re.findall(r"^demo: \$\(INSTALLED\)\n((?:\t.*\n)+)", text, re.MULTILINE)[0].splitlines()
+    return [shlex.split(line.removeprefix("\t$(BIN)/")) for line in lines if "$(BIN)" in line]
+
+
+WORDS = [*(words for page in [*PAGES, *RECIPES] for words in commands(page)), *demo_commands()]
+COMMANDS = [pytest.param(words, id=" ".join(words)) for words in WORDS]
 
 
 def public_members(name: str) -> Iterator[tuple[str, Any]]:
@@ -101,8 +109,9 @@ def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_commands_are_found() -> None:
-    found = [" ".join(param.values[0]) for param in COMMANDS]  # type: ignore[arg-type]
+    found = [" ".join(words) for words in WORDS]
     assert "make demo" in found
+    assert "python -m sharding.build --dataset demo --split train test --out data/demo" in found  # in the Makefile
     assert "python -m sharding.build --out /data/shards" in found
     assert any(" optim.epochs=200 method.temperature=0.2 " in command for command in found)  # continued on a line
     assert any("--image-column img" in command for command in found)  # in the comments of a recipe
