@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from sharding.arguments import Parser
-from sharding.command import command
+from sharding.command import Parser, command
 from sharding.encode import Policy, encode
 from sharding.engine import Engine, in_process, processes
 from sharding.manifest import INDEX_FILE, MANIFEST_COPY, MANIFEST_FILE, Index, Manifest, ShardError, check_index
@@ -161,7 +160,7 @@ def _check_dali_index(expected: Expectation, number: int) -> list[Problem]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser("sharding.verify", __doc__)
+    parser = Parser("python -m sharding.verify", __doc__)
     add = parser.add_argument
     add("shards", help="directory or fsspec URL")
     add("--decode", action="store_true", help="check every image as well")

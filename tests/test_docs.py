@@ -16,6 +16,7 @@ import datasets
 import pytest
 import torch.distributed.run
 
+from sharding.command import Parser
 from sharding.demo import load_demo
 from train.config import load_config
 
@@ -79,6 +80,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespa
     original = argparse.ArgumentParser.parse_args
 
     def stop(*arguments: Any) -> None:
+        assert isinstance(arguments[0], Parser), "all commands say what is wrong with their arguments alike"
         raise ParsedError(original(*arguments))
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
