@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import fsspec
 import xxhash
@@ -129,12 +129,10 @@ class Directory:
         if not self.is_local:
             yield
             return
-        path = self._staging() / "lock"
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self}: another build is writing here; wait for it or stop it") from None
+        file = locked(self._staging() / "lock", wait=False)
+        if not file:
+            raise UserError(f"{self}: another build is writing here; wait for it or stop it")
+        with file:
             for leftover in self._staging().glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             yield
@@ -155,6 +153,16 @@ class Directory:
     def _resolved(self) -> tuple[fsspec.AbstractFileSystem, str]:
         fs, root = fsspec.core.url_to_fs(self.url)
         return fs, root.rstrip("/")
+
+
+def locked(path: Path, wait: bool = True) -> Any:
+    """A file that is locked until it is closed, here and in processes that inherit it; None if that had to wait."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return file.close()
+    return file
 
 
 def checksum(file: BinaryIO) -> str:
