@@ -128,6 +128,21 @@ def test_files_exist() -> None:
                 assert (ROOT / path).exists() or path.rpartition("/")[2] in ("mine.py", "test_mine.py"), (page, path)
 
 
+def test_the_layout_names_every_file() -> None:
+    """But for those that it tells of by their folder, and the twins for GPUs."""
+    layout = (ROOT / "docs/design.md").read_text().split("\n## Layout\n")[1].split("\n## ")[0]
+    folders, names = {"sharding", "dali", "evaluate", "losses", "methods", "peers"}, set(re.findall(r"\w+", layout))
+    for package in ("sharding", "pipeline", "train", "benchmarks"):
+        for path in (ROOT / package).rglob("*.py"):
+            known = path.stem.removesuffix("_gpu") in names or path.stem.startswith("__")
+            assert known or path.parent.name in folders, f"docs/design.md: Layout lacks {path.relative_to(ROOT)}"
+
+
+def test_the_first_page_leads_to_every_other() -> None:
+    linked = set(re.findall(r"\((\S+\.md)\)", (ROOT / "docs/index.md").read_text()))
+    assert linked == {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+
+
 def test_modules_of_commands_within_sentences_exist() -> None:
     for page in [*PAGES, *RECIPES]:
         for module in re.findall(r"python -m ([\w.]+)", page.read_text() if page.name != "log.md" else ""):
