@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from benchmarks.generated import generated_shards
 from benchmarks.report import show
@@ -27,6 +26,7 @@ from pipeline.order import Sequential
 from pipeline.views import PRESETS, ViewSpec, flatten, in_levels, parse, preset
 from sharding.command import Parser, UserError, command
 from sharding.manifest import ShardSet, open_shards
+from sharding.progress import steps
 
 OPERATION_TOLERANCE = 0.5  # mean absolute difference in levels of all images; those of chains are the canary's
 _BATCH_SIZE = 4  # images, each with the views of all cases
@@ -105,8 +105,7 @@ def measure(shards: ShardSet, backends: Sequence[str], num_images: int) -> dict[
     results: dict[Case, dict[str, Difference]] = {case: {} for case in CASES}
     with ExitStack() as stack:
         loaders = [stack.enter_context(_loader(shards, order, name)) for name in (*backends, "torchvision")]
-        batches = track(zip(*loaders, strict=True), "comparing", total=order.num_steps, transient=True)
-        for *others, reference in batches:
+        for *others, reference in steps(zip(*loaders, strict=True), "comparing", order.num_steps):
             for name, batch in zip(backends, others, strict=True):
                 start = 0
                 for case, differences in results.items():
