@@ -37,13 +37,13 @@ class Layout:
     seed: int = 0
 
 
-def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, and `specs` (one a split), `layout` and `policy` made of them."""
+def parse(description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, and ``specs`` (one a split), ``layout`` and ``policy`` made of them."""
     parser = Parser("python -m sharding.build", description)
     _add_source(parser)
     _add_output(parser)
     _add_run(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     for name, low, high in _RANGES:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:

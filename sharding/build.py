@@ -52,10 +52,10 @@ def build(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Build, or finish building, the shards of one data set in `out`.
+    """Build, or finish building, the shards of one data set in ``out``.
 
     Raises UserError when the data cannot be opened, for foreign files, changed options or data, a different build at
-    work, or more than `max_quarantine` (a fraction) refused images.
+    work, or more than ``max_quarantine`` (a fraction) refused images.
     """
     options = {"source": asdict(spec), "policy": asdict(policy), "layout": asdict(layout)}
     if (manifest := _check_out(out, options)) is None:
@@ -218,8 +218,8 @@ def _explain(error: Exception, out: Directory) -> str:
 
 
 @command("sharding.build")
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(__doc__, argv)
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(__doc__, arguments)
     for spec in args.specs:
         out = Directory.at(args.out if len(args.specs) == 1 else f"{args.out}/{spec.split}")
         print(_dry_run(spec, out, args) if args.dry_run else _run(spec, out, args))

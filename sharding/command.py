@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-Main = Callable[..., int]  # of (argv), by default that of the process
+Main = Callable[..., int]  # of (arguments), by default those of the process
 
 
 class UserError(ValueError):
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(name: str) -> Callable[[Main], Main]:
-    """Makes a ``main(argv) -> exit code`` end properly.
+    """Makes a ``main(arguments) -> exit code`` end properly.
 
     A `UserError` or an OSError (a full disk, a missing file) is printed as one line and is exit code 2, Ctrl-C is exit
     code 130; everything else is a fault of this program and keeps its traceback.

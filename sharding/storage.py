@@ -23,7 +23,7 @@ STATE = ".build"  # everything unfinished lives below this name; it is gone from
 
 @dataclass(frozen=True)
 class Directory:
-    """`url` is a local path or an fsspec URL (`s3://bucket/shards`); names are relative, with `/`."""
+    """``url`` is a local path or an fsspec URL (``s3://bucket/shards``); names are relative, with ``/``."""
 
     url: str
 
@@ -43,7 +43,7 @@ class Directory:
         return isinstance(self.fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
-        """Path of `name` as the file system wants it (for a local directory: absolute)."""
+        """Path of ``name`` as the file system wants it (for a local directory: absolute)."""
         root = self._resolved()[1]
         return f"{root}/{name}" if name else root
 
@@ -98,7 +98,7 @@ class Directory:
 
     @contextlib.contextmanager
     def publish(self, name: str) -> Iterator[Path]:
-        """Yield a local path to write. When the block ends without an error the file appears as `name`:
+        """Yield a local path to write. When the block ends without an error the file appears as ``name``:
         renamed after an fsync on a local disk, in one upload elsewhere (object stores show whole objects).
         """
         with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=self._staging() if self.is_local else None) as staging:
@@ -171,7 +171,7 @@ def checksum(file: BinaryIO) -> str:
 
 
 def rename_durably(old: Path, new: Path) -> None:
-    """`new` is `old`'s content, on the disk, or as it was before."""
+    """``new`` is ``old``'s content, on the disk, or as it was before."""
     _fsync(old)
     new.parent.mkdir(parents=True, exist_ok=True)
     old.replace(new)

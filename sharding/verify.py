@@ -94,7 +94,7 @@ def _check_manifest(out: Directory, manifest: Manifest, sizes: dict[str, int]) -
     known = {shard.path for shard in manifest.shards}
     for name in sizes:
         if name.startswith("lane-") and name.endswith(".tar") and name not in known:
-            yield Problem(name, "is not in the manifest")  # readers of `lane-*/*.tar` would take it for data
+            yield Problem(name, "is not in the manifest")  # readers of ``lane-*/*.tar`` would take it for data
 
 
 def _check_index(out: Directory, manifest: Manifest, sizes: dict[str, int]) -> list[Problem]:
@@ -159,7 +159,7 @@ def _check_dali_index(expected: Expectation, number: int) -> list[Problem]:
     return []
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("python -m sharding.verify", __doc__)
     add = parser.add_argument
     add("shards", help="directory or fsspec URL")
@@ -168,12 +168,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dataset", help="where the source is now, for --repair (default: where it was)")
     add("--cache", type=Path, help="as of sharding.build")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
-    return parser.parse_args(argv)
+    return parser.parse_args(arguments)
 
 
 @command("sharding.verify")
-def main(argv: Sequence[str] | None = None) -> int:
-    args = _parse(argv)
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parse(arguments)
     out = Directory.at(args.shards)
     engine = processes(args.workers)
     problems = verify(out, decode=args.decode, engine=engine, progress=True)
