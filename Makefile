@@ -14,8 +14,19 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+# On a laptop's cores one thread a process, unless OMP_NUM_THREADS says otherwise. Ctrl-C reaches the command at work,
+# which make waits for; a shell in between might not, so there is none.
+demo: export OMP_NUM_THREADS ?= 1
+demo: NUM_PROCESSES = $(shell $(BIN)/python -c 'import torch; print(min(2, torch.cuda.device_count() or 2))')
 demo: $(INSTALLED)
-	$(BIN)/python -m train.demo
+	$(BIN)/python -m sharding.build --dataset demo --split train test --out data/demo
+	$(BIN)/torchrun --standalone --nproc_per_node=$(NUM_PROCESSES) -m train.pretrain --config configs/demo.yaml \
+		data.shards=data/demo/train run.dir=runs/demo
+	$(BIN)/python -m train.evaluate --checkpoint runs/demo --test data/demo/test --protocol knn linear --untrained
+	$(BIN)/python -m train.report runs/demo
+	@echo 'The table above: percent of the test images; chance is 10.'
+	@echo 'Look at runs/demo/report.html: curves, health, what the encoder saw.'
+	@echo 'TensorBoard: tensorboard --logdir runs/demo/tensorboard'
 
 test: lint types docs unit
 

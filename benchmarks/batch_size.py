@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.report import save, show
-from sharding.command import UserError, command
+from sharding.command import Parser, UserError, command
 from train.config import load_config
 from train.engine.automatic import environment
 from train.engine.monitor import read_metrics
@@ -115,8 +115,8 @@ def _draw(path: Path, best: Mapping[int, Reached], noise: float, least: float) -
     print(f"chart: {path}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.batch_size", description="Steps to a target by batch.")
+def _parser() -> Parser:
+    parser = Parser("python -m benchmarks.batch_size", "Steps to a target by batch.")
     add = parser.add_argument
     add(
         "--config",

@@ -33,7 +33,7 @@ from benchmarks.report import show
 from pipeline.loader import Batch
 from pipeline.reading.reader import Reader
 from pipeline.views import preset
-from sharding.command import UserError, command
+from sharding.command import Parser, UserError, command
 from sharding.manifest import ShardSet, open_shards
 from sharding.progress import steps
 from train.config import Config, load_config
@@ -149,8 +149,8 @@ def _cells(method: str, protocol: str, seeds: Sequence[int], rows: dict[Cell, di
     return [f"{method}, {protocol}", *cells, f"{found('ours', 'untrained').mean:.1f}"]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.beside_lightly", description="Train beside lightly.")
+def _parser() -> Parser:
+    parser = Parser("python -m benchmarks.beside_lightly", "Train beside lightly.")
     add = parser.add_argument
     add("--data", type=Path, default=Path("data/cifar10-narrow"), help="shards: train/ and test/")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)}")

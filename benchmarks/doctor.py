@@ -36,7 +36,7 @@ from pipeline.loader import Loader
 from pipeline.reading.reader import Reader
 from pipeline.stats import thread_shares
 from pipeline.views import flatten
-from sharding.command import UserError, command
+from sharding.command import Parser, UserError, command
 from sharding.manifest import ShardSet, open_shards
 from train.config import Config, load_config
 from train.engine import automatic
@@ -378,10 +378,8 @@ def apply(options: argparse.Namespace, best: Variant, as_it_is: Variant) -> None
     print(f"{options.apply}: {best.name}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.doctor", description="Say what bounds a run, what would lift it, and try it."
-    )
+def _parser() -> Parser:
+    parser = Parser("python -m benchmarks.doctor", "Say what bounds a run, what would lift it, and try it.")
     parser.add_argument("--apply", type=Path, metavar="FILE", help="write the configuration with the best settings")
     cold = "drop the shards from the page cache before each turn (default: if they are larger than the memory)"
     parser.add_argument("--cold", action="store_true", help=cold)

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.report import show
 from sharding.build import main as build_shards
-from sharding.command import UserError, command
+from sharding.command import Parser, UserError, command
 from train.engine.automatic import environment
 from train.engine.monitor import read_metrics
 from train.methods import METHODS
@@ -89,8 +89,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [row["method"], str(row["seed"]), *accuracies, *(f"{row[name]:.3g}" for name in _COLUMNS[2:])]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description="Train and evaluate methods.")
+def _parser() -> Parser:
+    parser = Parser("python -m benchmarks.methods", "Train and evaluate methods.")
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="train/ and test/; made where missing")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

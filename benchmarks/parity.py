@@ -6,7 +6,6 @@ The reference is the `torchvision` backend, with the same parameters on the same
 crop; chains are whole presets. Exit code 1: over tolerance.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from benchmarks.generated import generated_shards
 from benchmarks.report import show
@@ -26,8 +24,9 @@ from pipeline.canary import CHAIN_TOLERANCE, WORST_IMAGE_TOLERANCE
 from pipeline.loader import Loader
 from pipeline.order import Sequential
 from pipeline.views import PRESETS, ViewSpec, flatten, in_levels, parse, preset
-from sharding.command import UserError, command
+from sharding.command import Parser, UserError, command
 from sharding.manifest import ShardSet, open_shards
+from sharding.progress import steps
 
 OPERATION_TOLERANCE = 0.5  # mean absolute difference in levels of all images; those of chains are the canary's
 _BATCH_SIZE = 4  # images, each with the views of all cases
@@ -106,8 +105,7 @@ def measure(shards: ShardSet, backends: Sequence[str], num_images: int) -> dict[
     results: dict[Case, dict[str, Difference]] = {case: {} for case in CASES}
     with ExitStack() as stack:
         loaders = [stack.enter_context(_loader(shards, order, name)) for name in (*backends, "torchvision")]
-        batches = track(zip(*loaders, strict=True), "comparing", total=order.num_steps, transient=True)
-        for *others, reference in batches:
+        for *others, reference in steps(zip(*loaders, strict=True), "comparing", order.num_steps):
             for name, batch in zip(backends, others, strict=True):
                 start = 0
                 for case, differences in results.items():
@@ -156,10 +154,8 @@ def _report(results: Mapping[Case, Mapping[str, Difference]], backends: Sequence
     return int(failed)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.parity", description="Compare the backends' views with torchvision's."
-    )
+def _parser() -> Parser:
+    parser = Parser("python -m benchmarks.parity", "Compare the backends' views with torchvision's.")
     parser.add_argument("--shards", help="directory made by sharding.build (default: generated images)")
     parser.add_argument("--images", type=int, default=32, help="how many, spread over the data (default: 32)")
     parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=["cpu", "dali"])

@@ -13,7 +13,6 @@ caches cost. From there to the whole step: the slowest rank, for which the other
 gradients', each measured by leaving it out; and messages of the same number and sizes, sent when nothing else is done.
 """
 
-import argparse
 import json
 import operator
 import os
@@ -32,7 +31,7 @@ from benchmarks.predict import Link, predict
 from benchmarks.rank import MESSAGES
 from benchmarks.report import chart, save, show
 from benchmarks.stages import add_arguments, parse, read_config
-from sharding.command import UserError, command
+from sharding.command import Parser, UserError, command
 from sharding.manifest import Manifest
 from train.config import Config
 from train.engine.automatic import environment, num_threads
@@ -129,10 +128,8 @@ def _show_stages(name: str, turn: Mapping[str, Rate], single: Mapping[str, Rate]
     show(f"{name}: ms a step", ["", "± 95 %"], ([label, str(rate)] for label, rate in rows.items()))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling", description="Measure how loader, train step and both scale over processes."
-    )
+def _parser() -> Parser:
+    parser = Parser("python -m benchmarks.scaling", "Measure how loader, train step and both scale over processes.")
     sizes = [size for size in (1, 2, 4, 8) if size <= (torch.cuda.device_count() or num_threads(0))]
     parser.add_argument("--world-sizes", nargs="+", type=int, default=sizes, help="default: those that fit, of 1 2 4 8")
     parser.add_argument("--predict", action="store_true", help="also predict 8 to 4096 GPUs by a model, and check it")

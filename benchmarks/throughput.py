@@ -29,7 +29,7 @@ from benchmarks.report import chart, save, show
 from benchmarks.stages import Training, add_arguments, device, finish, load, open_loader, parse, read_config
 from pipeline.backends import BACKENDS
 from pipeline.views import flatten
-from sharding.command import UserError, command
+from sharding.command import Parser, UserError, command
 from sharding.manifest import ShardSet, open_shards
 from train.config import Config
 from train.engine import automatic
@@ -162,10 +162,8 @@ def _measure_run(options: argparse.Namespace, config: Config, shards: ShardSet) 
     return results
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput", description="Compare loaders, interleaved, on equal work; time a run."
-    )
+def _parser() -> Parser:
+    parser = Parser("python -m benchmarks.throughput", "Compare loaders, interleaved, on equal work; time a run.")
     add = parser.add_argument
     add("--backends", nargs="*", choices=list(BACKENDS), default=["cpu", "dali", "torchvision"], help="of ours")
     add("--peers", nargs="*", choices=[*PEERS, "all"], default=["all"], help="other loaders (default: all installed)")

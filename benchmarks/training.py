@@ -21,7 +21,7 @@ from benchmarks.peers.steps import PlainStep, lightly
 from benchmarks.report import save, show
 from benchmarks.stages import NUM_CACHED, Training, add_arguments, device, finish, parse, read_config
 from pipeline.loader import Batch
-from sharding.command import UserError, command
+from sharding.command import Parser, UserError, command
 from sharding.manifest import open_shards
 from train.config import Config
 from train.engine.automatic import environment
@@ -31,9 +31,7 @@ from train.processes.distributed import World
 
 @command("benchmarks.training")
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training", description="Measure the train step beside the same work in a plain loop."
-    )
+    parser = Parser("python -m benchmarks.training", "Measure the train step beside the same work in a plain loop.")
     add_arguments(parser, rounds=5, seconds=3)
     options, start = parse(parser, arguments), environment()
     with ExitStack() as stack:

@@ -31,10 +31,6 @@ _SAMPLES_AT_START = 16
 _SAMPLES_LATER = 4
 
 
-class CanaryError(UserError):
-    """A backend's views of a batch are not those of `cpu`; no update was made with them."""
-
-
 def build(context: BackendContext) -> Backend:
     """What ``auto`` stands for: `cpu`, or on a GPU `dali`, watched."""
     if context.device.type == "cpu":
@@ -47,7 +43,7 @@ class WatchedBackend:
 
     Before its first batch the first samples of it are compared; if they differ, or the candidate fails in any way, a
     warning says so and `cpu` makes all batches. Later a few samples, spread over the batch, are compared in each step
-    that ``canary_every`` divides; a difference there is a `CanaryError`, because batches since the last comparison may
+    that ``canary_every`` divides; a difference there is a `UserError`, because batches since the last comparison may
     have been wrong as well. A driver that hangs is not noticed.
     """
 
@@ -114,7 +110,7 @@ class WatchedBackend:
         except DamagedSampleError as error:
             problem = f"took for images what cpu cannot decode: {error}"
         if problem:
-            raise CanaryError(
+            raise UserError(
                 f"step {plan.step}: {self._name} {problem}. No update was made with this batch, but those of up to "
                 f"{self._context.canary_every} steps before it were not compared: continue from a checkpoint of before "
                 "them, with data.backend=cpu, or after updating the GPU's driver; data.canary_every=0 compares no more"

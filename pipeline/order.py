@@ -86,6 +86,7 @@ class Shuffled:
     """
 
     fate: ClassVar[str] = "replaced"
+    num_steps: ClassVar[None] = None  # there is no end
 
     shard_sizes: tuple[tuple[int, ...], ...]
     seed: int
@@ -113,11 +114,6 @@ class Shuffled:
     def num_samples(self) -> int:
         """Samples of a pass."""
         return len(self.shard_sizes) * self.samples_per_lane
-
-    @property
-    def num_steps(self) -> None:
-        """None: there is no end."""
-        return None
 
     def without(self, ids: Ids, epochs: Ids, undecodable: Collection[int]) -> tuple[Ids, Ids]:
         """Each undecodable id exchanged for one of its lane drawn by (seed, epoch, id, attempt)."""

@@ -22,7 +22,7 @@ from pipeline.plan import BatchPlan, ViewPlan
 from pipeline.reading.cache import CacheOptions
 from pipeline.reading.reader import Reader
 from pipeline.views import PRESETS, ViewSpec, in_levels, parse, preset
-from sharding.command import UserError, command
+from sharding.command import Parser, UserError, command
 from sharding.manifest import ShardSet, open_shards
 from sharding.planes import open_image
 
@@ -168,8 +168,8 @@ def _draw_original(axes: "Axes", reader: Reader, plan: BatchPlan, row: int) -> N
     axes.set_title(f"{sample}: {names[label] if 0 <= label < len(names) else label}"[:28], fontsize=6)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.preview", description="Draw images and their views.")
+def _parser() -> Parser:
+    parser = Parser("python -m pipeline.preview", "Draw images and their views.")
     parser.add_argument("--shards", required=True, help="directory or URL made by sharding.build")
     parser.add_argument("--out", type=Path, default=Path("views.png"), help="picture to write (default: views.png)")
     parser.add_argument(

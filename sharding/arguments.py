@@ -5,8 +5,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
+from sharding.command import Parser
 from sharding.encode import Policy
 from sharding.source import SourceSpec
 
@@ -36,24 +37,13 @@ class Layout:
     seed: int = 0
 
 
-class Parser(argparse.ArgumentParser):
-    """Of the command `python -m name`. Says what is wrong in one line; `--help` has the rest."""
-
-    def __init__(self, name: str, description: str | None) -> None:
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=f"python -m {name}", description=description, formatter_class=form)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
-
-
-def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, and `specs` (one a split), `layout` and `policy` made of them."""
-    parser = Parser("sharding.build", description)
+def parse(description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, and ``specs`` (one a split), ``layout`` and ``policy`` made of them."""
+    parser = Parser("python -m sharding.build", description)
     _add_source(parser)
     _add_output(parser)
     _add_run(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     for name, low, high in _RANGES:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:

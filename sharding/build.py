@@ -41,10 +41,6 @@ _PROCESS_BYTES = 104e6  # anonymous memory, measured
 _ROW_BYTES = 93  # of the main process while it assembles the index, measured at 14 million rows
 
 
-class BuildError(UserError):
-    """The build cannot start or go on; the message says what to do."""
-
-
 def build(
     spec: SourceSpec,
     out: Directory,
@@ -56,10 +52,10 @@ def build(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Build, or finish building, the shards of one data set in `out`.
+    """Build, or finish building, the shards of one data set in ``out``.
 
-    Raises SourceError when the data cannot be opened, and BuildError for foreign files, changed options or data, a
-    different build at work, or more than `max_quarantine` (a fraction) refused images.
+    Raises UserError when the data cannot be opened, for foreign files, changed options or data, a different build at
+    work, or more than ``max_quarantine`` (a fraction) refused images.
     """
     options = {"source": asdict(spec), "policy": asdict(policy), "layout": asdict(layout)}
     if (manifest := _check_out(out, options)) is None:
@@ -82,10 +78,10 @@ def build(
 def _check_out(out: Directory, options: dict[str, dict[str, Any]]) -> Manifest | None:
     """The manifest when these very shards are built already; refuses an output made of anything else."""
     if out.is_local and out.local_path().is_file():
-        raise BuildError(f"{out}: is a file; --out is a directory")
+        raise UserError(f"{out}: is a file; --out is a directory")
     sizes = out.sizes()
     if foreign := sorted(name for name in sizes if not _OURS.match(name)):
-        raise BuildError(f"{out}: holds files of others, such as {foreign[0]!r}; choose an empty --out")
+        raise UserError(f"{out}: holds files of others, such as {foreign[0]!r}; choose an empty --out")
     if MANIFEST_FILE in sizes or (MANIFEST_COPY in sizes and OPTIONS_FILE not in sizes):
         manifest = Manifest.load(out)
         before = {"source": manifest.source, "policy": manifest.policy, "layout": manifest.layout}
@@ -94,7 +90,7 @@ def _check_out(out: Directory, options: dict[str, dict[str, Any]]) -> Manifest |
     if OPTIONS_FILE in sizes:
         _refuse_changes(out, json.loads(out.read(OPTIONS_FILE)), options)
     elif any(not name.startswith(STATE) for name in sizes):
-        raise BuildError(
+        raise UserError(
             f"{out}: holds shards without a manifest or a build to continue; "
             "the same command with an empty --out makes the same files again, its manifest.json among them"
         )
@@ -106,7 +102,7 @@ def _refuse_changes(out: Directory, before: dict[str, Any], now: dict[str, dict[
         for name, value in values.items():
             if (old := before[group].get(name)) != value:
                 what = f"data whose {name} is" if group == "data" else f"--{name.replace('_', '-')}"
-                raise BuildError(
+                raise UserError(
                     f"{out}: was started with {what} {old}, now it is {value}; "
                     "repeat the first command on the same data, or choose another --out"
                 )
@@ -116,7 +112,7 @@ def _start_or_continue(context: BuildContext, layout: Layout, options: dict[str,
     """Note down options and data, or see that they are those of the first run. Returns the samples per shard."""
     source, out = context.source, context.out
     if len(source) < layout.lanes:
-        raise BuildError(f"{len(source)} images cannot fill {layout.lanes} equal lanes: choose a smaller --lanes")
+        raise UserError(f"{len(source)} images cannot fill {layout.lanes} equal lanes: choose a smaller --lanes")
     mean_bytes, digest = source.probe()
     samples_per_shard = _samples_per_shard(source, context.policy, layout, mean_bytes)
     data = {
@@ -187,14 +183,14 @@ def _check_yield(
     if num_quarantined > limit:
         first = next(q for record in records for q in record.quarantined)
         write_quarantine(out, records)
-        raise BuildError(
+        raise UserError(
             f"{num_quarantined} of {num_rows} images cannot be used, more than the {limit:.0f} that --max-quarantine "
             f"allows. Reasons so far are in {out}/{QUARANTINE_FILE}; the first is {first['key']}: {first['reason']}. "
             "If they may be left out, run again with a larger --max-quarantine"
         )
     if (num_samples := num_rows - num_quarantined) < num_lanes:
         write_quarantine(out, records)
-        raise BuildError(
+        raise UserError(
             f"only {num_samples} of {num_rows} images can be used, fewer than --lanes; "
             f"the reasons are in {out}/{QUARANTINE_FILE}"
         )
@@ -222,8 +218,8 @@ def _explain(error: Exception, out: Directory) -> str:
 
 
 @command("sharding.build")
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(__doc__, argv)
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(__doc__, arguments)
     for spec in args.specs:
         out = Directory.at(args.out if len(args.specs) == 1 else f"{args.out}/{spec.split}")
         print(_dry_run(spec, out, args) if args.dry_run else _run(spec, out, args))

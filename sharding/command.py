@@ -1,21 +1,32 @@
 """One way for all commands to end: an error that the user can act on is one line, an error of ours is a traceback."""
 
+import argparse
 import functools
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
-Main = Callable[..., int]  # of (argv), by default that of the process
+Main = Callable[..., int]  # of (arguments), by default those of the process
 
 
 class UserError(ValueError):
     """Something that the user can put right; the message says where, what was expected, what was found, what to do."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Of a command. Says what is wrong in one line; ``--help`` has the rest, with the description's own lines."""
+
+    def __init__(self, prog: str, description: str | None, epilog: str | None = None) -> None:
+        super().__init__(prog, None, description, epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
 def command(name: str) -> Callable[[Main], Main]:
-    """Makes a ``main(argv) -> exit code`` end properly.
+    """Makes a ``main(arguments) -> exit code`` end properly.
 
     A `UserError` or an OSError (a full disk, a missing file) is printed as one line and is exit code 2, Ctrl-C is exit
     code 130; everything else is a fault of this program and keeps its traceback.

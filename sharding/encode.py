@@ -25,7 +25,7 @@ _RARE_SAMPLING = "Could not determine subsampling level"  # of TurboJPEG; libjpe
 
 
 class BadImageError(ValueError):
-    """The image cannot be used; the message is the reason that `quarantine.jsonl` gives."""
+    """The image cannot be used; the message is the reason that ``quarantine.jsonl`` gives."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Encoded:
-    """`height` and `width` as decoded; `change` is "" when the bytes are the source's own."""
+    """``height`` and ``width`` as decoded; ``change`` is "" when the bytes are the source's own."""
 
     data: bytes
     height: int
@@ -55,7 +55,7 @@ class Encoded:
 def encode(data: bytes, policy: Policy) -> Encoded:
     """Check one image fully and bring it into the form that the shards promise.
 
-    Raises BadImageError: empty, not an image, truncated, damaged, or larger than `policy.max_pixels`.
+    Raises BadImageError: empty, not an image, truncated, damaged, or larger than ``policy.max_pixels``.
     """
     if not data:
         raise BadImageError("empty: 0 bytes")
@@ -114,7 +114,7 @@ def _complaint(data: bytes) -> str:
 
 
 def _decode(data: bytes, header: JpegHeader) -> NDArray[np.uint8]:
-    """`(H, W, 3)`, or `(H, W)` of a grey image."""
+    """``(H, W, 3)``, or ``(H, W)`` of a grey image."""
     if header.num_components == 1:
         return simplejpeg.decode_jpeg(data, "GRAY")[..., 0]
     return simplejpeg.decode_jpeg(data)
@@ -169,7 +169,7 @@ def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
 
 
 def _reencode(pixels: NDArray[np.uint8], policy: Policy, change: str) -> Encoded:
-    """Encode `(H, W)` or `(H, W, 3)` pixels, made smaller first when the policy asks for it."""
+    """Encode ``(H, W)`` or ``(H, W, 3)`` pixels, made smaller first when the policy asks for it."""
     quality, subsampling = policy.convert_quality, "444"
     if policy.short_side is not None:
         quality, subsampling = policy.quality, "420"

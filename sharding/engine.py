@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 class Engine(Protocol):
-    """Calls `task(shared, item)` for every item. The first exception of a task ends the iteration."""
+    """Calls ``task(shared, item)`` for every item. The first exception of a task ends the iteration."""
 
     def __call__(self, task: Callable[[S, T], R], shared: S, items: Iterable[T], /) -> Iterator[R]: ...
 
@@ -31,7 +31,7 @@ def in_process(task: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iter
 
 
 def processes(num_workers: int) -> Engine:
-    """Worker processes (here, for one); `shared` is sent to each once, and at most two items a worker are in flight.
+    """Worker processes (here, for one); ``shared`` is sent to each once, and at most two items a worker are in flight.
 
     Workers end when the caller does, however it ends: an exception, Ctrl-C, or kill -9.
     """

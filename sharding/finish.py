@@ -54,7 +54,7 @@ def finish(
     source: dict[str, Any],
     layout: dict[str, Any],
 ) -> Manifest:
-    """Write everything that describes the shards, the manifest last. `records` in the order of the plan."""
+    """Write everything that describes the shards, the manifest last. ``records`` in the order of the plan."""
     shards, surplus = level_lanes(context, records, samples_per_shard, engine)
     shards.sort(key=lambda record: (record.shard.lane, record.shard.path))
     write_quarantine(context.out, records)

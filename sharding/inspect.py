@@ -13,8 +13,7 @@ from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
 from rich.table import Table
 
-from sharding.arguments import Parser
-from sharding.command import command
+from sharding.command import Parser, command
 from sharding.manifest import ShardSet, open_shards
 from sharding.planes import open_image
 
@@ -73,11 +72,11 @@ def _class_name(shards: ShardSet, sample: int) -> str:
 
 
 @command("sharding.inspect")
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser("sharding.inspect", __doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser("python -m sharding.inspect", __doc__)
     parser.add_argument("shards", help="directory or fsspec URL")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the picture (default: here)")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     shards = open_shards(args.shards)
     args.out.mkdir(parents=True, exist_ok=True)
     save_contact_sheet(shards, args.out / "contact-sheet.png")

@@ -28,7 +28,7 @@ class JpegError(ValueError):
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """Pixels are as stored: orientation is not applied to `height` and `width`."""
+    """Pixels are as stored: orientation is not applied to ``height`` and ``width``."""
 
     frame: int  # SOFn marker code
     precision: int  # bits a sample

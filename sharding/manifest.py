@@ -1,4 +1,4 @@
-"""What a finished shard directory holds: `manifest.json`, and `index.arrow` with one row a sample.
+"""What a finished shard directory holds: ``manifest.json``, and ``index.arrow`` with one row a sample.
 
 The manifest is written last, so a directory that has one is complete.
 """
@@ -66,7 +66,7 @@ class IndexFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`num_read == num_samples + num_quarantined + num_surplus`; lanes are exactly equal."""
+    """``num_read == num_samples + num_quarantined + num_surplus``; lanes are exactly equal."""
 
     __pydantic_config__: ClassVar = _STRICT
 
@@ -160,9 +160,9 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Index:
-    """Columns of `index.arrow` (44 bytes a sample); a sample's id is its row number.
+    """Columns of ``index.arrow`` (44 bytes a sample); a sample's id is its row number.
 
-    Rows are ordered by lane, shard, and position in the shard, so lane `l` owns ids `[l * n, (l + 1) * n)`.
+    Rows are ordered by lane, shard, and position in the shard, so lane ``l`` owns ids ``[l * n, (l + 1) * n)``.
     """
 
     shard: NDArray[np.int32]  # row of `Manifest.shards`
@@ -188,7 +188,7 @@ class Index:
         nor kill a process. A larger local one is mapped, takes no memory of a process, and is not compared with a
         checksum; `sharding.verify` does that.
 
-        Raises ShardError when it cannot be read, or has not the checksum of the `expected` one.
+        Raises ShardError when it cannot be read, or has not the checksum of the ``expected`` one.
         """
         out = Directory.at(root)
         where = f"{out}/{INDEX_FILE}"

@@ -34,7 +34,7 @@ class BuildContext:
 
 @dataclass(frozen=True)
 class PartRecord:
-    """What became of one part. `samples` has the columns of `SAMPLE_SCHEMA`, in the order of the archive."""
+    """What became of one part. ``samples`` has the columns of `SAMPLE_SCHEMA`, in the order of the archive."""
 
     shard: Shard
     samples: pa.Table
@@ -93,7 +93,7 @@ def write_part(context: BuildContext, part: Part) -> tuple[str, PartRecord]:
 
 
 def write_rows(context: BuildContext, rows: list[int], path: Path, shard: Shard) -> tuple[PartRecord, bytes]:
-    """Write the usable ones of `rows` as one archive at `path`; returns its record and its DALI index."""
+    """Write the usable ones of ``rows`` as one archive at ``path``; returns its record and its DALI index."""
     samples: list[tuple[int, ...]] = []
     quarantined: list[dict[str, Any]] = []
     changes: Counter[str] = Counter()

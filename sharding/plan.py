@@ -16,7 +16,7 @@ SPARE_LANE = -1
 
 @dataclass(frozen=True)
 class Part:
-    """One shard as planned: `rows` are source rows in the order in which they are tried."""
+    """One shard as planned: ``rows`` are source rows in the order in which they are tried."""
 
     lane: int
     number: int  # of the shard in its lane
@@ -53,7 +53,7 @@ def plan_parts(num_rows: int, num_lanes: int, samples_per_shard: int, seed: int)
 
 
 def level(counts: NDArray[np.int64], num_spares: int) -> Level:
-    """How to make lanes equal, given the samples `(num_lanes, num_shards)` that came through.
+    """How to make lanes equal, given the samples ``(num_lanes, num_shards)`` that came through.
 
     As few shards as possible are touched: none when all lanes are equal already.
     """

@@ -32,7 +32,7 @@ def track(
     total: int | None = None,
     done: int = 0,
 ) -> Iterator[T]:
-    """Pass results on, showing images done of `total` and the speed of this run; `size` gives (images, bytes)."""
+    """Pass results on, showing images done of ``total`` and the speed of this run; ``size`` gives (images, bytes)."""
     if progress is None:
         yield from results
         return

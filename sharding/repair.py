@@ -25,7 +25,7 @@ from sharding.storage import Directory
 
 
 def repair(out: Directory, damaged: Sequence[str], dataset: str | None = None, cache: Path | None = None) -> None:
-    """Restore the named files. `dataset` says where the source is now, if not where the manifest says.
+    """Restore the named files. ``dataset`` says where the source is now, if not where the manifest says.
 
     Raises ShardError for what cannot be restored, and SourceError when the source cannot be opened.
     """

@@ -2,13 +2,14 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import fsspec
 import xxhash
@@ -17,13 +18,12 @@ from fsspec.implementations.local import LocalFileSystem
 from sharding.command import UserError
 
 _TEMPORARY = "tmp-"
-_BLOCK_BYTES = 1 << 20
 STATE = ".build"  # everything unfinished lives below this name; it is gone from a finished directory
 
 
 @dataclass(frozen=True)
 class Directory:
-    """`url` is a local path or an fsspec URL (`s3://bucket/shards`); names are relative, with `/`."""
+    """``url`` is a local path or an fsspec URL (``s3://bucket/shards``); names are relative, with ``/``."""
 
     url: str
 
@@ -43,7 +43,7 @@ class Directory:
         return isinstance(self.fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
-        """Path of `name` as the file system wants it (for a local directory: absolute)."""
+        """Path of ``name`` as the file system wants it (for a local directory: absolute)."""
         root = self._resolved()[1]
         return f"{root}/{name}" if name else root
 
@@ -98,7 +98,7 @@ class Directory:
 
     @contextlib.contextmanager
     def publish(self, name: str) -> Iterator[Path]:
-        """Yield a local path to write. When the block ends without an error the file appears as `name`:
+        """Yield a local path to write. When the block ends without an error the file appears as ``name``:
         renamed after an fsync on a local disk, in one upload elsewhere (object stores show whole objects).
         """
         with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=self._staging() if self.is_local else None) as staging:
@@ -129,12 +129,10 @@ class Directory:
         if not self.is_local:
             yield
             return
-        path = self._staging() / "lock"
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self}: another build is writing here; wait for it or stop it") from None
+        file = locked(self._staging() / "lock", wait=False)
+        if not file:
+            raise UserError(f"{self}: another build is writing here; wait for it or stop it")
+        with file:
             for leftover in self._staging().glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             yield
@@ -157,16 +155,23 @@ class Directory:
         return fs, root.rstrip("/")
 
 
+def locked(path: Path, wait: bool = True) -> Any:
+    """A file that is locked until it is closed, here and in processes that inherit it; None if that had to wait."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return file.close()
+    return file
+
+
 def checksum(file: BinaryIO) -> str:
     """xxh3_128 of an open file, in hex, in bounded memory."""
-    hashed = xxhash.xxh3_128()
-    while block := file.read(_BLOCK_BYTES):
-        hashed.update(block)
-    return hashed.hexdigest()
+    return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]  # BinaryIO has readinto
 
 
 def rename_durably(old: Path, new: Path) -> None:
-    """`new` is `old`'s content, on the disk, or as it was before."""
+    """``new`` is ``old``'s content, on the disk, or as it was before."""
     _fsync(old)
     new.parent.mkdir(parents=True, exist_ok=True)
     old.replace(new)

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from sharding.arguments import Parser
-from sharding.command import command
+from sharding.command import Parser, command
 from sharding.encode import Policy, encode
 from sharding.engine import Engine, in_process, processes
 from sharding.manifest import INDEX_FILE, MANIFEST_COPY, MANIFEST_FILE, Index, Manifest, ShardError, check_index
@@ -95,7 +94,7 @@ def _check_manifest(out: Directory, manifest: Manifest, sizes: dict[str, int]) -
     known = {shard.path for shard in manifest.shards}
     for name in sizes:
         if name.startswith("lane-") and name.endswith(".tar") and name not in known:
-            yield Problem(name, "is not in the manifest")  # readers of `lane-*/*.tar` would take it for data
+            yield Problem(name, "is not in the manifest")  # readers of ``lane-*/*.tar`` would take it for data
 
 
 def _check_index(out: Directory, manifest: Manifest, sizes: dict[str, int]) -> list[Problem]:
@@ -160,8 +159,8 @@ def _check_dali_index(expected: Expectation, number: int) -> list[Problem]:
     return []
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser("sharding.verify", __doc__)
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser("python -m sharding.verify", __doc__)
     add = parser.add_argument
     add("shards", help="directory or fsspec URL")
     add("--decode", action="store_true", help="check every image as well")
@@ -169,12 +168,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dataset", help="where the source is now, for --repair (default: where it was)")
     add("--cache", type=Path, help="as of sharding.build")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
-    return parser.parse_args(argv)
+    return parser.parse_args(arguments)
 
 
 @command("sharding.verify")
-def main(argv: Sequence[str] | None = None) -> int:
-    args = _parse(argv)
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parse(arguments)
     out = Directory.at(args.shards)
     engine = processes(args.workers)
     problems = verify(out, decode=args.decode, engine=engine, progress=True)

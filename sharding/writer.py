@@ -25,10 +25,10 @@ def index_entry(suffix: str, key: int, offset: int, size: int, label: int) -> st
 
 
 class ShardWriter:
-    """Writes samples as adjacent `KEY.jpg` (decode-free: `KEY.y4m`) and `KEY.cls` members; no date, owner or path
+    """Writes samples as adjacent ``KEY.jpg`` (decode-free: ``KEY.y4m``) and ``KEY.cls`` members; no date, owner or path
     enters the file.
 
-    `digest` (xxh3_128, hex) and `num_bytes` describe the archive once it is closed.
+    ``digest`` (xxh3_128, hex) and ``num_bytes`` describe the archive once it is closed.
     """
 
     def __init__(self, path: Path, is_decode_free: bool = False) -> None:

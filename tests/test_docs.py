@@ -16,6 +16,7 @@ import datasets
 import pytest
 import torch.distributed.run
 
+from sharding.command import Parser
 from sharding.demo import load_demo
 from train.config import load_config
 from train.evaluate.__main__ import choose_protocols
@@ -36,7 +37,15 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(match[1], comments=True) for match in matches]
 
 
-COMMANDS = [pytest.param(words, id=" ".join(words)) for page in [*PAGES, *RECIPES] for words in commands(page)]
+def demo_commands() -> list[list[str]]:
+    """The words of what `make demo` runs."""
+    text = (ROOT / "Makefile").read_text().replace("\\\n", "")
+    lines = re.findall(r"^demo: \$\(INSTALLED\)\n((?:\t.*\n)+)", text, re.MULTILINE)[0].splitlines()
+    return [shlex.split(line.removeprefix("\t$(BIN)/")) for line in lines if "$(BIN)" in line]
+
+
+WORDS = [*(words for page in [*PAGES, *RECIPES] for words in commands(page)), *demo_commands()]
+COMMANDS = [pytest.param(words, id=" ".join(words)) for words in WORDS]
 
 
 def public_members(name: str) -> Iterator[tuple[str, Any]]:
@@ -72,6 +81,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespa
     original = argparse.ArgumentParser.parse_args
 
     def stop(*arguments: Any) -> None:
+        assert isinstance(arguments[0], Parser), "all commands say what is wrong with their arguments alike"
         raise ParsedError(original(*arguments))
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
@@ -113,8 +123,9 @@ def configs_of(words: list[str], options: Any) -> list[Path | None]:
 
 
 def test_commands_are_found() -> None:
-    found = [" ".join(param.values[0]) for param in COMMANDS]  # type: ignore[arg-type]
+    found = [" ".join(words) for words in WORDS]
     assert "make demo" in found
+    assert "python -m sharding.build --dataset demo --split train test --out data/demo" in found  # in the Makefile
     assert "python -m sharding.build --out /data/shards" in found
     assert any(" optim.epochs=200 method.temperature=0.2 " in command for command in found)  # continued on a line
     assert any("--image-column img" in command for command in found)  # in the comments of a recipe
@@ -136,6 +147,21 @@ def test_files_exist() -> None:
                 r"`((?:sharding|pipeline|train|benchmarks|tests|configs)/[\w/.-]*)`", page.read_text()
             ):
                 assert (ROOT / path).exists() or path.rpartition("/")[2] in ("mine.py", "test_mine.py"), (page, path)
+
+
+def test_the_layout_names_every_file() -> None:
+    """But for those that it tells of by their folder, and the twins for GPUs."""
+    layout = (ROOT / "docs/design.md").read_text().split("\n## Layout\n")[1].split("\n## ")[0]
+    folders, names = {"sharding", "dali", "evaluate", "losses", "methods", "peers"}, set(re.findall(r"\w+", layout))
+    for package in ("sharding", "pipeline", "train", "benchmarks"):
+        for path in (ROOT / package).rglob("*.py"):
+            known = path.stem.removesuffix("_gpu") in names or path.stem.startswith("__")
+            assert known or path.parent.name in folders, f"docs/design.md: Layout lacks {path.relative_to(ROOT)}"
+
+
+def test_the_first_page_leads_to_every_other() -> None:
+    linked = set(re.findall(r"\((\S+\.md)\)", (ROOT / "docs/index.md").read_text()))
+    assert linked == {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
 
 
 def test_modules_of_commands_within_sentences_exist() -> None:

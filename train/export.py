@@ -5,7 +5,6 @@ how images are scaled and where the weights are from, and a model card with an e
 has ``model.onnx`` instead, with the same JSON as metadata.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.views import ViewSpec
-from sharding.command import UserError, command
+from sharding.command import Parser, UserError, command
 from train.engine import automatic
 from train.engine.checkpoint import Pretrained, load_pretrained
 from train.engine.monitor import read_lines
@@ -46,7 +45,7 @@ _FILES = ["README.md", "config.json", "model.safetensors", "model.onnx"]
 
 @command("train.export")
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.export", description="Write an encoder as others read it.")
+    parser = Parser("python -m train.export", "Write an encoder as others read it.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run's directory, a checkpoint, or a file")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for weights, JSON and model card")
     parser.add_argument("--onnx", action="store_true", help="write model.onnx instead, of any encoder")

@@ -1,13 +1,12 @@
 """Representations of a data set as a file: ``h`` (n, D) float32, ``labels`` (n,) and ``ids`` (n,) int64."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from sharding.command import command
+from sharding.command import Parser, command
 from sharding.manifest import open_shards
 from train.engine.checkpoint import load_pretrained
 from train.evaluate.data import Images, evaluation_view
@@ -18,7 +17,7 @@ from train.processes.distributed import session
 
 @command("train.features")
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.features", description="Write representations to a file.")
+    parser = Parser("python -m train.features", "Write representations to a file.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run's directory, a checkpoint, or a file")
     parser.add_argument("--shards", required=True, help="directory or URL of the images")
     parser.add_argument("--out", type=Path, required=True, help="the file, .npz")

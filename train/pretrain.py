@@ -6,7 +6,6 @@ A run that is started again continues from its newest checkpoint, on any number 
 batches that it would have seen. Ctrl-C, SIGTERM and SIGUSR1 save after the step at hand and end with exit code 3.
 """
 
-import argparse
 import json
 import logging
 import sys
@@ -21,7 +20,7 @@ import torch
 from pipeline.loader import Batch, Loader
 from pipeline.order import Order, lanes_of_rank
 from pipeline.reading.cache import CacheOptions
-from sharding.command import UserError, command
+from sharding.command import Parser, UserError, command
 from sharding.manifest import Manifest, ShardSet, open_shards
 from train.config import Config, DataConfig, load_config
 from train.engine import automatic, checkpoint, health
@@ -51,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(
         "torchrun --standalone --nproc_per_node=N -m train.pretrain",
         "Pretrain an encoder without labels. Starting the same run again continues it.",
-        "Exit codes: 0 finished, 2 an error that the message says how to put right, 3 stopped by Ctrl-C, SIGTERM or "
-        "SIGUSR1 with everything saved (torchrun: 1).",
+        "Exit codes: 0 finished, 2 an error that the message says how to put right,\n"
+        "3 stopped by Ctrl-C, SIGTERM or SIGUSR1 with everything saved (torchrun: 1).",
     ).parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     config = load_config(options.config, options.overrides)
@@ -377,10 +376,9 @@ def _say_goodbye(config: Config, done: int, plan: RunPlan) -> None:
         print(f"next: python -m train.evaluate --checkpoint {config.run.dir}")
 
 
-def parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+def parser(prog: str, description: str, epilog: str) -> Parser:
     """Of a command that takes the configuration of a run."""
-    epilog = f"All settings with their defaults: python -m train.config. {epilog}"
-    made = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog)
+    made = Parser(prog, description, f"All settings with their defaults: python -m train.config.\n{epilog}")
     made.add_argument("--config", type=Path, help="YAML file; see configs/")
     made.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. optim.epochs=200 views.size=96")
     return made

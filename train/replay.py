@@ -5,7 +5,6 @@
 A line for each image of the global batch goes to the standard output; of two ranks, the first has the first half.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -16,7 +15,7 @@ import numpy as np
 from pipeline.preview import draw_plan
 from pipeline.reading.reader import Reader
 from pipeline.views import in_levels
-from sharding.command import UserError, command
+from sharding.command import Parser, UserError, command
 from sharding.manifest import open_shards
 from train.config import load_config
 from train.pretrain import build_loader, reading
@@ -25,7 +24,7 @@ from train.processes.distributed import World
 
 @command("train.replay")
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.replay", description="Show the images of a step of a run.")
+    parser = Parser("python -m train.replay", "Show the images of a step of a run.")
     parser.add_argument("run", type=Path, help="its directory, where the contact sheet step-N.png goes too")
     parser.add_argument("--step", type=int, required=True, help="from 1, as messages and metrics.jsonl count")
     parser.add_argument("--images", type=int, default=16, help="rows of the contact sheet (default: 16)")

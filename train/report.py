@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 
 from pipeline.preview import draw_sheet
-from sharding.command import UserError, command
+from sharding.command import Parser, UserError, command
 from train.config import Config, validate
 from train.engine.automatic import PROVENANCE
 from train.engine.monitor import read_lines, settled
@@ -215,10 +215,8 @@ def serve(page: Callable[[], str], port: int) -> WSGIServer:
         raise UserError(f"--watch {port}: {error.strerror}; choose a different port") from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.report", description="Show runs, also unfinished ones, as one page that needs no network."
-    )
+def _parser() -> Parser:
+    parser = Parser("python -m train.report", "Show runs, also unfinished ones, as one page that needs no network.")
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run; several are laid over each other")
     add("--out", type=Path, help="the page to write (default: report.html in the first run)")

@@ -7,7 +7,6 @@ The same command again continues the study, after kill -9 too; started several t
 
 import argparse
 import ctypes
-import fcntl
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from rich.progress import Progress
 
 from sharding.command import UserError, command
 from sharding.manifest import open_shards
+from sharding.storage import locked
 from train.config import load_config
 from train.engine.automatic import PROVENANCE
 from train.engine.monitor import read_lines, read_metrics
@@ -155,7 +155,7 @@ class Study:
         facts = self._facts()
         self.directory.mkdir(parents=True, exist_ok=True)
         pruner = optuna.pruners.MedianPruner(n_warmup_steps=round(_PARTS * self.options.prune_after))
-        with _locked(self.directory / "study.lock"):
+        with locked(self.directory / "study.lock"):
             url = self.options.storage or f"sqlite:///{self.directory.resolve()}/study.db"
             try:
                 storage = optuna.storages.RDBStorage(url)
@@ -254,16 +254,16 @@ class Study:
             path.write_text(record["best"])
             print(f"best: trial {best.number}, {best.value:.1f} %: {' '.join(overrides(best.params))}")
             print(f"to train it: python -m train.pretrain --config {path}")
-        with _locked(self.directory / "study.lock"):
+        with locked(self.directory / "study.lock"):
             whole = self.directory / "study.json.new"
             whole.write_text(json.dumps(record | more))
             whole.replace(self.directory / "study.json")
 
     def _take(self) -> "tuple[optuna.Trial, TextIO] | None":
         """A trial to run and its lock: one that was left, or a new one; None if there are enough."""
-        with _locked(self.directory / "study.lock"):
+        with locked(self.directory / "study.lock"):
             for left in self._unfinished_here():
-                lock = _locked(self._run_of(left) / "tuner.lock", wait=False)
+                lock = locked(self._run_of(left) / "tuner.lock", wait=False)
                 if lock and self.trials()[left.number]["state"] == "running":  # it may have been finished just now
                     return optuna.Trial(self._sampling(left.number), left._trial_id), lock  # `ask` makes new ones only
             number = len(self.trials())
@@ -271,7 +271,7 @@ class Study:
                 return None
             trial = self._sampling(number).ask()
             self._run_of(trial).mkdir()
-            return trial, _locked(self._run_of(trial) / "tuner.lock")
+            return trial, locked(self._run_of(trial) / "tuner.lock")
 
     def _sampling(self, number: int) -> "optuna.Study":
         """To ask of; not to tell, as `GridSampler` stops an optimization that is not there after the last cell."""
@@ -335,16 +335,6 @@ class Study:
             if part not in known:
                 trial.report(fmean(found[part]), part)
         return [fmean(values) for values in found.values()]
-
-
-def _locked(path: Path, wait: bool = True) -> Any:
-    """A file that is locked until it is closed, here and in processes that inherit it; None if that had to wait."""
-    file = path.open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return file.close()
-    return file
 
 
 if __name__ == "__main__":

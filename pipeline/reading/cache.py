@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from pipeline.stats import Stats
 from pipeline.workers import Watch, Workers
 from sharding.command import UserError
 from sharding.manifest import Shard, ShardSet
-from sharding.storage import checksum
+from sharding.storage import checksum, locked
 
 _NUM_FETCHERS = 4  # shards at a time: one stream of an object store is far slower than the network
 _NUM_ATTEMPTS = 8
@@ -151,12 +152,9 @@ class ShardCache:
                     path.unlink(missing_ok=True)
                     total -= num_bytes
 
-    @contextlib.contextmanager
-    def _directory_lock(self) -> Iterator[None]:
+    def _directory_lock(self) -> AbstractContextManager:
         """Nothing is renamed or deleted meanwhile: a file seen under both its names would be counted twice."""
-        with (self._options.directory / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        return locked(self._options.directory / ".lock")
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
         """When each file was last opened or written, its bytes, its path."""
@@ -171,8 +169,7 @@ class ShardCache:
 def _alone(path: Path) -> Iterator[Path]:
     """A file that one process at a time writes; it is gone at the end, unless renamed. Killed, it can be taken over."""
     while True:
-        with path.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(path) as file:
             if not _is_open(path, file.fileno()):
                 continue  # renamed or deleted while this process waited
             try:

@@ -12,13 +12,14 @@ from pipeline.backends import Backend, BackendContext, Pending, Views, build_bac
 from pipeline.backends.cpu import Decoder
 from pipeline.backends.cpu import build as build_cpu
 from pipeline.backends.pool import ThreadedBackend
-from pipeline.canary import CanaryError, WatchedBackend
+from pipeline.canary import WatchedBackend
 from pipeline.kernels.render import render
 from pipeline.kernels.resample import Pixels
 from pipeline.loader import Loader
 from pipeline.plan import BatchPlan, plan_samples
 from pipeline.reading.reader import Reader
 from pipeline.views import ViewSpec
+from sharding.command import UserError
 from sharding.manifest import ShardSet
 from tests.census import census
 
@@ -143,7 +144,7 @@ def test_a_black_image_in_the_middle_of_a_run_ends_it_by_name(shard_set: ShardSe
             backend.submit(plan(shard_set, step)).result()
         for step in (3, 6):
             last = plan(shard_set, step).ids[19]
-            with pytest.raises(CanaryError, match=rf"step {step}: .*\(sample {last}: .*data.backend=cpu.*canary_every"):
+            with pytest.raises(UserError, match=rf"step {step}: .*\(sample {last}: .*data.backend=cpu.*canary_every"):
                 backend.submit(plan(shard_set, step)).result()
     with watched(shard_set, lambda context: Blackening(context, 19, from_step=3)) as unwatched:
         unwatched.submit(plan(shard_set, 3)).result()
@@ -164,7 +165,7 @@ def test_the_candidate_may_not_decode_what_cpu_cannot(damage: Callable[[int], Sh
     sound = replace(chosen, reader=Reader(shard_set))
     with closing(WatchedBackend("candidate", lambda: build_cpu(sound), chosen)) as backend:
         pending = backend.submit(plan(shard_set))
-        with pytest.raises(CanaryError, match="took for images what cpu cannot decode: sample 0"):
+        with pytest.raises(UserError, match="took for images what cpu cannot decode: sample 0"):
             pending.result()
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sharding.build import BuildError, main
+from sharding.build import main
+from sharding.command import UserError
 from sharding.encode import Policy
 from sharding.engine import processes
 from sharding.manifest import open_shards
@@ -86,7 +87,7 @@ def test_reencoding_is_recorded_and_the_same_for_any_worker(tmp_path: Path) -> N
 
 def test_too_many_refused_images_stop_the_build(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "source", [jpeg(i) for i in range(20)] + [b"", b"x"], [0] * 22)
-    with pytest.raises(BuildError, match=r"cannot be used, more than the 0 .*--max-quarantine"):
+    with pytest.raises(UserError, match=r"cannot be used, more than the 0 .*--max-quarantine"):
         build_shards(source, tmp_path / "out")
     assert len((tmp_path / "out/quarantine.jsonl").read_text().splitlines()) >= 1
     manifest = build_shards(source, tmp_path / "out", max_quarantine=0.5)
@@ -95,13 +96,13 @@ def test_too_many_refused_images_stop_the_build(tmp_path: Path) -> None:
 
 def test_all_images_refused_is_one_message(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "source", [b"x"] * 8, [0] * 8)
-    with pytest.raises(BuildError, match=r"only 0 of 8 images can be used.*quarantine\.jsonl"):
+    with pytest.raises(UserError, match=r"only 0 of 8 images can be used.*quarantine\.jsonl"):
         build_shards(source, tmp_path / "out", max_quarantine=1)
 
 
 def test_a_file_is_no_output(parquet: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(BuildError, match="file: is a file; --out is a directory"):
+    with pytest.raises(UserError, match="file: is a file; --out is a directory"):
         build_shards(parquet, tmp_path / "file")
 
 
@@ -109,7 +110,7 @@ def test_shards_without_a_manifest_can_be_made_again(shards: Path, parquet: Path
     shutil.copytree(shards, tmp_path / "out")
     (tmp_path / "out/manifest.json").unlink()
     (tmp_path / "out/manifest.copy.json").unlink()
-    with pytest.raises(BuildError, match="with an empty --out makes the same files again"):
+    with pytest.raises(UserError, match="with an empty --out makes the same files again"):
         build_shards(parquet, tmp_path / "out")
     build_shards(parquet, tmp_path / "again")
     assert files(tmp_path / "again") == files(shards)
@@ -127,13 +128,13 @@ def test_the_same_command_again_changes_nothing(
 
 def test_a_changed_option_is_refused_by_name(parquet: Path, tmp_path: Path) -> None:
     build_shards(parquet, tmp_path / "out")
-    with pytest.raises(BuildError, match=r"--lanes 4, now it is 2"):
+    with pytest.raises(UserError, match=r"--lanes 4, now it is 2"):
         build_shards(parquet, tmp_path / "out", lanes=2)
 
 
 def test_foreign_files_are_not_touched(parquet: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(BuildError, match=r"thesis\.txt"):
+    with pytest.raises(UserError, match=r"thesis\.txt"):
         build_shards(parquet, tmp_path)
     assert files(tmp_path) == {"thesis.txt": b"mine"}
 
@@ -165,7 +166,7 @@ def test_a_dry_run_estimates_what_the_build_takes(
 
 def test_fewer_images_than_lanes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "source", [jpeg(i) for i in range(3)], [0] * 3)
-    with pytest.raises(BuildError, match="3 images cannot fill 4 equal lanes"):
+    with pytest.raises(UserError, match="3 images cannot fill 4 equal lanes"):
         build_shards(source, tmp_path / "out")
     assert files(tmp_path / "out") in ({}, {".build/lock": b""})
 

@@ -9,7 +9,7 @@ from sharding.command import UserError, command
 
 def ending(error: BaseException | None) -> int:
     @command("x.y")
-    def main(argv: Sequence[str] | None = None) -> int:  # noqa: ARG001
+    def main(arguments: Sequence[str] | None = None) -> int:  # noqa: ARG001
         if error:
             raise error
         return 0

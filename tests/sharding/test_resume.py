@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from sharding import build as build_module
-from sharding.build import BuildError, main
+from sharding.build import main
+from sharding.command import UserError
 from sharding.manifest import ShardError, open_shards
 from sharding.part import shard_name
 from sharding.storage import STATE, Directory
@@ -205,11 +206,11 @@ IMAGES, LABELS = [jpeg(i) for i in range(20)] + [b""] * 5, [0, 1] * 12 + [0]
 def test_changed_data_are_noticed(tmp_path: Path, images: list[bytes], labels: list[int], message: str) -> None:
     out = tmp_path / "out"
     data = write_parquet(tmp_path / "data", IMAGES, LABELS)
-    with pytest.raises(BuildError, match="cannot be used"):
+    with pytest.raises(UserError, match="cannot be used"):
         build_shards(data, out)
     shutil.rmtree(data)
     write_parquet(data, images, labels)
-    with pytest.raises(BuildError, match=message):
+    with pytest.raises(UserError, match=message):
         build_shards(data, out)
 
 

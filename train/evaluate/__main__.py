@@ -1,6 +1,5 @@
 """Evaluate an encoder: ``python -m train.evaluate --checkpoint runs/x --protocol knn linear knn.k=200``."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.views import ViewSpec
-from sharding.command import UserError, command
+from sharding.command import Parser, UserError, command
 from train.engine import automatic
 from train.engine.checkpoint import Pretrained, load_pretrained
 from train.evaluate import PROTOCOLS, Protocol, build_protocol
@@ -159,12 +158,12 @@ def _show(record: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.evaluate",
-        description="Evaluate a pretrained encoder, on one process or, by torchrun, on many.",
-        epilog="Settings: PROTOCOL.FIELD=VALUE (knn.k=[20,200], knn.preset=lightly), data.FIELD and views.FIELD "
-        "in place of the run's, and for a file of other people encoder.name=...; docs/evaluation.md has the protocols.",
+def _parser() -> Parser:
+    parser = Parser(
+        "python -m train.evaluate",
+        "Evaluate a pretrained encoder, on one process or, by torchrun, on many.",
+        "Settings: PROTOCOL.FIELD=VALUE (knn.k=[20,200], knn.preset=lightly), data.FIELD and views.FIELD in place of\n"
+        "the run's, and for a file of other people encoder.name=...; docs/evaluation.md has the protocols.",
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a run's directory, a checkpoint, or a file of other people")
