@@ -234,7 +234,7 @@ class Log:
             self.monitor.advance(state.done)
         if state.done % self.task.config.run.log_every and not state.last:
             return
-        self.task.step.check(self.task.config.run.dir)
+        self.task.step.check(self.task.config.run.dir, self.task.world)
         named = {"loss": state.loss.value, **state.loss.metrics}
         named |= health.measure(self.task.method, state.loss, self.task.world)
         named |= self.online.measure(state) if self.online else {}
@@ -266,7 +266,7 @@ class Save:
     def __call__(self, state: StepDone) -> None:
         if state.done % self.task.config.run.checkpoint_every and not state.last:
             return
-        self.task.step.check(self.task.config.run.dir)
+        self.task.step.check(self.task.config.run.dir, self.task.world)
         with self.clock.pausing():
             tensors = self.task.full_state(state.done)
             if self.writer and tensors:
