@@ -48,6 +48,7 @@ class TrainStep:
         clip_norm: float | None = None,
     ) -> None:
         self._method, self._wrapped, self._optimizer, self._dtype = method, wrapped, optimizer, dtype
+        self._is_compiled = any(hasattr(module, "_orig_mod") for module in wrapped.modules())
         self._micro_batch_size, self._clip_norm = micro_batch_size, clip_norm
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         device = self._parameters[0].device
@@ -73,7 +74,10 @@ class TrainStep:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         batch = Piece(views, draws, labels)
-        loss, e = done_twice(self._method, self._backward, batch, twice) if twice else self._backward(batch)
+        if twice:
+            loss, e = done_twice(self._method, self._backward, batch, twice, not self._is_compiled)
+        else:
+            loss, e = self._backward(batch)
         self.scaler.unscale_(self._optimizer)
         self.scaler.update()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
