@@ -236,7 +236,7 @@ class Log:
             self.monitor.advance(state.done)
         if state.done % self.task.config.run.log_every and not state.last:
             return
-        self.task.step.check(self.task.config.run.dir)  # waits for the device: what follows is not training
+        self.task.step.check(self.task.config.run.dir, self.task.world)  # waits for the device: what follows is not training
         with self.clock.pausing():
             named = {"loss": state.loss.value, **state.loss.metrics}
             named |= health.measure(self.task.method, state.loss, self.task.world)
@@ -269,7 +269,7 @@ class Save:
     def __call__(self, state: StepDone) -> None:
         if state.done % self.task.config.run.checkpoint_every and not state.last:
             return
-        self.task.step.check(self.task.config.run.dir)
+        self.task.step.check(self.task.config.run.dir, self.task.world)
         with self.clock.pausing():
             tensors = self.task.full_state(state.done)
             if self.writer and tensors:

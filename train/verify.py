@@ -139,10 +139,10 @@ def _judged(name: str, found: Deviation, why: str = "") -> Check:
 
 def _changed(config: Config, **run: Any) -> Config:
     """The configuration of a check: undivided, with gradients as long as they are, with some fields of ``run``."""
-    exact = {"gradient_compression": "none", "local_sgd_period": 0, "powersgd_start": 0, "local_sgd_start": 0}
-    run = {"micro_batch_size": None, "replay_every": 0} | exact | run
+    plain = {"micro_batch_size": None, "replay_every": 0, "noise_scale": False, "gradient_compression": "none"}
+    plain |= {"local_sgd_period": 0, "powersgd_start": 0, "local_sgd_start": 0}
     optim = config.optim.model_copy(update={"clip_norm": None})
-    return config.model_copy(update={"run": config.run.model_copy(update=run), "optim": optim})
+    return config.model_copy(update={"run": config.run.model_copy(update=plain | run), "optim": optim})
 
 
 def _same(name: str, world: World, pairs: Iterable[tuple[Batch, Batch]], rows: slice = slice(None)) -> Check:
@@ -182,7 +182,8 @@ def _compare(
         ours, theirs = (_outcome(*side, start, trains)[_GRADIENT] for side in ((a, own[0]), (b, batch)))
         return max(world.gather_objects(deviation(ours, theirs, limit)))
 
-    pieces = _task(_changed(config, micro_batch_size=len(own[0].ids) // 2, cuda_graphs=False), world, peak)
+    size = len(own[0].ids) // 2
+    pieces = _task(_changed(config, micro_batch_size=size, cuda_graphs=False, static_graph=False), world, peak)
     kind = f"{_GRADIENT}, {'GradCache' if one.method.images_meet else 'accumulation'} of 2 pieces"
     measured = gradient(pieces, many, own[0], not has_norm, found[_GRADIENT].limit)
     yield _judged(kind + ", BatchNorm in evaluation" * has_norm, measured)
@@ -231,7 +232,7 @@ def _outcome(task: Pretraining, batch: Batch, state: Tensors, trains: bool) -> d
     for name, tensor in deepcopy(fsdp.whole(method.state_dict())).items():
         is_running = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
         parts[_STATISTICS if is_running else _WEIGHTS if name in named else _BUFFERS][name] = tensor
-    return {name: tensors for name, tensors in parts.items() if tensors}
+    return {name: tensors for name, tensors in parts.items() if tensors and (trains or name != _STATISTICS)}
 
 
 def _change(task: Pretraining, batches: list[Batch], start: Tensors) -> Tensors:

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from tests.train.engine.test_step import draws, small_run, views
 from tests.train.model.test_checkpointing import batch_of, task_of
+from train.engine.step import TrainStep
 from train.model.draws import Draws
+from train.optim.optimizers import OptimConfig, build_optimizer
 from train.processes.distributed import World
 
 
@@ -57,6 +60,22 @@ def test_cuda_graphs_are_asked_for_where_no_number_changes(settings: list[str], 
     compiled: Any = task.communication.module
     options = compiled.get_compiler_config()
     assert options["triton.cudagraphs"] == options["triton.cudagraph_skip_dynamic_graphs"] == graphs
+
+
+def test_a_step_done_twice_is_compiled_as_others_are() -> None:
+    """Its hooks would be compiled too, with a break at each."""
+    graphs = list[torch.fx.GraphModule]()
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    method, _ = small_run("sgd")
+    optimizer = build_optimizer(OptimConfig(name="sgd"), method)
+    step = TrainStep(method, torch.compile(method, backend=backend), optimizer, torch.float32)  # type: ignore[arg-type]
+    for number in range(3):
+        step(views(number), draws(number), 0.1, 0.1, twice=None if number == 1 else World())
+    assert len(graphs) == 1
 
 
 def test_nothing_is_compiled_by_default() -> None:

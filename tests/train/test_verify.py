@@ -139,12 +139,19 @@ FOUND: dict[str, tuple[list[str], str]] = {
 }
 
 
-NO_FAULT = ["none", "none, fp32", "none, fp16", "fsdp", "fsdp, bf16"]
+NO_FAULT = ["none", "none, fp32", "none, fp16", "fsdp", "fsdp, bf16", "together", "static"]
+# settings under which nothing fails either
+ALL_RIGHT: dict[str, list[str]] = {
+    "fsdp": ["run.parallel=fsdp"],
+    "together": ["run.noise_scale=true", "run.shard_optimizer=true", "run.activation_checkpointing=true"],
+    "static": ["run.static_graph=true"],
+}
 # what claims no exact gradient -> its settings
 NOT_EXACT: dict[str, list[str]] = {
     "bf16": ["run.gradient_compression=bf16"],
     "powersgd": ["run.gradient_compression=powersgd"],
     "local": ["run.local_sgd_period=4", "run.local_sgd_group=local"],
+    "statistics": ["run.batchnorm=local"],
 }
 
 
@@ -159,10 +166,7 @@ def checks(world: World, shards: Path, run: Path, fault: str) -> list[list[str]]
         METHODS["simclr"] = f"{__name__}:{kind}"
     elif planted:
         vars(train.verify)["build_loader"] = planted
-    if kind in NOT_EXACT:
-        more += NOT_EXACT[kind]
-    if kind == "fsdp":
-        more += ["run.parallel=fsdp"]
+    more += {**ALL_RIGHT, **NOT_EXACT}.get(kind, [])
     if kind == "other settings" and world.rank == 1:
         more += ["method.temperature=0.7"]
     if method == "dino":
@@ -220,6 +224,14 @@ def test_what_is_not_exact_is_measured_and_the_rest_is_verified_without(
     (detail,) = [d for name, status, d in found[kind] if (name, status) == (what, "MEASURED")]
     assert detail.endswith(f"; {words}")
     assert least < float(detail.removeprefix("off by ").split(",")[0]) < most
+
+
+def test_statistics_that_do_not_move_are_not_said_to_be_right(found: dict[str, list[list[str]]]) -> None:
+    """BatchNorm of one process's images is in evaluation mode, but for what is measured."""
+    statuses = {name: status for name, status, _ in found["statistics"]}
+    assert STATISTICS not in statuses
+    assert (statuses[LOSS], statuses[WEIGHTS], statuses[GRADIENT]) == ("PASS", "PASS", "MEASURED")
+    assert failures(found["statistics"]) == {}
 
 
 def test_a_losss_limit_is_at_least_the_epsilon_of_the_precision(found: dict[str, list[list[str]]]) -> None:

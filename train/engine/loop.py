@@ -46,7 +46,11 @@ def fit(
     done = start_step
     while done < total_steps:
         batch = next(batches)
-        loss = task(batch, done)
+        try:
+            loss = task(batch, done)
+        except Exception as error:
+            error.add_note(f"(in step {done + 1})")
+            raise
         done += 1
         stopped = stop()
         for hook in hooks:

@@ -36,8 +36,11 @@ def undone(method: Method) -> Iterator[None]:
         buffer.copy_(value)
 
 
-def done_twice(method: Method, backward: Backward, batch: Piece, world: World) -> tuple[Loss, Any]:
-    """What ``backward`` returns, which is called twice; gradients and state are then as after one call.
+def done_twice(
+    method: Method, backward: Backward, batch: Piece, world: World, look_inside: bool = True
+) -> tuple[Loss, Any]:
+    """What ``backward`` returns, which is called twice; gradients and state are then as after one call. To
+    ``look_inside``, at layers, takes hooks, for which a compiled forward would be compiled anew and in pieces.
 
     Raises StepDiffersError on every rank if on any of them a layer's output, the loss, a gradient (a rank's own, then
     averaged) or a buffer differs by a bit; it names the rank and what differed first. Also if the averaged gradients
@@ -45,8 +48,8 @@ def done_twice(method: Method, backward: Backward, batch: Piece, world: World) -
     """
     where = f"step {batch.draws.step + 1}, done twice from the same state,"
     with undone(method):
-        first, _ = _hashed(method, backward, batch)
-    second, made = _hashed(method, backward, batch)
+        first, _ = _hashed(method, backward, batch, look_inside)
+    second, made = _hashed(method, backward, batch, look_inside)
     differ = [(place, (a or b)[0]) for place, (a, b) in enumerate(zip_longest(first, second)) if a != b]
     # All ranks compute in one order, and what differs on one of them soon does on the others.
     if found := [(theirs[0], rank) for rank, theirs in enumerate(world.gather_objects(differ[:1])) if theirs]:
@@ -71,14 +74,15 @@ def unequal_ranks(tensors: Mapping[str, torch.Tensor], world: World) -> str:
     return ""
 
 
-def _hashed(method: Method, backward: Backward, batch: Piece) -> tuple[Hashes, tuple[Loss, Any]]:
+def _hashed(method: Method, backward: Backward, batch: Piece, look_inside: bool) -> tuple[Hashes, tuple[Loss, Any]]:
     outputs: Hashes = []
     gradients: Hashes = []
 
     def note(noted: Hashes, what: str) -> Callable[..., None]:
         return lambda *arguments: noted.extend(_hash(what, arguments[-1]))
 
-    layers = [(name or "forward", m) for name, m in method.named_modules() if m is method or not list(m.children())]
+    modules = method.named_modules() if look_inside else ()
+    layers = [(name or "forward", m) for name, m in modules if m is method or not list(m.children())]
     named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
     handles = [layer.register_forward_hook(note(outputs, f"the output of {name}")) for name, layer in layers]
     handles += [p.register_hook(note(gradients, f"the gradient of {name}")) for name, p in named]

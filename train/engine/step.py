@@ -48,13 +48,14 @@ class TrainStep:
         clip_norm: float | None = None,
     ) -> None:
         self._method, self._wrapped, self._optimizer, self._dtype = method, wrapped, optimizer, dtype
+        self._is_compiled = any(hasattr(module, "_orig_mod") for module in wrapped.modules())
         self._micro_batch_size, self._clip_norm = micro_batch_size, clip_norm
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         device = self._parameters[0].device
         self._device_type = device.type
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self._stopped, self._refused, self._in_a_row = (torch.zeros((), device=device) for _ in range(3))
-        self._bad_step = torch.full((), -1, device=device)
+        self._bad_step, self._bad_here = (torch.zeros((), device=device) for _ in range(2))
         reader: Any = acting(optimizer)
         reader.found_inf = self._refused  # by fused optimizers and LARS
         reader.grad_scale = None
@@ -73,14 +74,17 @@ class TrainStep:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         batch = Piece(views, draws, labels)
-        loss, e = done_twice(self._method, self._backward, batch, twice) if twice else self._backward(batch)
+        if twice:
+            loss, e = done_twice(self._method, self._backward, batch, twice, not self._is_compiled)
+        else:
+            loss, e = self._backward(batch)
         self.scaler.unscale_(self._optimizer)
         self.scaler.update()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
         if self._clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
-        self._refuse(~norm.isfinite(), draws.step + 1)
+        self._refuse(~norm.isfinite(), draws.step + 1, ~e[0].isfinite().all())
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -97,23 +101,29 @@ class TrainStep:
         with undone(self._method):
             self._backward(Piece(views, draws, labels))
 
-    def _refuse(self, bad: torch.Tensor, step: int) -> None:
-        """Sets the flags of an update whose gradient is ``bad``, or which comes after the last one."""
+    def _refuse(self, bad: torch.Tensor, step: int, here: torch.Tensor) -> None:
+        """Sets the flags of an update whose gradient is ``bad``, or which comes after the last one; ``here``: whether
+        this rank's embeddings are bad too."""
         self._in_a_row.copy_(torch.where(bad, self._in_a_row + 1, 0))
         stops = self._in_a_row > (_PATIENCE if self.scaler.is_enabled() else 0)
-        self._bad_step.copy_(torch.where(stops & (self._stopped == 0), step, self._bad_step))
+        for noted, value in ((self._bad_step, step), (self._bad_here, here)):
+            noted.copy_(torch.where(stops & (self._stopped == 0), value, noted))
         self._stopped.copy_(torch.maximum(self._stopped, stops.to(self._stopped.dtype)))
         self._refused.copy_(torch.maximum(self._stopped, bad.to(self._stopped.dtype)))
 
-    def check(self, directory: Path) -> None:
-        """Raises `NonFiniteGradientError` if updates have stopped. Waits for the device."""
-        if self._stopped.item():
+    def check(self, directory: Path, world: World) -> None:
+        """Raises `NonFiniteGradientError` on all ranks if updates have stopped on any. Waits for the device, and
+        synchronises ranks."""
+        flags = world.gather(torch.stack([self._stopped, self._bad_step, self._bad_here])).view(-1, 3).tolist()
+        if stopped := [int(step) for is_stopped, step, _ in flags if is_stopped]:
+            ranks = [rank for rank, (*_, is_bad) in enumerate(flags) if is_bad]
             found = checkpoints(directory)
             where = f"continue from {found[-1]}" if found else f"no checkpoint is in {directory} yet; start again"
             raise NonFiniteGradientError(
-                f"the gradient norm became NaN or infinite at step {int(self._bad_step)}; no update was made since; "
-                f"{where} with a lower optim.learning_rate, a longer optim.warmup_epochs, optim.clip_norm=1 or "
-                f"run.precision=fp32; its images: python -m train.replay {directory} --step {int(self._bad_step)}"
+                f"the gradient norm became NaN or infinite at step {min(stopped)}; no update was made since; embeddings"
+                f" did so on {f'ranks {ranks}' if ranks else 'no rank'}; {where} with a lower optim.learning_rate, a "
+                "longer optim.warmup_epochs, optim.clip_norm=1 or run.precision=fp32; its images: python -m "
+                f"train.replay {directory} --step {min(stopped)}"
             )
 
     def _backward(self, batch: Piece) -> tuple[Loss, Any]:

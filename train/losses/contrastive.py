@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -47,8 +48,8 @@ def spectral(z: torch.Tensor, keys: torch.Tensor, offset: int, mu: float = 1.0) 
     different views, x' of a different image, which leaves no bias. ``z`` and ``keys`` as of `nt_xent`, but their
     lengths count: those above ``sqrt(mu)`` are cut to it, as in the authors' code."""
     (num_views, num_anchors, _), num_images = z.shape, keys.shape[1]
-    dots = torch.einsum("vbd,wcd->vwbc", _within(z, mu), _within(keys, mu))
-    dots = dots[~torch.eye(num_views, dtype=torch.bool, device=z.device)]  # (V (V - 1), b, B)
+    z, keys = _within(z, mu), _within(keys, mu)
+    dots = torch.stack([z[v] @ keys[w].T for v, w in permutations(range(num_views), 2)])  # (V (V - 1), b, B)
     own = dots.diagonal(offset, dim1=1, dim2=2)[:, :num_anchors]
     others = (dots.square().sum() - own.square().sum()) / (own.numel() * (num_images - 1))
     return others - 2 * own.mean()

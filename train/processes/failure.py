@@ -83,7 +83,7 @@ class Failures:
 
     def _tell(self, error: BaseException) -> None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        message = f"rank {self._rank} failed: {reason}"
+        message = " ".join([f"rank {self._rank} failed: {reason}", *getattr(error, "__notes__", [])])
         with suppress(RuntimeError):  # nobody is there to be told
             self._store.compare_set(_KEY, "", message)
 

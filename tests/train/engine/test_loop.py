@@ -35,6 +35,16 @@ def test_it_starts_anywhere_and_stops_after_the_step_at_hand() -> None:
     assert train(4, start=4) == (4, [], [])
 
 
+def test_an_error_says_in_which_step() -> None:
+    def task(*_: object) -> Loss:
+        raise KeyError("a fault of ours")
+
+    batches: Iterator[Any] = count()
+    with pytest.raises(KeyError) as raised:
+        fit(task, batches, 9, [], lambda: False, start_step=4)
+    assert raised.value.__notes__ == ["(in step 5)"]
+
+
 def test_pauses_are_counted_also_where_they_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([1.0, 3.0, 10.0, 15.0])
     monkeypatch.setattr("train.engine.loop.time.perf_counter", lambda: next(ticks))

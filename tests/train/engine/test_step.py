@@ -1,9 +1,12 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.processes import run_ranks
+from tests.train.engine.test_gradcache import Separate, batch
 from train.engine.step import NonFiniteGradientError, TrainStep
 from train.methods import build_method
 from train.methods.simclr import SimCLR, SimCLRConfig
@@ -36,7 +39,7 @@ def test_repeated_steps_on_one_batch_lower_the_loss(optimizer: str) -> None:
     rate = {"lars": 2.0, "sgd": 0.1, "adamw": 0.003}[optimizer]
     losses = [step(views(0), draws(), rate, 0.5)[0].item() for _ in range(8)]
     assert losses[-1] < losses[0] - 0.1
-    step.check(Path("runs/x"))
+    step.check(Path("runs/x"), World())
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
@@ -50,11 +53,43 @@ def test_non_finite_gradient_stops_all_further_updates(optimizer: str, tmp_path:
     step(views(2), draws(5), 0.1, 0.3)
     for name, p in method.named_parameters():
         assert torch.equal(p, before[name]), name
-    with pytest.raises(NonFiniteGradientError, match=r"at step 5; no update .*no checkpoint is in .* yet; start again"):
-        step.check(tmp_path)
+    with pytest.raises(NonFiniteGradientError, match=r"at step 5; no update .* ranks \[0\]; no checkpoint is in"):
+        step.check(tmp_path, World())
     (tmp_path / "step-000000003.pt").touch()
     with pytest.raises(NonFiniteGradientError, match=r"continue from .*step-000000003\.pt with a lower"):
-        step.check(tmp_path)
+        step.check(tmp_path, World())
+
+
+def poisoned_on_rank_1(world: World, averaged: bool, place: str) -> list[str]:
+    """What all ranks say, a few steps later, of a value that is not finite: in an image, or in a gradient alone."""
+    torch.manual_seed(0)
+    method: Any
+    method, said = Separate(world).double(), ""
+    optimizer = build_optimizer(OptimConfig(name="sgd"), method)
+    step = TrainStep(method, world.wrap(method) if averaged else method, optimizer, torch.float64)
+    for number in range(4):
+        views, made, _ = batch(world)
+        if (world.rank, number) == (1, 2):
+            if place == "image":
+                views[1][0, 0, 0, 0] = torch.nan
+            else:
+                method.projector[0].weight.register_hook(lambda gradient: gradient * torch.nan)
+        step(views, replace(made, step=number), 0.1, 0.5)
+    try:
+        step.check(Path("runs/x"), world)
+    except NonFiniteGradientError as error:
+        said = str(error)
+    return [said]
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+@pytest.mark.parametrize(("place", "where"), [("image", "ranks [1]"), ("gradient", "no rank")])
+def test_all_ranks_are_told_the_step_and_whose_embeddings_were_not_finite(
+    averaged: bool, place: str, where: str
+) -> None:
+    """Also where gradients stay on a rank, as those of post-local SGD."""
+    for (said,) in run_ranks(poisoned_on_rank_1, 2, averaged, place):
+        assert f"at step 3; no update was made since; embeddings did so on {where};" in said
 
 
 @pytest.mark.parametrize("short", [torch.bfloat16, torch.float16])
@@ -85,7 +120,7 @@ def test_float16_refuses_an_update_halves_the_scale_and_goes_on() -> None:
         assert changed != bool(loss.metrics["refused"]), f"update {number}"
         assert (loss.metrics["gradient_norm"] > 0) == changed, "0 where there is none"
         seen.append((changed, loss.metrics["loss_scale"].item()))
-    step.check(Path("runs/x"))
+    step.check(Path("runs/x"), World())
     accepted = [changed for changed, _ in seen].index(True)
     assert [scale for _, scale in seen[:accepted]] == [2.0 ** (29 - n) for n in range(accepted)]
     assert seen[accepted + 1] == (True, 2 * seen[accepted][1]), "and grows after two"
@@ -98,11 +133,11 @@ def test_float16_stops_at_a_gradient_that_no_scale_makes_finite() -> None:
     poisoned = views(1)
     poisoned[0][0, 0, 0, 0] = float("nan")
     for number in range(25):
-        step.check(Path("runs/x"))
+        step.check(Path("runs/x"), World())
         step(poisoned, draws(number), 0.1, 0.1)
     step(views(2), draws(25), 0.1, 0.1)
     with pytest.raises(NonFiniteGradientError, match="at step 25; no update"):
-        step.check(Path("runs/x"))
+        step.check(Path("runs/x"), World())
     assert all(torch.equal(p, before[name]) for name, p in method.named_parameters())
 
 

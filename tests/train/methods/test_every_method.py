@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.loader import Batch
 from pipeline.views import flatten, preset
 from tests.processes import run_ranks
+from tests.train.model.test_checkpointing import batch_of, task_of
+from train.engine import automatic
 from train.engine.step import TrainStep
 from train.methods import METHODS, Method, MethodConfig, build_method, method_class
 from train.model.batchnorm import synchronize_batchnorm
@@ -25,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "swav with a full queue": {"queue": 12, "queue_starts": 0.0},
     "distill of features": {"objective": "feature"},
     "simclr without norm": {"norm": "none"},
+    "simclr by the spectral loss": {"loss": "spectral"},
 }
 every_variant = pytest.mark.parametrize("name", [*METHODS, *VARIANTS])
 
@@ -191,6 +196,17 @@ def test_exported_is_an_encoder(name: str) -> None:
     assert h.shape == (2, method.exported().num_features)
 
 
+class NumberOfTrueValues(TorchDispatchMode):
+    """An error in operations whose results have a size that depends on values, for which a host waits."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else []
+        if name in ("nonzero", "masked_select") or any(t is not None and t.dtype == torch.bool for t in indices):
+            raise AssertionError(f"a step asks the device for a number of values: {name}")
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def nothing_waited_for(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An error in what asks a GPU for a value; on the CPU in what would."""
@@ -203,13 +219,13 @@ def nothing_waited_for(device: torch.device, monkeypatch: pytest.MonkeyPatch) ->
     def asks(*_: object) -> None:
         raise AssertionError("a step asks the device for a value")
 
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, NumberOfTrueValues():
         for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"):
             patched.setattr(torch.Tensor, name, asks)
         yield
 
 
-@every_method
+@every_variant
 def test_a_step_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the first one, in which some optimizers make their state. Has not been run on a GPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -221,3 +237,24 @@ def test_a_step_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) ->
     step(batch, draws, 0.05, 0.1, classes)
     with nothing_waited_for(device, monkeypatch):
         step(batch, draws, 0.05, 0.2, classes)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["run.precision=fp16", "optim.name=larc"],
+        ["run.noise_scale=true", "run.micro_batch_size=6", "optim.name=lamb"],
+        ["run.activation_checkpointing=true", "run.precision=bf16", "optim.name=adamw"],
+        ["optim.name=sgd", "optim.weight_decay_end=0.1"],
+    ],
+    ids=str,
+)
+def test_a_step_of_a_run_waits_for_nothing(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    config, task = task_of("simclr", world, *settings)
+    made = batch_of(config, world, 0)
+    views = [view.to(world.device, automatic.dtype(config, world)) for view in made.views]
+    batch = Batch(0, views, made.labels.to(world.device), made.ids.to(world.device))
+    task(batch, 0)
+    with nothing_waited_for(world.device, monkeypatch):
+        task(batch, 1)
