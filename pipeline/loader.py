@@ -248,6 +248,7 @@ class Loader:
 def _close(process: int, backend: Backend, reader: Reader) -> None:
     if os.getpid() != process:  # the parent's, which may go on
         return
+    reader.watch.closing.set()  # or the backend's threads would wait for further attempts at what fails
     try:
         backend.close()
     finally:

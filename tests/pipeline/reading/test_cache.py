@@ -220,7 +220,7 @@ class Flaky(MemoryFileSystem):
 
 @pytest.fixture
 def flaky(remote: ShardSet, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardSet]:
-    monkeypatch.setattr("pipeline.reading.cache._RETRY_SECONDS", 0.001)
+    monkeypatch.setattr("pipeline.workers._RETRY_SECONDS", 0.001)
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     Flaky.gate.set()
     yield open_shards(remote.directory.url.replace("memory", "flaky"))
@@ -244,6 +244,19 @@ def test_a_transfer_that_always_fails_is_an_error_by_name(flaky: ShardSet, tmp_p
     with pytest.raises(OSError, match=r"^flaky://data/shards/lane-00/train-000000.tar: .* attempt 8: reset by peer"):
         reader.read(0)
     reader.close()
+
+
+def test_close_does_not_wait_for_further_attempts(
+    flaky: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = census()
+    monkeypatch.setattr("pipeline.workers._RETRY_SECONDS", 1e6)
+    Flaky.failures = 10**6
+    stream = loader(flaky, cache=options(tmp_path, 10**9))
+    stream._submit_ahead()
+    wait_until(lambda: caplog.messages)
+    stream.close()
+    assert census() <= before
 
 
 def test_a_slow_transfer_is_no_stall(flaky: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
