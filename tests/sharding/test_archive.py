@@ -70,7 +70,8 @@ def test_labels_are_read_as_they_are_published(tmp_path: Path) -> None:
     for text in (
         "n01440764\nn01443537\n",
         "mv ILSVRC2012_val_00000001.JPEG n01440764/\nmv ILSVRC2012_val_00000002.JPEG n01443537/\n",
-        "ILSVRC2012_val_00000001,n01440764 1 2 3 4\nILSVRC2012_val_00000002,n01443537 85 1 4 2 n01443537 1 1 2 2 \n",
+        "ImageId,PredictionString\nILSVRC2012_val_00000001,n01440764 1 2 3 4\n"
+        "ILSVRC2012_val_00000002,n01443537 85 1 4 2 n01443537 1 1 2 2 \n",
     ):
         path.write_text(text)
         assert read_labels(path) == expected
@@ -105,12 +106,20 @@ def test_a_truncated_or_different_archive_is_refused(archives: Path, tmp_path: P
     assert len(open_source(SourceSpec(str(train)), tmp_path)) == 15
 
 
-def test_extracted_folders_give_the_same_classes(tmp_path: Path) -> None:
-    for split, names in (("train", "{}_1.JPEG"), ("val", "ILSVRC2012_val_0000000{}.JPEG")):
+@pytest.mark.parametrize("sorted_too", [["val"], []], ids=["by valprep.sh", "Kaggle's"])
+def test_extracted_folders_give_the_same_classes(tmp_path: Path, sorted_too: list[str]) -> None:
+    """Images of the test set, and Kaggle's validation images, are in no folder of their class."""
+    root, solution = tmp_path / "CLS-LOC", tmp_path / "LOC_val_solution.csv"
+    for split, name in (("train", "{}_1"), ("val", "ILSVRC2012_val_0000000{}"), ("test", "ILSVRC2012_test_0000000{}")):
         for number, wnid in enumerate(WNIDS):
-            (tmp_path / split / wnid).mkdir(parents=True)
-            (tmp_path / split / wnid / names.format(wnid if split == "train" else number)).write_bytes(jpeg(number))
-    for split in ("train", "validation"):
-        source = open_source(SourceSpec(str(tmp_path), split=split))
+            folder = root / split / (wnid if split in ["train", *sorted_too] else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name.format(wnid if split == 'train' else number)}.JPEG").write_bytes(jpeg(number))
+    lines = [f"ILSVRC2012_val_0000000{number},{wnid} 1 2 3 4" for number, wnid in enumerate(WNIDS)]
+    solution.write_text("\n".join(["ImageId,PredictionString", *lines]))
+    for split, labels in (("train", None), ("train", str(solution)), ("validation", str(solution))):
+        source = open_source(SourceSpec(str(root), split=split, labels=labels))
         assert source.class_names == tuple(WNIDS)
         assert [source.read(row) for row in range(3)] == [(jpeg(i), i) for i in range(3)]
+        assert source.labels().tolist() == [0, 1, 2]
+    assert "--labels" in open_source(SourceSpec(str(root), split="validation")).no_labels
