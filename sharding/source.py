@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from sharding.archive import find_archive, list_archive
+from sharding.archive import ARCHIVES, find_archive, list_archive
 from sharding.command import UserError
 from sharding.demo import load_demo
 from sharding.manifest import MANIFEST_FILE, Manifest
@@ -165,6 +165,8 @@ def _load(spec: SourceSpec, options: dict[str, Any]) -> "tuple[tuple[str, ...], 
         return (), load_dataset(spec.dataset, spec.config, revision=spec.revision, **options)
     if folder.exists(MANIFEST_FILE):
         manifest = Manifest.load(folder)
+        if (held := manifest.source["split"]) != spec.split:
+            raise SourceError(f"{folder}: holds the split {held!r}, not {spec.split!r}; see --split")
         urls = [f"{folder}/{shard.path}" for shard in manifest.shards]
         return manifest.class_names, load_dataset("webdataset", data_files={spec.split: urls}, **options)
     if folder.exists("state.json"):
@@ -179,9 +181,12 @@ def _remote_files(spec: SourceSpec) -> tuple[str, dict[str, list[str]]]:
     """The builder for most of the files below a URL, and the files of each split as the library names splits."""
     from datasets.data_files import get_data_patterns
 
-    patterns = get_data_patterns(spec.dataset)
     folder = Directory.at(spec.dataset)
-    suffixes = Counter(Path(name).suffix for name in folder.sizes())
+    names = list(folder.sizes())
+    if archives := {Path(name).name for name in (spec.dataset, *names)}.intersection(ARCHIVES.values()):
+        raise SourceError(f"{folder}: {min(archives)} can only be read from a local disk; copy it there")
+    patterns = get_data_patterns(spec.dataset)
+    suffixes = Counter(Path(name).suffix for name in names)
     builder = next((b for suffix, b in _BUILDERS.items() if suffixes[suffix]), "imagefolder")
     return builder, {str(split): [f"{folder}/{name}" for name in found] for split, found in patterns.items()}
 

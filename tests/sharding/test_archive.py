@@ -4,9 +4,11 @@ import io
 import tarfile
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from sharding.build import main
+from sharding.command import UserError
 from sharding.manifest import open_shards
 from sharding.source import SourceError, SourceSpec, open_source, read_labels
 from sharding.verify import main as verify
@@ -91,6 +93,27 @@ def test_validation_images_without_labels_say_so(archives: Path, tmp_path: Path)
     source = open_source(SourceSpec(str(archives), split="validation"), tmp_path)
     assert "--labels can give them" in source.no_labels
     assert source.labels().tolist() == [-1] * 6
+
+
+def test_only_the_archive_of_a_split_is_taken_for_it(archives: Path, tmp_path: Path) -> None:
+    """Not the other one of a folder, nor training images a second time as those for validation."""
+    (archives / "ILSVRC2012_img_val.tar").unlink()
+    train = archives / "ILSVRC2012_img_train.tar"
+    for dataset in (archives, train):
+        with pytest.raises(UserError, match=r"expected ILSVRC2012_img_val\.tar for the split 'validation', found"):
+            open_source(SourceSpec(str(dataset), split="validation"), tmp_path / "cache")
+        options = ["--dataset", str(dataset), "--out", str(tmp_path / "out"), "--lanes", "1", "--workers", "1"]
+        assert main([*options, "--split", "train", "validation"]) == 2
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_archives_behind_a_url_are_refused_by_name(archives: Path, tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(archives), f"{tmp_path}/imagenet", recursive=True)
+    for name, found in (("", "train"), ("/ILSVRC2012_img_val.tar", "val")):
+        with pytest.raises(SourceError, match=rf"ILSVRC2012_img_{found}\.tar can only be read from a local disk"):
+            open_source(SourceSpec(f"memory://{tmp_path}/imagenet{name}"), tmp_path)
 
 
 def test_a_truncated_or_different_archive_is_refused(archives: Path, tmp_path: Path) -> None:
