@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.backends import Backend, BackendContext, DamagedSampleError, Pending, Views, build_backend
-from pipeline.order import Order, Shuffled, lane_shard_sizes
+from pipeline.order import Order, Shuffled, ShuffledPart, lane_shard_sizes
 from pipeline.plan import BatchPlan, plan_samples
 from pipeline.reading.cache import CacheOptions
 from pipeline.reading.look_ahead import LookAhead
@@ -156,12 +156,12 @@ class Loader:
         self.close()
 
     def _look_ahead(self, cache: CacheOptions | None) -> LookAhead | None:
-        """None where any shard may come next and is as near as all others."""
-        remote = not self._shards.directory.is_local
-        if not isinstance(self._order, Shuffled) or (not remote and self._order.window is None):
-            return None
-        rows = self._rows(self._order.global_batch_size)
-        return LookAhead(self._shards, self._order, rows, cache.ahead_bytes if remote and cache else None)
+        """None where all shards are equally near, and any may come next."""
+        order, rows = self._order, self._rows(self._order.global_batch_size)
+        if not self._shards.directory.is_local and cache:  # a part is the same for all processes that share the cache
+            room = cache.max_bytes if isinstance(order, ShuffledPart) else cache.ahead_bytes
+            return LookAhead(self._shards, order, rows, room)
+        return LookAhead(self._shards, order, rows) if isinstance(order, Shuffled) and order.window else None
 
     def _rows(self, size: int) -> slice:
         """This rank's part of a global batch."""
@@ -248,6 +248,7 @@ class Loader:
 def _close(process: int, backend: Backend, reader: Reader) -> None:
     if os.getpid() != process:  # the parent's, which may go on
         return
+    reader.watch.closing.set()  # or the backend's threads would wait for further attempts at what fails
     try:
         backend.close()
     finally:

@@ -99,10 +99,11 @@ def _lejepa() -> _Groups:
 
 
 def _visreg() -> _Groups:
-    """HaiyuWu/visreg: LeJEPA's with four global views, local ones of 96 px and a window of 9 px for the blur. (The hue
-    of 0.05 in configs/default.yaml reaches its Kornia backend only, by which no weights were released.)"""
-    large, small = _lejepa()
-    return [{**large, "kernel": 9, "count": 4}, {**small, "kernel": 9, "size": 96}]
+    """HaiyuWu/visreg: LeJEPA's with four global views, local ones of 96 px and a window of 9 px for the blur. Solarized
+    with 0.1: its 0.2 is the probability of torchvision's v2.RandomSolarize, which has one of 0.5 itself. (The hue of
+    0.05 in configs/default.yaml reaches its Kornia backend only, by which no weights were released.)"""
+    large, small = ({**group, "kernel": 9, "solarize": 0.1} for group in _lejepa())
+    return [{**large, "count": 4}, {**small, "size": 96}]
 
 
 def _multicrop(count: int, size: int, small_count: int) -> _Groups:

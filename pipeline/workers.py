@@ -1,24 +1,33 @@
 """Threads that do work which may never return, such as reading from a network disk that died."""
 
 import contextlib
+import logging
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 STALL_SECONDS = 300.0  # without an answer; a disk that is only slow answers sooner
+_NUM_ATTEMPTS = 8
+_RETRY_SECONDS = 1.0  # before the second attempt, and twice as long before each further one: two minutes in all
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 _Jobs = SimpleQueue[tuple["Future[Any]", Callable[..., Any], tuple[Any, ...]] | None]
 
 
 class Watch:
-    """Knows which operations are under way, and since when; safe to share between threads."""
+    """Knows which operations are under way, and since when; safe to share between threads.
+
+    Once ``closing`` is set, none that failed is tried again.
+    """
 
     def __init__(self, limit_seconds: float = STALL_SECONDS) -> None:
-        self.limit_seconds = limit_seconds
+        self.limit_seconds, self.closing = limit_seconds, threading.Event()
         self._running: dict[object, tuple[str, float]] = {}
 
     @property
@@ -42,6 +51,26 @@ class Watch:
         finally:
             del self._running[key]
 
+    def insist(self, what: str, attempt: Callable[[Callable[[], None]], T]) -> T:
+        """What ``attempt`` returns, which reads ``what`` and is given what `watching` gives.
+
+        Tries again where it fails, for which each store has exceptions of its own. Raises OSError, which names
+        ``what``, after the last attempt, and at once for a file that is not there or may not be read.
+        """
+        number = 0
+        while True:
+            number += 1
+            try:
+                with self.watching(what) as progress:
+                    return attempt(progress)
+            except Exception as error:
+                is_final = number == _NUM_ATTEMPTS or isinstance(error, (FileNotFoundError, PermissionError))
+                seconds = _RETRY_SECONDS * 2 ** (number - 1)
+                if not is_final:
+                    log.warning("%s: %s; trying again in %.0f s", what, error, seconds)
+                if is_final or self.closing.wait(seconds):
+                    raise OSError(f"{what}: cannot be read, attempt {number}: {error}") from error
+
     def check(self) -> None:
         """Raises OSError, which names what is read, if that had no answer for longer than the limit."""
         for what, start in list(self._running.values()):
@@ -52,7 +81,9 @@ class Watch:
     def describe(self) -> str:
         """How much is being read, and what was begun first."""
         running = [what for what, _ in list(self._running.values())]
-        return f"reads under way: {len(running)}" + (f", the first of {running[0]}" if running else "")
+        if not running:
+            return "nothing is being read (the first run on a machine compiles its kernels)"
+        return f"reads under way: {len(running)}, the first of {running[0]}"
 
 
 class Workers:

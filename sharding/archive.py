@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from sharding.command import UserError
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_ARCHIVES = {
+ARCHIVES = {
     "train": "ILSVRC2012_img_train.tar",
     "validation": "ILSVRC2012_img_val.tar",
     "val": "ILSVRC2012_img_val.tar",
@@ -19,9 +21,17 @@ _ARCHIVES = {
 
 
 def find_archive(dataset: str, split: str) -> Path | None:
-    """The archive itself, or that of the split in a folder; None where there is none."""
-    path = Path(dataset) / _ARCHIVES.get(split, "") if Path(dataset).is_dir() else Path(dataset)
-    return path if path.suffix == ".tar" and path.is_file() else None
+    """The archive itself, or that of the split in a folder; None where there is none.
+
+    Raises UserError for archives of ILSVRC of which none is that of the split.
+    """
+    path, wanted = Path(dataset), ARCHIVES.get(split, "an archive")
+    if path.is_file() and path.name not in ARCHIVES.values():
+        return path if path.suffix == ".tar" else None
+    found = {file.name: file for file in (path, *(path / name for name in ARCHIVES.values())) if file.is_file()}
+    if found and wanted not in found:
+        raise UserError(f"{dataset}: expected {wanted} for the split {split!r}, found {', '.join(found)}; see --split")
+    return found.get(wanted)
 
 
 def list_archive(path: Path, cache: str | None) -> "Dataset":

@@ -44,13 +44,13 @@ def _balanced(
         raise SourceError(f"{spec.dataset}: --per-class and --fraction need a label for every image")
     rows = shuffled_rows(len(source), seed)
     rows = rows[kept[rows]]
+    rows = rows[np.argsort(labels[rows], kind="stable")]  # class by class
     balanced = np.zeros_like(kept)
-    for label in np.unique(labels[rows]):
-        of_class = rows[labels[rows] == label]
-        count = spec.per_class or max(1, round(len(of_class) * (spec.fraction or 0)))
-        if count > len(of_class):
-            raise SourceError(f"--per-class {count}: class {source.class_name(label)!r} has {len(of_class)} images")
-        balanced[of_class[:count]] = True
+    for label, first, size in zip(*np.unique(labels[rows], return_index=True, return_counts=True), strict=True):
+        count = spec.per_class or max(1, round(size * (spec.fraction or 0)))
+        if count > size:
+            raise SourceError(f"--per-class {count}: class {source.class_name(label)!r} has {size} images")
+        balanced[rows[first : first + count]] = True
     return balanced
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from sharding.archive import find_archive, list_archive
+from sharding.archive import ARCHIVES, find_archive, list_archive
 from sharding.command import UserError
 from sharding.demo import load_demo
 from sharding.manifest import MANIFEST_FILE, Manifest
@@ -60,7 +60,7 @@ class Source:
     class_names: tuple[str, ...] = ()  # by label; in alphabetical order where labels are strings
     revision: str | None = None  # commit on the hub
     no_labels: str = ""  # why there are none
-    classes_by_file: dict[str, str] = field(default_factory=dict)  # by file key; before those of a label column
+    classes_by_file: dict[str, str] | None = None  # by file key; before label column and file name; None: not asked
     new_labels: dict[int, int] = field(default_factory=dict)  # by integer label, where some classes were left out
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class Source:
         """
         columns = [column[0].as_py() for column in self.dataset[row].columns]
         label = columns[1] if len(columns) > 1 else None
-        if self.classes_by_file:
+        if self.classes_by_file is not None:
             label = self._class_of(file_key(columns[0]["path"]), label)
         return _encoded(columns[0]), self._label(label, row)
 
@@ -83,7 +83,7 @@ class Source:
         values: list[Any] = [None] * len(self)
         if column:
             values = self.dataset.select_columns(column)[:].column(0).to_pylist()
-        if self.classes_by_file:
+        if self.classes_by_file is not None:
             values = list(map(self._class_of, self.file_keys(), values))
         return np.array([self._label(value, row) for row, value in enumerate(values)])
 
@@ -98,8 +98,9 @@ class Source:
         return self.class_names[label] if 0 <= label < len(self.class_names) else str(label)
 
     def _class_of(self, key: str, value: str | None) -> str:
-        if (found := self.classes_by_file.get(key, value)) is None:
-            raise SourceError(f"--labels: has no class for the image {key!r}")
+        found = (self.classes_by_file or {}).get(key, value) or wordnet_id(key)
+        if not found:
+            raise SourceError(f"--labels: has no class for the image {key!r}, and neither has its name")
         return found
 
     def _label(self, value: int | str | None, row: int) -> int:
@@ -164,6 +165,8 @@ def _load(spec: SourceSpec, options: dict[str, Any]) -> "tuple[tuple[str, ...], 
         return (), load_dataset(spec.dataset, spec.config, revision=spec.revision, **options)
     if folder.exists(MANIFEST_FILE):
         manifest = Manifest.load(folder)
+        if (held := manifest.source["split"]) != spec.split:
+            raise SourceError(f"{folder}: holds the split {held!r}, not {spec.split!r}; see --split")
         urls = [f"{folder}/{shard.path}" for shard in manifest.shards]
         return manifest.class_names, load_dataset("webdataset", data_files={spec.split: urls}, **options)
     if folder.exists("state.json"):
@@ -178,9 +181,12 @@ def _remote_files(spec: SourceSpec) -> tuple[str, dict[str, list[str]]]:
     """The builder for most of the files below a URL, and the files of each split as the library names splits."""
     from datasets.data_files import get_data_patterns
 
-    patterns = get_data_patterns(spec.dataset)
     folder = Directory.at(spec.dataset)
-    suffixes = Counter(Path(name).suffix for name in folder.sizes())
+    names = list(folder.sizes())
+    if archives := {Path(name).name for name in (spec.dataset, *names)}.intersection(ARCHIVES.values()):
+        raise SourceError(f"{folder}: {min(archives)} can only be read from a local disk; copy it there")
+    patterns = get_data_patterns(spec.dataset)
+    suffixes = Counter(Path(name).suffix for name in names)
     builder = next((b for suffix, b in _BUILDERS.items() if suffixes[suffix]), "imagefolder")
     return builder, {str(split): [f"{folder}/{name}" for name in found] for split, found in patterns.items()}
 
@@ -197,8 +203,11 @@ def _source(dataset: "Dataset", spec: SourceSpec, names: tuple[str, ...], revisi
         names = tuple(features[label].names)
     by_file = read_labels(Path(spec.labels)) if spec.labels else {}
     is_text = bool(label) and getattr(features[label], "dtype", "").endswith("string")
-    if by_file and not is_text:
-        dataset, names = dataset.select_columns([image]), tuple(sorted(set(by_file.values())))
+    if not is_text and (by_file or not label):  # classes may be in the names of files
+        dataset = dataset.select_columns([image])
+        named = {*_named_classes(dataset), *by_file.values()}
+        if named:
+            return Source(dataset.with_format("arrow"), tuple(sorted(named)), revision, classes_by_file=by_file)
     if is_text:
         found = [value for value in dataset.unique(label) if value is not None]
         if label == _KEY and not all(map(_WNID.fullmatch, found)):
@@ -211,13 +220,24 @@ def _source(dataset: "Dataset", spec: SourceSpec, names: tuple[str, ...], revisi
                 f"{spec.dataset}: column {label!r} has {len(names)} different strings of several words for "
                 f"{len(dataset)} images: captions, not classes; choose a different --label-column"
             )
-    return Source(dataset.with_format("arrow"), names, revision, "" if by_file else no_labels, by_file)
+    return Source(dataset.with_format("arrow"), names, revision, "" if by_file else no_labels, by_file or None)
+
+
+def _named_classes(dataset: "Dataset") -> set[str]:
+    """WordNet ids in the names of the files, if the first has one."""
+    first, every = (Source(dataset.select(range(n)).with_format("arrow")) for n in (min(1, len(dataset)), len(dataset)))
+    return set(map(wordnet_id, every.file_keys())) - {""} if any(map(wordnet_id, first.file_keys())) else set()
+
+
+def wordnet_id(name: str) -> str:
+    """That in the name of one of ILSVRC's training images; "" in others."""
+    found = _WNID.fullmatch(name)
+    return found[1] if found else ""
 
 
 def _class_name(value: str) -> str:
     """The class that a string says: its WordNet id where it is the name of one of ILSVRC's files, else itself."""
-    found = _WNID.fullmatch(value)
-    return found[1] if found else value
+    return wordnet_id(value) or value
 
 
 def file_key(path: str) -> str:
@@ -231,8 +251,8 @@ def read_labels(path: Path) -> dict[str, str]:
     """Classes by `file_key`, from lines of a file's name and its class (Kaggle's `LOC_val_solution.csv`, `valprep.sh`),
     or of a class alone, in the order of ILSVRC's validation images.
     """
-    lines = [line.removeprefix("mv ").rstrip("/ ") for line in path.read_text().splitlines() if line.strip()]
-    words = [re.split(r"[,\s]+", line) for line in lines]
+    lines = [line.removeprefix("mv ").rstrip("/ ") for line in path.read_text().splitlines()]
+    words = [re.split(r"[,\s]+", line) for line in lines if line not in ("", "ImageId,PredictionString")]
     if all(word.isdecimal() for word, *rest in words):
         raise SourceError(f"{path}: holds numbers of ILSVRC's own; docs/sharding.md says how they become WordNet ids")
     if all(len(row) == 1 for row in words):
@@ -295,7 +315,7 @@ def _columns(features: dict[str, Any], spec: SourceSpec) -> tuple[str, str | Non
             "--label-column needs class labels, integers or strings, one for each image"
         )
     found = ", ".join(f"{name!r} holds {_kind(feature)}" for name, feature in features.items())
-    none = f"no labels: of the columns ({found}) none is known to hold labels; see --label-column"
+    none = f"no labels: of the columns ({found}) none is known to hold labels; see --label-column and --labels"
     return image, label, "" if label else none
 
 

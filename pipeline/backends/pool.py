@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
@@ -67,7 +67,10 @@ class PooledBatch:
         return all(future.done() for future in self._futures)
 
     def result(self, timeout: float | None = None) -> Views:
-        if wait(self._futures, timeout).not_done:
+        done, not_done = wait(self._futures, timeout, FIRST_EXCEPTION)
+        for future in done:
+            future.result()  # what ends a chunk ends the batch, whatever the others still wait for
+        if not_done:
             raise TimeoutError
         reasons: dict[int, str] = {}
         for future in self._futures:

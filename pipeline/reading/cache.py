@@ -6,11 +6,10 @@ that were opened longest ago; a process that is reading one of them keeps its op
 
 import contextlib
 import fcntl
-import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,10 +24,6 @@ from sharding.manifest import Shard, ShardSet
 from sharding.storage import checksum, locked
 
 _NUM_FETCHERS = 4  # shards at a time: one stream of an object store is far slower than the network
-_NUM_ATTEMPTS = 8
-_RETRY_SECONDS = 1.0  # before the second attempt, and twice as long before each further one: two minutes in all
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class ShardCache:
         self._fetching: dict[int, Future[None]] = {}
         self._lock = threading.Lock()
         self._fetched_bytes, self._fetch_seconds = 0, 0.0
-        self._watch, self._closing = watch, threading.Event()
+        self._watch = watch
         self._pool = Workers(_NUM_FETCHERS, "shard-cache", watch)
 
     def open(self, number: int) -> int:
@@ -83,7 +78,6 @@ class ShardCache:
         return Stats(fetch_seconds=self._fetch_seconds, fetched_bytes=self._fetched_bytes)
 
     def close(self) -> None:
-        self._closing.set()
         self._pool.close()
 
     def _path(self, shard: Shard) -> Path:
@@ -111,21 +105,11 @@ class ShardCache:
             self._fetch_seconds += time.perf_counter() - start
 
     def _copy(self, shard: Shard, part: Path) -> None:
-        """Tries again where the network fails, which each store has exceptions of its own for."""
-        source = f"{self._source}/{shard.path}"
-        for attempt in range(_NUM_ATTEMPTS):
-            try:
-                with self._watch.watching(source) as progress:
-                    blocks = Callback(hooks={"progress": lambda *_, **__: progress()})  # called in any thread
-                    self._source.fs.get_file(self._source.path(shard.path), str(part), callback=blocks)
-                return
-            except Exception as error:
-                seconds = _RETRY_SECONDS * 2**attempt
-                is_final = isinstance(error, (FileNotFoundError, PermissionError)) or attempt + 1 == _NUM_ATTEMPTS
-                if is_final or self._closing.is_set():
-                    raise OSError(f"{source}: cannot be fetched, attempt {attempt + 1}: {error}") from error
-                log.warning("%s: %s; trying again in %.0f s", source, error, seconds)
-                self._closing.wait(seconds)
+        def attempt(progress: Callable[[], None]) -> None:
+            blocks = Callback(hooks={"progress": lambda *_, **__: progress()})  # called in any thread
+            self._source.fs.get_file(self._source.path(shard.path), str(part), callback=blocks)
+
+        self._watch.insist(f"{self._source}/{shard.path}", attempt)
 
     def _check(self, part: Path, shard: Shard) -> None:
         with part.open("rb") as file:

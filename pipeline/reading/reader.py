@@ -7,7 +7,6 @@ truncated or a disk that fails under a running process is an OSError with a name
 import os
 import threading
 import time
-from contextlib import AbstractContextManager
 
 import numpy as np
 import xxhash
@@ -48,15 +47,14 @@ class Reader:
         """The bytes of a sample, in memory of their own, or ``out``, which is as large as they are.
 
         Raises ValueError for bytes that are not those of the build: whether a decoder would notice depends on the
-        decoder, and batches must not. Raises OSError, which names the shard, where the disk fails.
+        decoder, and batches must not. Raises OSError, which names the shard, where the disk fails again and again.
         """
         start = time.perf_counter()
         index = self.shards.index
         shard, offset, size = int(index.shard[sample]), int(index.offset[sample]), int(index.size[sample])
         data = np.empty(size, np.uint8) if out is None else out
         file = self._file(shard)  # stays open, while it is referred to, whatever other threads do
-        with self._watching(shard):
-            num_bytes = os.preadv(file.descriptor, [data.data], offset)
+        num_bytes = self.watch.insist(self._name(shard), lambda _: _fill(data, file.descriptor, offset))
         if num_bytes != size:
             raise OSError(
                 f"{self.describe(sample)}: expected {size} bytes, found {num_bytes}: the shard was truncated while it "
@@ -99,6 +97,7 @@ class Reader:
         return reading + self._cache.stats() if self._cache else reading
 
     def close(self) -> None:
+        self.watch.closing.set()
         if self._cache:
             self._cache.close()
         self._adviser.close()
@@ -113,7 +112,7 @@ class Reader:
     def _advise_part(self, shard: int, offset: int, size: int) -> None:
         file, end = self._file(shard), offset + size
         for start in range(offset, end, _ADVICE_BYTES):
-            with self._watching(shard):
+            with self.watch.watching(self._name(shard)):
                 os.posix_fadvise(file.descriptor, start, min(_ADVICE_BYTES, end - start), os.POSIX_FADV_WILLNEED)
 
     def _file(self, shard: int) -> "_File":
@@ -135,11 +134,19 @@ class Reader:
     def _open(self, shard: int) -> int:
         if self._cache:
             return self._cache.open(shard)
-        with self._watching(shard):
-            return os.open(self.shards.root / self.shards.manifest.shards[shard].path, os.O_RDONLY)
+        path = self.shards.root / self.shards.manifest.shards[shard].path
+        return self.watch.insist(self._name(shard), lambda _: os.open(path, os.O_RDONLY))
 
-    def _watching(self, shard: int) -> AbstractContextManager[object]:
-        return self.watch.watching(f"{self.shards.directory}/{self.shards.manifest.shards[shard].path}")
+    def _name(self, shard: int) -> str:
+        return f"{self.shards.directory}/{self.shards.manifest.shards[shard].path}"
+
+
+def _fill(data: NDArray[np.uint8], descriptor: int, offset: int) -> int:
+    """Read on where a read ends early, to the end of ``data`` or of the file; returns how many bytes that is."""
+    done = 0
+    while done < len(data) and (more := os.preadv(descriptor, [data[done:].data], offset + done)):
+        done += more
+    return done
 
 
 class _File:

@@ -77,12 +77,29 @@ NO_AUGMENTATION = {"flip": 0, "jitter": 0, "grey": 0, "blur": 0}
             "byol",
             [{"count": 1, "blur": 1.0, **BYOL}, {"count": 1, "blur": 0.1, "solarize": 0.2, **BYOL}],
         ),
+        ("vicreg", [{"solarize": 0.1, **BYOL}]),
+        ("supervised", [{"count": 1, **NO_AUGMENTATION, "flip": 0.5}]),
+        ("mocov2", [{"scale": (0.2, 1.0), **HALF_JITTER}]),
+        (
+            "mocov3",
+            [
+                {"count": 1, "scale": (0.2, 1.0), **BYOL, "interpolation": "bilinear", "blur": 1.0},
+                {"count": 1, "scale": (0.2, 1.0), **BYOL, "interpolation": "bilinear", "blur": 0.1, "solarize": 0.2},
+            ],
+        ),
         ("mae", [{"count": 1, "scale": (0.2, 1.0), **NO_AUGMENTATION, "flip": 0.5, "interpolation": "bicubic"}]),
         (
             "lejepa",
             [
                 {"scale": (0.3, 1.0), "solarize": 0.2, **BYOL},
                 {"count": 6, "size": 98, "scale": (0.05, 0.3), "solarize": 0.2, **BYOL},
+            ],
+        ),
+        (
+            "visreg",
+            [
+                {"count": 4, "scale": (0.3, 1.0), "solarize": 0.1, "kernel": 9, **BYOL},
+                {"count": 6, "size": 96, "scale": (0.05, 0.3), "solarize": 0.1, "kernel": 9, **BYOL},
             ],
         ),
         (

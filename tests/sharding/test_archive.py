@@ -4,9 +4,11 @@ import io
 import tarfile
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from sharding.build import main
+from sharding.command import UserError
 from sharding.manifest import open_shards
 from sharding.source import SourceError, SourceSpec, open_source, read_labels
 from sharding.verify import main as verify
@@ -70,7 +72,8 @@ def test_labels_are_read_as_they_are_published(tmp_path: Path) -> None:
     for text in (
         "n01440764\nn01443537\n",
         "mv ILSVRC2012_val_00000001.JPEG n01440764/\nmv ILSVRC2012_val_00000002.JPEG n01443537/\n",
-        "ILSVRC2012_val_00000001,n01440764 1 2 3 4\nILSVRC2012_val_00000002,n01443537 85 1 4 2 n01443537 1 1 2 2 \n",
+        "ImageId,PredictionString\nILSVRC2012_val_00000001,n01440764 1 2 3 4\n"
+        "ILSVRC2012_val_00000002,n01443537 85 1 4 2 n01443537 1 1 2 2 \n",
     ):
         path.write_text(text)
         assert read_labels(path) == expected
@@ -92,6 +95,27 @@ def test_validation_images_without_labels_say_so(archives: Path, tmp_path: Path)
     assert source.labels().tolist() == [-1] * 6
 
 
+def test_only_the_archive_of_a_split_is_taken_for_it(archives: Path, tmp_path: Path) -> None:
+    """Not the other one of a folder, nor training images a second time as those for validation."""
+    (archives / "ILSVRC2012_img_val.tar").unlink()
+    train = archives / "ILSVRC2012_img_train.tar"
+    for dataset in (archives, train):
+        with pytest.raises(UserError, match=r"expected ILSVRC2012_img_val\.tar for the split 'validation', found"):
+            open_source(SourceSpec(str(dataset), split="validation"), tmp_path / "cache")
+        options = ["--dataset", str(dataset), "--out", str(tmp_path / "out"), "--lanes", "1", "--workers", "1"]
+        assert main([*options, "--split", "train", "validation"]) == 2
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_archives_behind_a_url_are_refused_by_name(archives: Path, tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(archives), f"{tmp_path}/imagenet", recursive=True)
+    for name, found in (("", "train"), ("/ILSVRC2012_img_val.tar", "val")):
+        with pytest.raises(SourceError, match=rf"ILSVRC2012_img_{found}\.tar can only be read from a local disk"):
+            open_source(SourceSpec(f"memory://{tmp_path}/imagenet{name}"), tmp_path)
+
+
 def test_a_truncated_or_different_archive_is_refused(archives: Path, tmp_path: Path) -> None:
     train = archives / "ILSVRC2012_img_train.tar"
     whole = train.read_bytes()
@@ -105,12 +129,20 @@ def test_a_truncated_or_different_archive_is_refused(archives: Path, tmp_path: P
     assert len(open_source(SourceSpec(str(train)), tmp_path)) == 15
 
 
-def test_extracted_folders_give_the_same_classes(tmp_path: Path) -> None:
-    for split, names in (("train", "{}_1.JPEG"), ("val", "ILSVRC2012_val_0000000{}.JPEG")):
+@pytest.mark.parametrize("sorted_too", [["val"], []], ids=["by valprep.sh", "Kaggle's"])
+def test_extracted_folders_give_the_same_classes(tmp_path: Path, sorted_too: list[str]) -> None:
+    """Images of the test set, and Kaggle's validation images, are in no folder of their class."""
+    root, solution = tmp_path / "CLS-LOC", tmp_path / "LOC_val_solution.csv"
+    for split, name in (("train", "{}_1"), ("val", "ILSVRC2012_val_0000000{}"), ("test", "ILSVRC2012_test_0000000{}")):
         for number, wnid in enumerate(WNIDS):
-            (tmp_path / split / wnid).mkdir(parents=True)
-            (tmp_path / split / wnid / names.format(wnid if split == "train" else number)).write_bytes(jpeg(number))
-    for split in ("train", "validation"):
-        source = open_source(SourceSpec(str(tmp_path), split=split))
+            folder = root / split / (wnid if split in ["train", *sorted_too] else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name.format(wnid if split == 'train' else number)}.JPEG").write_bytes(jpeg(number))
+    lines = [f"ILSVRC2012_val_0000000{number},{wnid} 1 2 3 4" for number, wnid in enumerate(WNIDS)]
+    solution.write_text("\n".join(["ImageId,PredictionString", *lines]))
+    for split, labels in (("train", None), ("train", str(solution)), ("validation", str(solution))):
+        source = open_source(SourceSpec(str(root), split=split, labels=labels))
         assert source.class_names == tuple(WNIDS)
         assert [source.read(row) for row in range(3)] == [(jpeg(i), i) for i in range(3)]
+        assert source.labels().tolist() == [0, 1, 2]
+    assert "--labels" in open_source(SourceSpec(str(root), split="validation")).no_labels

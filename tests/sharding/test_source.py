@@ -110,6 +110,8 @@ def test_own_shards_can_be_laid_out_again(shards: Path, parquet: Path, tmp_path:
     kept = {original.read(row) for row in range(len(original))}
     assert set(rows(source)) < kept
     assert len(source) == 60
+    with pytest.raises(SourceError, match="holds the split 'train', not 'validation'; see --split"):
+        open_folder(shards, split="validation")
     manifest = build_shards(shards, tmp_path / "out", lanes=3)
     assert (manifest.num_samples_per_lane, manifest.class_names) == (20, tuple(CLASS_NAMES))
 

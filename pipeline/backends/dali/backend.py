@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -64,7 +64,9 @@ class _Batch:
     views: "Future[Callable[[], Views]]" = field(default_factory=Future)
 
     def is_read(self) -> bool:
-        return all(read.done() for read in self.reads)
+        """Or cannot be."""
+        done, not_done = wait(self.reads, 0, FIRST_EXCEPTION)
+        return not not_done or any(not read.cancelled() and read.exception() for read in done)
 
     def done(self) -> bool:
         return self.views.done()
@@ -137,7 +139,7 @@ class DaliBackend:
 
     def _schedule(self, batch: _Batch) -> None:
         faults: dict[int, str] = {}
-        for read in batch.reads:
+        for read in wait(batch.reads, return_when=FIRST_EXCEPTION).done:
             encoded, failed = read.result()
             batch.encoded |= encoded
             faults |= failed

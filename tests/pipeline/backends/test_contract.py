@@ -1,5 +1,7 @@
 """What every backend promises to the loader, checked on real shards."""
 
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -171,6 +173,23 @@ def test_a_missing_shard_is_named(name: str, copied_shards: Path) -> None:
         with pytest.raises((OSError, ValueError), match=r"lane-00/train-000000.tar"):
             backend.submit(plan(shards, 0)).result()
     finally:
+        backend.close()
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+def test_a_read_that_fails_ends_a_batch_whatever_others_wait_for(
+    name: str, copied_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, gate, preadv = open_shards(copied_shards), threading.Event(), os.preadv
+    (copied_shards / shards.manifest.shards[0].path).unlink()
+    monkeypatch.setattr(os, "preadv", lambda *arguments: gate.wait() and preadv(*arguments))
+    ids = np.array([0, *range(len(shards.index) - 5, len(shards.index))])
+    backend = build(name, context(shards))
+    try:
+        with pytest.raises(OSError, match=r"lane-00/train-000000.tar"):
+            backend.submit(plan_samples(shards, SPECS, 5, 0, ids, np.zeros_like(ids))).result(timeout=60)
+    finally:
+        gate.set()
         backend.close()
 
 

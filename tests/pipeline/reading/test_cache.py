@@ -3,16 +3,19 @@ import fcntl
 import threading
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 from fsspec.callbacks import Callback
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.loader import Batch, Loader
+from pipeline.order import Order, Sequential, ShuffledPart
 from pipeline.reading.cache import CacheOptions
 from pipeline.reading.reader import Reader
 from pipeline.views import ViewSpec
@@ -80,7 +83,7 @@ def test_a_full_permutation_needs_room_for_all_and_fetches_once(
     with loader(remote, cache=options(tmp_path, total)) as again:
         next(again)
         assert again.stats().fetched_bytes == 0
-    with pytest.raises(ValueError, match=rf"shuffles among {total} bytes .*keep {total - 1} .*none: the whole data"):
+    with pytest.raises(ValueError, match=rf"shuffles among {total} bytes .*keep {total - 1} .*none: all"):
         loader(remote, cache=options(tmp_path, total - 1))
 
 
@@ -89,6 +92,24 @@ def test_the_next_shards_are_fetched_before_they_are_read(remote: ShardSet, tmp_
         next(stream)
         of_this_lane = sum(shard.num_bytes for shard in remote.manifest.shards if shard.lane == 0)
         wait_until(lambda: stream.stats().fetched_bytes == of_this_lane)
+
+
+@pytest.mark.parametrize("order", [Sequential(np.arange(92), 8), ShuffledPart(np.arange(0, 92, 2), 0, 8)])
+def test_every_order_is_fetched_ahead_and_no_shard_twice(remote: ShardSet, tmp_path: Path, order: Order) -> None:
+    total = sum(shard_bytes(remote))
+    with loader(remote, order=order, prefetch=1, cache=CacheOptions(tmp_path, total, total)) as stream:
+        next(stream)
+        wait_until(lambda: stream.stats().fetched_bytes == total)
+        assert len([*islice(stream, 11)]) == 11
+        assert stream.stats().fetched_bytes == total
+
+
+def test_a_part_needs_room_for_all_of_it_once_on_a_node(remote: ShardSet, tmp_path: Path) -> None:
+    order = ShuffledPart(np.flatnonzero(remote.index.shard < 2), 0, 8)
+    room = sum(shard_bytes(remote)[:2])
+    loader(remote, order=order, cache=CacheOptions(tmp_path, room, room // 8)).close()
+    with pytest.raises(ValueError, match=rf"shuffles among {room} bytes .*keep {room - 1} of them; .*cache_bytes$"):
+        loader(remote, order=order, cache=CacheOptions(tmp_path, room - 1, room - 1))
 
 
 def test_least_recently_opened_shards_make_room(remote: ShardSet, tmp_path: Path) -> None:
@@ -220,7 +241,7 @@ class Flaky(MemoryFileSystem):
 
 @pytest.fixture
 def flaky(remote: ShardSet, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardSet]:
-    monkeypatch.setattr("pipeline.reading.cache._RETRY_SECONDS", 0.001)
+    monkeypatch.setattr("pipeline.workers._RETRY_SECONDS", 0.001)
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     Flaky.gate.set()
     yield open_shards(remote.directory.url.replace("memory", "flaky"))
@@ -244,6 +265,19 @@ def test_a_transfer_that_always_fails_is_an_error_by_name(flaky: ShardSet, tmp_p
     with pytest.raises(OSError, match=r"^flaky://data/shards/lane-00/train-000000.tar: .* attempt 8: reset by peer"):
         reader.read(0)
     reader.close()
+
+
+def test_close_does_not_wait_for_further_attempts(
+    flaky: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = census()
+    monkeypatch.setattr("pipeline.workers._RETRY_SECONDS", 1e6)
+    Flaky.failures = 10**6
+    stream = loader(flaky, cache=options(tmp_path, 10**9))
+    stream._submit_ahead()
+    wait_until(lambda: caplog.messages)
+    stream.close()
+    assert census() <= before
 
 
 def test_a_slow_transfer_is_no_stall(flaky: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 import ctypes
+import errno
 import mmap
 import os
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,6 +89,45 @@ def test_a_shard_truncated_while_in_use_is_an_error_not_a_signal(copied_shards: 
     os.truncate(path, 1000)
     with pytest.raises(OSError, match=rf"sample {last} \(lane-03/train-.*truncated while"):
         reader.read(last)
+    reader.close()
+
+
+class FailingDisk:
+    """The next reads have these results: so many bytes at most, or an error."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *results: int | Exception) -> None:
+        self.results, self._preadv = list(results), os.preadv
+        monkeypatch.setattr(os, "preadv", self)
+        monkeypatch.setattr("pipeline.workers._RETRY_SECONDS", 0.001)
+
+    def __call__(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        result = self.results.pop(0) if self.results else 10**9
+        if isinstance(result, Exception):
+            raise result
+        return self._preadv(descriptor, [buffers[0][:result]], offset)
+
+
+def error() -> OSError:
+    return OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_read_that_fails_or_ends_early_is_tried_again(
+    shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, reader = FailingDisk(monkeypatch, error(), 10, error(), 20, 30), Reader(shard_set)
+    assert reader.read(0).tobytes() == content(shard_set, 0)
+    assert not disk.results
+    assert len(caplog.messages) == 2
+    for line in caplog.messages:
+        assert re.search(r"lane-00/train-000000\.tar: .* Input/output error; trying again in", line)
+    reader.close()
+
+
+def test_a_read_that_always_fails_is_an_error_by_name(shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, reader = FailingDisk(monkeypatch, *(error() for _ in range(9))), Reader(shard_set)
+    with pytest.raises(OSError, match=r"lane-00/train-000000\.tar: cannot be read, attempt 8: .* Input/output error"):
+        reader.read(0)
+    assert len(disk.results) == 1
     reader.close()
 
 
