@@ -236,7 +236,7 @@ class Log:
             self.monitor.advance(state.done)
         if state.done % self.task.config.run.log_every and not state.last:
             return
-        self.task.step.check(self.task.config.run.dir, self.task.world)  # waits for the device: what follows is not training
+        self.task.step.check(self.task.config.run.dir, self.task.world)  # waits: what follows is not training
         with self.clock.pausing():
             named = {"loss": state.loss.value, **state.loss.metrics}
             named |= health.measure(self.task.method, state.loss, self.task.world)
