@@ -72,38 +72,13 @@ _Groups = list[dict[str, Any]]  # as a configuration file would write them
 _BICUBIC = {"interpolation": "bicubic"}
 _NO_AUGMENTATION = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0}
 _HALF_JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
-_BYOL_JITTER = {**_HALF_JITTER, "saturation": 0.2}
+_LIKE_BYOL = {**_BICUBIC, **_HALF_JITTER, "saturation": 0.2}
 
 
 def _on_cifar(groups: _Groups, **changes: Any) -> _Groups:
     """At 32 px, without blur."""
     size = {"size": 32, "blur": 0.0, "mean": CIFAR10_MEAN, "std": CIFAR10_STD}
     return [{**group, **size, **changes} for group in groups]
-
-
-def _byol() -> _Groups:
-    """Table 6 of Grill et al., 2020; Barlow Twins' too."""
-    common = {**_BICUBIC, **_BYOL_JITTER}
-    return [{**common, "blur": 1.0}, {**common, "blur": 0.1, "solarize": 0.2}]
-
-
-def _vicreg() -> _Groups:
-    """Bardes et al., 2022, appendix C.1: both views from one distribution."""
-    return [{**_BICUBIC, **_BYOL_JITTER, "count": 2, "solarize": 0.1}]
-
-
-def _lejepa() -> _Groups:
-    """Balestriero & LeCun, 2025: two global views and six local ones, alike but for their crops."""
-    common = {**_BICUBIC, **_BYOL_JITTER, "solarize": 0.2}
-    return [{**common, "count": 2, "scale": (0.3, 1.0)}, {**common, "count": 6, "size": 98, "scale": (0.05, 0.3)}]
-
-
-def _visreg() -> _Groups:
-    """HaiyuWu/visreg: LeJEPA's with four global views, local ones of 96 px and a window of 9 px for the blur. Solarized
-    with 0.1: its 0.2 is the probability of torchvision's v2.RandomSolarize, which has one of 0.5 itself. (The hue of
-    0.05 in configs/default.yaml reaches its Kornia backend only, by which no weights were released.)"""
-    large, small = ({**group, "kernel": 9, "solarize": 0.1} for group in _lejepa())
-    return [{**large, "count": 4}, {**small, "size": 96}]
 
 
 def _multicrop(count: int, size: int, small_count: int) -> _Groups:
@@ -114,29 +89,49 @@ def _multicrop(count: int, size: int, small_count: int) -> _Groups:
     ]
 
 
-def _dino() -> _Groups:
-    """The defaults of the authors' main_dino.py (Caron et al., 2021): two global views of 224 px with BYOL's blur and
-    solarization, eight local ones of 96 px. Their released models were trained with crops of their own, see the args
-    beside each; their blur is Pillow's, an approximation that knows no window."""
-    first, second = ({**group, "scale": (0.4, 1.0)} for group in _byol())
-    return [first, second, {**first, "count": 8, "size": 96, "scale": (0.05, 0.4), "blur": 0.5}]
+# Table 6 of Grill et al., 2020; Barlow Twins' too.
+_BYOL: _Groups = [{**_LIKE_BYOL, "blur": 1.0}, {**_LIKE_BYOL, "blur": 0.1, "solarize": 0.2}]
 
+# Bardes et al., 2022, appendix C.1: both views from one distribution.
+_VICREG: _Groups = [{**_LIKE_BYOL, "count": 2, "solarize": 0.1}]
+
+# Balestriero & LeCun, 2025: two global views and six local ones, alike but for their crops.
+_LEJEPA: _Groups = [
+    {**_LIKE_BYOL, "solarize": 0.2, "count": 2, "scale": (0.3, 1.0)},
+    {**_LIKE_BYOL, "solarize": 0.2, "count": 6, "scale": (0.05, 0.3), "size": 98},
+]
+
+# HaiyuWu/visreg: LeJEPA's with four global views, local ones of 96 px and a window of 9 px for the blur. Solarized with
+# 0.1: its 0.2 is the probability of torchvision's v2.RandomSolarize, which has one of 0.5 itself. (The hue of 0.05 in
+# configs/default.yaml reaches its Kornia backend only, by which no weights were released.)
+_VISREG: _Groups = [
+    {**_LEJEPA[0], "solarize": 0.1, "kernel": 9, "count": 4},
+    {**_LEJEPA[1], "solarize": 0.1, "kernel": 9, "size": 96},
+]
+
+# The defaults of the authors' main_dino.py (Caron et al., 2021): two global views of 224 px with BYOL's blur and
+# solarization, eight local ones of 96 px. Their released models were trained with crops of their own, see the args
+# beside each; their blur is Pillow's, an approximation that knows no window.
+_DINO: _Groups = [
+    *({**group, "scale": (0.4, 1.0)} for group in _BYOL),
+    {**_LIKE_BYOL, "count": 8, "size": 96, "scale": (0.05, 0.4), "blur": 0.5},
+]
 
 PRESETS: dict[str, _Groups] = {
     "simclr": [{"count": 2}],
     "simclr-cifar": _on_cifar([{"count": 2, **_HALF_JITTER}]),
-    "byol": _byol(),
-    "byol-cifar": _on_cifar(_byol()),  # solo-learn's asymmetric augmentations
-    "vicreg": _vicreg(),
-    "vicreg-cifar": _on_cifar(_vicreg(), scale=(0.2, 1.0)),  # solo-learn's
-    "lejepa": _lejepa(),
-    "visreg": _visreg(),
+    "byol": _BYOL,
+    "byol-cifar": _on_cifar(_BYOL),  # solo-learn's asymmetric augmentations
+    "vicreg": _VICREG,
+    "vicreg-cifar": _on_cifar(_VICREG, scale=(0.2, 1.0)),  # solo-learn's
+    "lejepa": _LEJEPA,
+    "visreg": _VISREG,
     "supervised": [{**_NO_AUGMENTATION, "flip": 0.5}],  # Goyal et al., 2017
     "mocov2": [{"count": 2, "scale": (0.2, 1.0), **_HALF_JITTER}],  # Chen et al., 2020; SimSiam's as well
-    "mocov3": [{**group, "scale": (0.2, 1.0), "interpolation": "bilinear"} for group in _byol()],
+    "mocov3": [{**group, "scale": (0.2, 1.0), "interpolation": "bilinear"} for group in _BYOL],
     "multicrop-2x160+4x96": _multicrop(2, 160, 4),
     "multicrop-2x224+6x96": _multicrop(2, 224, 6),
-    "dino": _dino(),
+    "dino": _DINO,
     "mae": [{**_BICUBIC, "scale": (0.2, 1.0), **_NO_AUGMENTATION, "flip": 0.5}],  # He et al., 2022, section 4
     "eval": [{"crop": "center", **_NO_AUGMENTATION}],
 }
