@@ -1,14 +1,17 @@
 """One way for all commands to end: an error that the user can act on is one line, an error of ours is a traceback."""
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 Main = Callable[..., int]  # of (arguments), by default those of the process
+_PATIENCE_SECONDS = 30.0
 
 
 class UserError(ValueError):
@@ -61,3 +64,17 @@ def say(name: str, message: str) -> None:
     """A line of ``name`` on the standard error; under `torchrun` with the rank that has something to say."""
     rank = f" [rank {os.environ['RANK']}]" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     print(f"{name}{rank}: {message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def announced(name: str, what: str) -> Iterator[None]:
+    """Says, while the block runs on and on, that it waits for ``what``."""
+    message = f"{what}: no answer for {_PATIENCE_SECONDS:g} s, still waiting; is the disk or the network there?"
+    timer = threading.Timer(_PATIENCE_SECONDS, say, (name, message))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()

@@ -16,7 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sharding.command import UserError, say
+from sharding.command import UserError, announced, say
 from sharding.storage import STATE, Directory
 
 FORMAT_VERSION = 2
@@ -110,7 +110,8 @@ class Manifest:
         """
         out = Directory.at(root)
         try:
-            return cls.read(out, MANIFEST_FILE)
+            with announced("sharding", f"{out}/{MANIFEST_FILE}"):
+                return cls.read(out, MANIFEST_FILE)
         except ShardError:
             if not out.exists(MANIFEST_COPY):
                 raise
@@ -244,8 +245,9 @@ def open_shards(root: str | Path | Directory, lanes: Collection[int] | None = No
     """
     out = Directory.at(root)
     manifest = Manifest.load(out)
-    check_sizes(out, manifest, lanes)
-    index = Index.load(out, manifest.index)
+    with announced("sharding", f"{out}"):
+        check_sizes(out, manifest, lanes)
+        index = Index.load(out, manifest.index)
     check_index(out, manifest, index)
     return ShardSet(out, manifest, index, lanes)
 

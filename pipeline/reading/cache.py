@@ -106,7 +106,8 @@ class ShardCache:
 
     def _copy(self, shard: Shard, part: Path) -> None:
         def attempt(progress: Callable[[], None]) -> None:
-            blocks = Callback(hooks={"progress": lambda *_, **__: progress()})  # called in any thread
+            # Called in any thread; by s3fs not before ten ranges of 50 MB each are there, which may be all of a shard.
+            blocks = Callback(hooks={"progress": lambda *_, **__: progress()})
             self._source.fs.get_file(self._source.path(shard.path), str(part), callback=blocks)
 
         self._watch.insist(f"{self._source}/{shard.path}", attempt)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from sharding.manifest import Index, Manifest, ShardError, fingerprint, open_sha
 from sharding.source import SourceSpec, open_source
 from sharding.storage import Directory
 from sharding.verify import verify
+from tests.census import census, wait_until
 
 
 def test_sample_ids_lead_to_the_source_images(shards: Path, parquet: Path, images: list[bytes]) -> None:
@@ -40,6 +42,21 @@ def test_manifest_survives_a_round_trip(shards: Path, tmp_path: Path) -> None:
     manifest = Manifest.load(shards)
     manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.arrow"])
+def test_a_disk_that_does_not_answer_is_named(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    before, gate, read = census(), threading.Event(), Directory.read
+    monkeypatch.setattr("sharding.command._PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(Directory, "read", lambda out, file: (file != name or gate.wait()) and read(out, file))
+    thread = threading.Thread(target=open_shards, args=(shards,))
+    thread.start()
+    wait_until(lambda: f"sharding: {shards}" in (said := capsys.readouterr().err) and "no answer for 0.05 s" in said)
+    gate.set()
+    thread.join()
+    assert census() <= before
 
 
 def test_the_index_survives_its_file(shards: Path, tmp_path: Path) -> None:
