@@ -13,6 +13,8 @@ from pipeline.backends import Views
 from pipeline.memory import recycler
 from pipeline.plan import BatchPlan
 
+_PART = 2**26  # values, 256 MiB in float32
+
 
 def to_batch(views: Views, plan: BatchPlan, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     """Views (n, H, W, 3) uint8 as (n, 3, H, W) channels_last on ``device``, normalised by their specs."""
@@ -56,8 +58,17 @@ def normalize(
         rows = images.contiguous().view(-1, len(scale)), values.view(-1, len(scale))
         _scale_rows(rows[0].numpy(), scale.numpy(), shift.numpy(), rows[1].numpy())
     else:
-        values = torch.addcmul(shift, images.flatten(2).float(), scale).view(images.shape)
+        values = _scale_parts(images, scale, shift, dtype)
     return values.to(dtype).permute(0, 3, 1, 2)
+
+
+def _scale_parts(images: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Some images at a time in float32, since large views would take four times the memory of what they become."""
+    values = torch.empty(images.shape, dtype=dtype, device=images.device)
+    count = max(1, _PART // images.shape[1:].numel())
+    for part, made in zip(images.split(count), values.split(count), strict=True):
+        made.flatten(2).copy_(torch.addcmul(shift, part.flatten(2).float(), scale))
+    return values
 
 
 @njit(nogil=True, cache=True)

@@ -6,6 +6,7 @@ import inspect
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import datasets
 import pytest
 import torch.distributed.run
+import yaml
 
 from sharding.command import Parser
 from sharding.demo import load_demo
@@ -122,12 +124,29 @@ def configs_of(words: list[str], options: Any) -> list[Path | None]:
     return [config if config and config.exists() else None]
 
 
+def test_files_for_many_machines_are_what_their_readers_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bash, YAML, and a command that says which settings there are; SLURM, Kubernetes and SkyPilot are not here."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "many-machines.md").read_text()
+    (slurm,), (job, task) = (re.findall(rf"^```{kind}\n(.*?)^```", page, re.M | re.S) for kind in ("bash", "yaml"))
+    assert slurm.startswith("#!"), "sbatch refuses others"
+    job, task = yaml.safe_load(job), yaml.safe_load(task)
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert replicas["Master"]["template"] == replicas["Worker"]["template"]
+    options = parse(replicas["Master"]["template"]["spec"]["containers"][0]["command"], monkeypatch)
+    assert options is not None
+    load_config(options.config, options.overrides)
+    for script in (slurm, task["run"], task["setup"]):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
 def test_commands_are_found() -> None:
     found = [" ".join(words) for words in WORDS]
     assert "make demo" in found
     assert "python -m sharding.build --dataset demo --split train test --out data/demo" in found  # in the Makefile
     assert "python -m sharding.build --out /data/shards" in found
     assert any(" optim.epochs=200 method.temperature=0.2 " in command for command in found)  # continued on a line
+    assert any("data.shards=s3://BUCKET/shards" in command for command in found)  # in a script within YAML
     assert any("--image-column img" in command for command in found)  # in the comments of a recipe
 
 

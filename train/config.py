@@ -64,7 +64,7 @@ class DataConfig(Settings):
 _APART = (
     ("parallel", "fsdp", "gradient_compression local_sgd_period shard_optimizer static_graph noise_scale compile"),
     ("local_sgd_period", None, "gradient_compression shard_optimizer noise_scale replay_every"),
-    ("gradient_compression", "powersgd", "static_graph replay_every"),
+    ("gradient_compression", "powersgd", "static_graph replay_every noise_scale"),
     ("precision", "fp16", "noise_scale local_sgd_period parallel"),
     ("static_graph", None, "micro_batch_size"),
     ("activation_checkpointing", None, "compile"),

@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("expected --step from 1 and --images from 1 to 200")
     config = load_config(options.run / "config.yaml")
     shards = open_shards(config.data.shards)
-    in_pixels = config.model_copy(update={"views": in_levels(config.views)})
+    data = config.data.model_copy(update={"prefetch": 1})  # of whole global batches
+    in_pixels = config.model_copy(update={"views": in_levels(config.views), "data": data})
     with build_loader(in_pixels, shards, World(), options.step - 1) as loader:
         batch = next(loader)
         plan = loader.plan(options.step - 1)  # with what cannot be decoded replaced, as in the run

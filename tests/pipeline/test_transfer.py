@@ -3,6 +3,8 @@ import pytest
 import torch
 from torchvision.transforms import functional as F
 
+from benchmarks.measure import peak_bytes
+from pipeline import transfer
 from pipeline.plan import BatchPlan, plan_batch
 from pipeline.transfer import normalize, to_batch, to_device
 from pipeline.views import ViewSpec
@@ -25,6 +27,22 @@ def test_normalize_equals_torchvision(device: torch.device, dtype: torch.dtype, 
     assert values.dtype == dtype
     assert values.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(values.cpu().float(), expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("part", [1, 2 * 6 * 7 * 3, 2**26])
+def test_a_gpus_parts_are_the_whole(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "_PART", part)
+    images = random_images(5, 6, 7, 3)
+    constants = transfer._row_constants(MEAN, STD, 7, CPU)
+    made = transfer._scale_parts(images, *constants, torch.float32).permute(0, 3, 1, 2)
+    torch.testing.assert_close(made, normalize(images, MEAN, STD, torch.float32), rtol=0, atol=1e-6)
+
+
+def test_a_gpu_holds_few_images_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "_PART", 2 * 64 * 64 * 3)
+    images, constants = random_images(16, 64, 64, 3), transfer._row_constants(MEAN, STD, 64, CPU)
+    peak = peak_bytes(lambda: transfer._scale_parts(images, *constants, torch.bfloat16))
+    assert peak < 1.6 * 2 * images.numel(), "the result and two parts of an eighth, each twice as long"
 
 
 def test_normalize_leaves_its_input_alone() -> None:

@@ -209,6 +209,7 @@ def test_batchnorm_by_its_name_of_before(old: bool, new: str) -> None:
     ("settings", "message"),
     [
         ("gradient_compression=powersgd static_graph=true", "static_graph: .* with gradient_compression=powersgd; set"),
+        ("gradient_compression=powersgd noise_scale=true", "noise_scale: .* with gradient_compression=powersgd; set"),
         ("local_sgd_period=4 shard_optimizer=true", "shard_optimizer: expected its default with local_sgd_period=4"),
         ("parallel=fsdp noise_scale=true", "noise_scale: expected its default with parallel=fsdp"),
         ("static_graph=true micro_batch_size=4", "micro_batch_size: expected its default with static_graph=True"),

@@ -55,6 +55,7 @@ def fit(
         stopped = stop()
         for hook in hooks:
             hook(StepDone(done, stopped or done == total_steps, batch, loss))
+        del batch  # else its views would be there while those of the next are made
         if stopped:
             break
     return done

@@ -104,9 +104,10 @@ class SwAV(Method):
     def after_update(self, update: Update) -> None:
         accepted = update.accepted > 0
         kept = update.accepted * (update.progress > self._config.queue_starts)
-        for queue, z in zip(self.queues, self._world.gather(update.e.z[:_ASSIGNED], dim=1), strict=False):
-            queue.push(z, kept)
-        self.queued.add_((update.e.z.shape[1] * self._world.size * kept).long())
+        if self.queues:
+            for queue, z in zip(self.queues, self._world.gather(update.e.z[:_ASSIGNED], dim=1), strict=True):
+                queue.push(z, kept)
+            self.queued.add_((update.e.z.shape[1] * self._world.size * kept).long())
         unit = F.normalize(self.prototypes, dim=1)
         self.prototypes.copy_(torch.where(accepted, unit, self.prototypes))
         self.progress.copy_(torch.where(accepted, update.progress, self.progress))

@@ -1,3 +1,4 @@
+import weakref
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
@@ -43,6 +44,19 @@ def test_an_error_says_in_which_step() -> None:
     with pytest.raises(KeyError) as raised:
         fit(task, batches, 9, [], lambda: False, start_step=4)
     assert raised.value.__notes__ == ["(in step 5)"]
+
+
+def test_a_batch_is_gone_when_the_next_one_is_made() -> None:
+    before = list[weakref.ref[Clock]]()
+
+    class Batches:
+        def __next__(self) -> Any:
+            assert all(reference() is None for reference in before)
+            before.append(weakref.ref(made := Clock()))
+            return made
+
+    batches: Any = Batches()
+    assert fit(lambda *_: Loss(torch.zeros(()), {}), batches, 3, [lambda _: None], lambda: False) == 3
 
 
 def test_pauses_are_counted_also_where_they_fail(monkeypatch: pytest.MonkeyPatch) -> None:

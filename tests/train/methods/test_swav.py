@@ -1,6 +1,7 @@
 import torch
 import torch.nn.functional as F
 
+from benchmarks.rank import Counting
 from tests.train.losses.test_clustering import transcribed_sinkhorn
 from train.engine.step import TrainStep
 from train.methods import Update, build_method
@@ -24,6 +25,16 @@ def build(**fields: float) -> SwAV:
 def views() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(6, 3, size, size, dtype=torch.float64, generator=generator) for size in (24, 24, 16, 16)]
+
+
+def test_without_a_queue_an_update_gathers_nothing() -> None:
+    for queue, count in ((0, 0), (6, 1)):
+        world, config = Counting(), SwAVConfig(hidden=16, out=8, prototypes=10, queue=queue)
+        method = build_method(config, EncoderConfig(name="resnet18", width=8, stem="cifar"), world).double()
+        e = method(views(), NO_DRAWS)
+        with torch.no_grad():
+            method.after_update(Update(0.5, torch.ones(()), e))
+        assert len(world.sent) == count
 
 
 def transcribed(scores: torch.Tensor) -> torch.Tensor:
