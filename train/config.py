@@ -23,11 +23,7 @@ from train.processes.communication import Over, ParallelConfig
 _DEFAULT_METHOD = "simclr"
 
 
-def _expand_preset(value: Any) -> Any:
-    if value is None:
-        return PRESETS["simclr"]
-    if isinstance(value, str) and value in PRESETS:
-        return PRESETS[value]
+def _are_groups(value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         raise ValueError(
             f"expected a list of groups or one of {', '.join(PRESETS)}, found {value!r}; "
@@ -36,12 +32,9 @@ def _expand_preset(value: Any) -> Any:
     return value
 
 
-def _expand_home(path: str) -> str:
-    return os.path.expanduser(path)  # noqa: PTH111  # that of Path raises RuntimeError where there is no home
-
-
-HomeStr = Annotated[str, AfterValidator(_expand_home)]
-HomePath = Annotated[Path, AfterValidator(lambda path: Path(_expand_home(str(path))))]
+# That of Path raises RuntimeError where there is no home.
+HomeStr = Annotated[str, AfterValidator(os.path.expanduser)]
+HomePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]  # noqa: PTH111
 
 
 class DataConfig(Settings):
@@ -135,7 +128,7 @@ class Config(Settings):
     """All sections. Which fields ``method`` has depends on its name: see `config_class`."""
 
     data: DataConfig = DataConfig()
-    views: Annotated[tuple[ViewSpec, ...], BeforeValidator(_expand_preset), Field(min_length=1)] = tuple(
+    views: Annotated[tuple[ViewSpec, ...], BeforeValidator(_are_groups), Field(min_length=1)] = tuple(
         ViewSpec(**group) for group in PRESETS["simclr"]
     )
     encoder: EncoderConfig = EncoderConfig()

@@ -70,10 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def study_parser(name: str, description: str, objective: str, words: Sequence[str] | None) -> argparse.ArgumentParser:
     made = parser(f"python -m {name}", description.splitlines()[0], "Exit codes: those of train.pretrain.")
-    add, objectives = made.add_argument, [taken + metric for taken in ("", "best-") for metric in _METRICS]
+    add = made.add_argument
     add("--study", type=Path, default=Path("runs/study"), help="directory named as the study (default: %(default)s)")
     add("--storage", metavar="URL", help="database that machines share (default: SQLite in the study's directory)")
-    add("--objective", choices=objectives, default=objective, help="online accuracy to maximise (default: %(default)s)")
+    add("--objective", choices=_METRICS, default=objective, help="online accuracy to maximise (default: %(default)s)")
     add("--nproc_per_node", type=int, default=1, help="processes of a trial (default: 1)")
     add("--engine", choices=("local", "ray"), default="local", help="ray: tuners wherever a Ray cluster has room")
     add("--cpus", type=int, help="that Ray keeps for a trial (default: one a process; and a GPU, where it has any)")
@@ -301,7 +301,7 @@ class Study:
                 process.terminate()  # saves and ends
         parts, states, value, note = self._report(trial, run, ended=True), optuna.trial.TrialState, None, ""
         if process.returncode == 0 and parts:
-            value = max(parts) if self.options.objective.startswith("best") else parts[-1]
+            value = parts[-1]
             state, note = states.COMPLETE, f"{value:.1f} %"
         elif pruned:
             state = states.PRUNED
@@ -325,7 +325,7 @@ class Study:
 
     def _report(self, trial: "optuna.Trial", run: Path, ended: bool) -> list[float]:
         """The metric's mean in each twentieth of the run that has records, so far; whole ones are told to Optuna."""
-        metric, found = _METRICS[self.options.objective.rpartition("-")[2]], defaultdict(list)
+        metric, found = _METRICS[self.options.objective], defaultdict(list)
         starts, _ = read_lines(run / PROVENANCE, "total_steps")
         for record in read_metrics(run):
             if metric in record:

@@ -7,7 +7,7 @@ made again with the same draws. Both are exact but for BatchNorm, whose statisti
 ranks), because there images meet in `Method.forward`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -59,7 +59,11 @@ def grad_cache(
     """Backward of the loss of all pieces together, with the graph of one of them in memory at a time. Returns what
     `accumulate` does."""
     pieces = batch.split(size)
-    with torch.no_grad(), _statistics_kept(method):
+    norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    with (
+        torch.no_grad(),
+        kept(b for norm in norms for b in norm.buffers()),
+    ):  # statistics: pieces will be made once more
         whole = _joined([forward(piece.views, piece.draws) for piece in pieces])
     cached = type(whole)(*(tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in whole))
     loss = method.loss(cached, batch.labels, batch.draws)
@@ -86,14 +90,12 @@ def _joined(parts: list[Any]) -> Any:
 
 
 @contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """BatchNorm's running statistics are those before: the pieces will be made once more."""
-    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    buffers = [b for layer in layers for b in layer.buffers()]
-    before = [b.clone() for b in buffers]
+def kept(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Their values are afterwards those before."""
+    before = [(tensor, tensor.clone()) for tensor in tensors]
     yield
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)
+    for tensor, value in before:
+        tensor.copy_(value)
 
 
 def _mean(losses: list[Loss]) -> Loss:

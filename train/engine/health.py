@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from train.losses.contrastive import contrast_accuracy
+from train.losses.contrastive import contrast_accuracy, uniformity
 from train.methods import Loss, Method
 from train.model.teacher import distance
 from train.processes.distributed import World
@@ -76,14 +76,6 @@ def contrast(z: torch.Tensor) -> dict[str, torch.Tensor]:
     positives = similarity[1].diagonal().clone()
     similarity.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
     return contrast_accuracy(positives, torch.cat([*similarity], dim=1))
-
-
-def uniformity(z: torch.Tensor) -> torch.Tensor:
-    """``log E exp(-2 |x - x'|^2)`` over pairs of different images of one view (the same), averaged over views."""
-    unit = F.normalize(z, dim=-1)
-    exponents = 4 * (unit @ unit.mT - 1)
-    exponents.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
-    return (exponents.flatten(1).logsumexp(1) - math.log(z.shape[1] * (z.shape[1] - 1))).mean()
 
 
 def rankme(singular_values: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,6 @@ class Monitor:
         self, directory: Path, start_step: int, total_steps: int, global_batch_size: int, loggers: Sequence[str]
     ) -> None:
         self._total_steps, self._global_batch_size = total_steps, global_batch_size
-        directory.mkdir(parents=True, exist_ok=True)
         self._file = _open_for_lines(directory / "metrics.jsonl")
         self._loggers = open_loggers(loggers, directory, start_step)
         continues = start_step or self._file.tell()  # also one that was killed before its first checkpoint

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sharding.command import UserError
-from train.engine.gradcache import Piece
+from train.engine.gradcache import Piece, kept
 from train.methods import Loss, Method
 from train.processes.distributed import World
 from train.processes.fsdp import local
@@ -29,11 +29,9 @@ class StepDiffersError(UserError):
 @contextmanager
 def undone(method: Method) -> Iterator[None]:
     """Gradients are gone afterwards, and buffers as before."""
-    before = [(buffer, buffer.clone()) for buffer in method.buffers()]
-    yield
+    with kept(method.buffers()):
+        yield
     method.zero_grad(set_to_none=True)
-    for buffer, value in before:
-        buffer.copy_(value)
 
 
 def done_twice(

@@ -21,10 +21,6 @@ from train.processes.fsdp import whole
 _PATIENCE = 24  # updates that fp16 refuses in a row: halvings of the scale, which begins at 2^16
 
 
-class NonFiniteGradientError(UserError):
-    """The gradient of a step has NaN or infinite values; the parameters are those before that step."""
-
-
 class TrainStep:
     """Callable on the views of a batch; returns the loss and the method's metrics as device scalars.
 
@@ -112,14 +108,14 @@ class TrainStep:
         self._refused.copy_(torch.maximum(self._stopped, bad.to(self._stopped.dtype)))
 
     def check(self, directory: Path, world: World) -> None:
-        """Raises `NonFiniteGradientError` on all ranks if updates have stopped on any. Waits for the device, and
+        """Raises UserError on all ranks if updates have stopped on any. Waits for the device, and
         synchronises ranks."""
         flags = world.gather(torch.stack([self._stopped, self._bad_step, self._bad_here])).view(-1, 3).tolist()
         if stopped := [int(step) for is_stopped, step, _ in flags if is_stopped]:
             ranks = [rank for rank, (*_, is_bad) in enumerate(flags) if is_bad]
             found = checkpoints(directory)
             where = f"continue from {found[-1]}" if found else f"no checkpoint is in {directory} yet; start again"
-            raise NonFiniteGradientError(
+            raise UserError(
                 f"the gradient norm became NaN or infinite at step {min(stopped)}; no update was made since; embeddings"
                 f" did so on {f'ranks {ranks}' if ranks else 'no rank'}; {where} with a lower optim.learning_rate, a "
                 "longer optim.warmup_epochs, optim.clip_norm=1 or run.precision=fp32; its images: python -m "

@@ -8,10 +8,11 @@ import torch
 from pydantic import Field
 
 from train.engine.checkpoint import Pretrained
-from train.engine.health import alignment, alpha_req, lidar, rankme, uniformity
+from train.engine.health import alignment, alpha_req, lidar, rankme
 from train.evaluate import Protocol, Values
 from train.evaluate.data import Images
 from train.evaluate.features import Features, represent
+from train.losses.contrastive import uniformity
 from train.pretrain import reading
 from train.processes.distributed import World
 

@@ -55,25 +55,24 @@ def spectral(z: torch.Tensor, keys: torch.Tensor, offset: int, mu: float = 1.0) 
     return others - 2 * own.mean()
 
 
-def align_uniform(
-    z: torch.Tensor,
-    keys: torch.Tensor,
-    offset: int,  # noqa: ARG001  # as the other losses; here no pair of ``keys`` is apart from the others
-    alpha: float = 2,
-    t: float = 2,
-) -> torch.Tensor:
+def align_uniform(z: torch.Tensor, keys: torch.Tensor, offset: int) -> torch.Tensor:  # noqa: ARG001  # as the others
     """Alignment + uniformity on the sphere (Wang & Isola, "Understanding contrastive representation learning through
-    alignment and uniformity", 2020, section 4): ``E |x - y|^alpha`` over pairs of views, plus the mean over views of
-    ``log E exp(-t |x - x'|^2)`` over pairs of different images. ``z`` and ``keys`` as of `nt_xent`; every rank computes
-    the second term of the whole batch, because it is the logarithm of a mean."""
-    (num_views, num_images, _), unit = keys.shape, F.normalize(keys, dim=-1)
-    first, second = torch.triu_indices(num_views, num_views, 1, device=z.device)
+    alignment and uniformity", 2020, section 4, alpha = t = 2): ``E |x - y|^2`` over pairs of views, plus `uniformity`.
+    ``z`` and ``keys`` as of `nt_xent`; every rank computes the second term of the whole batch, because it is the
+    logarithm of a mean."""
+    first, second = torch.triu_indices(len(z), len(z), 1, device=z.device)
     anchors = F.normalize(z, dim=-1)
-    alignment = (anchors[first] - anchors[second]).norm(dim=-1).pow(alpha).mean()
-    exponents = 2 * t * (unit @ unit.mT - 1)  # -t |x - x'|^2 of vectors of length 1: (V, B, B)
+    return (anchors[first] - anchors[second]).square().sum(-1).mean() + uniformity(keys)
+
+
+def uniformity(z: torch.Tensor) -> torch.Tensor:
+    """``log E exp(-2 |x - x'|^2)`` over pairs of different images of a view of z (V, N, D) on the sphere, averaged over
+    views (Wang & Isola, 2020, section 4.1)."""
+    unit, num_images = F.normalize(z, dim=-1), z.shape[1]
+    exponents = 4 * (unit @ unit.mT - 1)  # -2 |x - x'|^2 of vectors of length 1: (V, N, N)
     itself = torch.eye(num_images, dtype=torch.bool, device=z.device)
     sums = exponents.masked_fill(itself, float("-inf")).flatten(1).logsumexp(1)
-    return alignment + (sums - math.log(num_images * (num_images - 1))).mean()
+    return (sums - math.log(num_images * (num_images - 1))).mean()
 
 
 def _contrast(

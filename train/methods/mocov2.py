@@ -17,20 +17,19 @@ from pydantic import Field
 from torch import nn
 
 from train.losses.contrastive import contrast_accuracy, queue_logits
-from train.methods import Loss, Method, MethodConfig, Recipe, Update, encode
+from train.methods import Loss, Recipe, Update, encode
+from train.methods.networks import Projected, ProjectorConfig
 from train.model.draws import Draws
 from train.model.encoder import Encoder
-from train.model.heads import mlp
 from train.model.queue import Queue
 from train.model.teacher import follow, teacher_of
 from train.processes.distributed import World
 
 
-class MoCoV2Config(MethodConfig):
+class MoCoV2Config(ProjectorConfig):
     name: Literal["mocov2"] = "mocov2"
     temperature: float = Field(0.2, gt=0, description="tau of InfoNCE")
-    hidden: int = Field(2048, ge=1, description="width of the projector's hidden layer")
-    out: int = Field(128, ge=1, description="dimensions of the embedding")
+    layers: int = Field(2, ge=1, description="linear layers of the projector")
     queue: int = Field(65536, ge=1, description="keys of former batches, the negatives")
     momentum: float = Field(0.999, ge=0, le=1, description="share of the teacher that stays at each step")
 
@@ -41,8 +40,9 @@ class Embeddings(NamedTuple):
     h: torch.Tensor  # (1, b, F) of the first
 
 
-class MoCoV2(Method):
+class MoCoV2(Projected):
     Config = MoCoV2Config
+    head: ClassVar = {"norm": "none"}
     recipe = Recipe(
         "mocov2",
         optim={"name": "sgd", "learning_rate": 0.03, "weight_decay": 1e-4, "exclude": []}
@@ -52,12 +52,9 @@ class MoCoV2(Method):
     images_meet: ClassVar[bool] = False  # but those of former batches
 
     def __init__(self, config: MoCoV2Config, encoder: Encoder, world: World) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.projector = mlp(encoder.num_features, config.hidden, config.out, norm="none")
+        super().__init__(config, encoder, world)
         self.teacher = teacher_of(nn.Sequential(self.encoder, self.projector))
         self.queue = Queue(config.queue, config.out)
-        self._temperature, self._momentum, self._world = config.temperature, config.momentum, world
 
     def forward(self, views: list[torch.Tensor], draws: Draws) -> Embeddings:
         """Of more than two views, the first two."""
@@ -68,7 +65,7 @@ class MoCoV2(Method):
 
     def loss(self, e: Embeddings, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
         q, k = e.q[0], e.k[0].detach()
-        logits = queue_logits(q, k, self.queue.rows, self._temperature)
+        logits = queue_logits(q, k, self.queue.rows, self._config.temperature)
         accuracy = contrast_accuracy(logits[:, 0], logits[:, 1:])
         similarity = F.cosine_similarity(q.detach(), k, dim=-1).mean()
         value = F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.int64))
@@ -78,5 +75,5 @@ class MoCoV2(Method):
         return [(self.teacher, nn.Sequential(self.encoder, self.projector))]
 
     def after_update(self, update: Update) -> None:
-        follow(self.teachers(), self._momentum, update.accepted)
+        follow(self.teachers(), self._config.momentum, update.accepted)
         self.queue.push(self._world.gather(update.e.k[0]), update.accepted)

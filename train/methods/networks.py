@@ -28,14 +28,14 @@ class Embeddings(NamedTuple):
 
 
 class Projected(Method):
-    """``z = projector(encoder(view))``; ``head`` are the options of the projector's `mlp`."""
+    """``z = projector(encoder(view))``; ``head``, or what takes its place, are the options of the projector's `mlp`."""
 
     head: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, config: ProjectorConfig, encoder: Encoder, world: World) -> None:
+    def __init__(self, config: ProjectorConfig, encoder: Encoder, world: World, **head: Any) -> None:
         super().__init__()
         self.encoder = encoder
-        self.projector = mlp(encoder.num_features, config.hidden, config.out, config.layers, **self.head)
+        self.projector = mlp(encoder.num_features, config.hidden, config.out, config.layers, **(head or self.head))
         self._config: Any = config  # the method's own kind
         self._world = world
 

@@ -19,8 +19,11 @@ from train.methods import Loss, Recipe
 from train.methods.networks import Embeddings, Projected, ProjectorConfig
 from train.model.draws import Draws
 from train.model.encoder import Encoder
-from train.model.heads import Norm, mlp
+from train.model.heads import Norm
 from train.processes.distributed import World
+
+_TEMPERED = {"ntxent": nt_xent, "dcl": dcl, "dclw": dclw}
+_OTHERS: dict[str, Callable[..., torch.Tensor]] = {"spectral": spectral, "align_uniform": align_uniform}
 
 
 class SimCLRConfig(ProjectorConfig):
@@ -38,24 +41,10 @@ class SimCLR(Projected):
     recipe = Recipe("simclr", run={"dir": "runs/simclr"})
 
     def __init__(self, config: SimCLRConfig, encoder: Encoder, world: World) -> None:
-        super().__init__(config, encoder, world)
-        if config.norm != "batch":
-            widths = encoder.num_features, config.hidden, config.out
-            self.projector = mlp(*widths, config.layers, norm=config.norm)
-        self._contrast = _loss(config)
+        super().__init__(config, encoder, world, norm=config.norm)
+        tempered = _TEMPERED.get(config.loss)
+        self._contrast = partial(tempered, temperature=config.temperature) if tempered else _OTHERS[config.loss]
 
     def loss(self, e: Embeddings, labels: torch.Tensor | None = None, draws: Draws | None = None) -> Loss:
         keys = self._world.gather(e.z, dim=1)
         return Loss(self._contrast(e.z, keys, self._world.rank * e.z.shape[1]), {})
-
-
-Contrast = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-
-
-def _loss(config: SimCLRConfig) -> Contrast:
-    """Of anchors (V, b, D), all embeddings (V, B, D) and the place of the anchors among them."""
-    tempered = {"ntxent": nt_xent, "dcl": dcl, "dclw": dclw}
-    if config.loss in tempered:
-        return partial(tempered[config.loss], temperature=config.temperature)
-    untempered: dict[str, Contrast] = {"spectral": spectral, "align_uniform": align_uniform}
-    return untempered[config.loss]

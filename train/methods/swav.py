@@ -18,22 +18,21 @@ from pydantic import Field
 from torch import nn
 
 from train.losses.clustering import entropy, sinkhorn, swapped_prediction
-from train.methods import Loss, Method, MethodConfig, Recipe, Update, encode
+from train.methods import Loss, Recipe, Update, encode
+from train.methods.networks import Projected, ProjectorConfig
 from train.model.draws import Draws
 from train.model.encoder import Encoder
-from train.model.heads import mlp
 from train.model.queue import Queue
 from train.processes.distributed import World
 
 _ASSIGNED = 2  # views that get codes: the full crops
 
 
-class SwAVConfig(MethodConfig):
+class SwAVConfig(ProjectorConfig):
     min_global: ClassVar[int] = _ASSIGNED
     name: Literal["swav"] = "swav"
     temperature: float = Field(0.1, gt=0, description="of predictions")
-    hidden: int = Field(2048, ge=1, description="width of the projector's hidden layer")
-    out: int = Field(128, ge=1, description="dimensions of the embedding")
+    layers: int = Field(2, ge=1, description="linear layers of the projector")
     prototypes: int = Field(3000, ge=2, description="prototypes that views are assigned to")
     epsilon: float = Field(0.05, gt=0, description="smoothness of the codes")
     iterations: int = Field(3, ge=1, description="of Sinkhorn and Knopp's algorithm")
@@ -48,8 +47,9 @@ class Scores(NamedTuple):
     h: torch.Tensor  # (V, b, F)
 
 
-class SwAV(Method):
+class SwAV(Projected):
     Config = SwAVConfig
+    head: ClassVar = {"last_norm": False}
     recipe = Recipe(
         "multicrop-2x224+6x96",
         optim={"name": "lars", "learning_rate": 0.3, "final_learning_rate": 0.001, "weight_decay": 1e-6}
@@ -60,15 +60,12 @@ class SwAV(Method):
     queued: torch.Tensor
 
     def __init__(self, config: SwAVConfig, encoder: Encoder, world: World) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.projector = mlp(encoder.num_features, config.hidden, config.out, last_norm=False)
+        super().__init__(config, encoder, world)
         self.prototypes = nn.Parameter(F.normalize(torch.randn(config.prototypes, config.out), dim=1))
         self.register_buffer("progress", torch.zeros(()))
         queues = [Queue(config.queue, config.out) for _ in range(_ASSIGNED if config.queue else 0)]
         self.queues: Sequence[Any] = nn.ModuleList(queues)  # type: ignore[assignment]
         self.register_buffer("queued", torch.zeros((), dtype=torch.int64), persistent=config.queue > 0)
-        self._config, self._world = config, world
 
     def forward(self, views: list[torch.Tensor], draws: Draws) -> Scores:
         h = encode(self.encoder, views)

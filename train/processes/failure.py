@@ -20,10 +20,6 @@ _PATIENCE = 20  # looks for ranks that have not yet said why they end; one may b
 EXIT_CODE = 2
 
 
-class StoppedByOtherRankError(UserError):
-    """This rank ends because a different one failed."""
-
-
 class Failures:
     """What ``size`` ranks of ``command`` tell each other of their failures through ``store`` (of torch.distributed)."""
 
@@ -45,7 +41,7 @@ class Failures:
         except Exception as error:
             self._end(watcher)
             if _is_of_communication(error):
-                code = report(self._command, StoppedByOtherRankError(self._cause(error)))
+                code = report(self._command, UserError(self._cause(error)))
             else:
                 code = report(self._command, error)
                 self._tell(error)

@@ -11,6 +11,7 @@ from tests.train.runs import settings
 from train.config import load_config
 from train.engine import health
 from train.engine.monitor import read_metrics
+from train.losses.contrastive import uniformity
 from train.methods import Loss, build_method
 from train.methods.byol import BYOL, BYOLConfig
 from train.methods.simclr import SimCLRConfig
@@ -37,7 +38,7 @@ def test_alignment_and_uniformity_are_sums_over_pairs() -> None:
     for view in (x, y):
         pairs = [math.exp(-2 * float((view[i] - view[j]).norm() ** 2)) for i in range(5) for j in range(5) if i != j]
         logs.append(math.log(sum(pairs) / len(pairs)))
-    assert health.uniformity(z).item() == pytest.approx(sum(logs) / 2)
+    assert uniformity(z).item() == pytest.approx(sum(logs) / 2)
 
 
 def test_the_standard_deviation_is_one_for_a_gaussian_and_zero_for_a_point() -> None:

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from sharding.command import UserError
 from tests.processes import run_ranks
 from tests.train.engine.test_gradcache import Separate, batch
-from train.engine.step import NonFiniteGradientError, TrainStep
+from train.engine.step import TrainStep
 from train.methods import build_method
 from train.methods.simclr import SimCLR, SimCLRConfig
 from train.model.draws import Draws
@@ -53,10 +54,10 @@ def test_non_finite_gradient_stops_all_further_updates(optimizer: str, tmp_path:
     step(views(2), draws(5), 0.1, 0.3)
     for name, p in method.named_parameters():
         assert torch.equal(p, before[name]), name
-    with pytest.raises(NonFiniteGradientError, match=r"at step 5; no update .* ranks \[0\]; no checkpoint is in"):
+    with pytest.raises(UserError, match=r"at step 5; no update .* ranks \[0\]; no checkpoint is in"):
         step.check(tmp_path, World())
     (tmp_path / "step-000000003.pt").touch()
-    with pytest.raises(NonFiniteGradientError, match=r"continue from .*step-000000003\.pt with a lower"):
+    with pytest.raises(UserError, match=r"continue from .*step-000000003\.pt with a lower"):
         step.check(tmp_path, World())
 
 
@@ -77,7 +78,7 @@ def poisoned_on_rank_1(world: World, averaged: bool, place: str) -> list[str]:
         step(views, replace(made, step=number), 0.1, 0.5)
     try:
         step.check(Path("runs/x"), world)
-    except NonFiniteGradientError as error:
+    except UserError as error:
         said = str(error)
     return [said]
 
@@ -136,7 +137,7 @@ def test_float16_stops_at_a_gradient_that_no_scale_makes_finite() -> None:
         step.check(Path("runs/x"), World())
         step(poisoned, draws(number), 0.1, 0.1)
     step(views(2), draws(25), 0.1, 0.1)
-    with pytest.raises(NonFiniteGradientError, match="at step 25; no update"):
+    with pytest.raises(UserError, match="at step 25; no update"):
         step.check(Path("runs/x"), World())
     assert all(torch.equal(p, before[name]) for name, p in method.named_parameters())
 
