@@ -56,7 +56,7 @@ def test_distill_has_the_simclr_of_its_runs_and_seed_and_what_is_done_is_shown(
 ) -> None:
     out, where = tmp_path / "x", ["--data", str(data), "--runs", str(tmp_path), "--seeds", "3"]
     narrow = "method.teacher={name: resnet18, width: 8}"
-    assert main([*_TINY, "method.layers=2", "--methods", "simclr", "mocov2", *where, "--out", str(out)]) == 2
-    assert "accuracies" in capfd.readouterr().out, "of simclr, although mocov2 has no method.layers"
+    assert main([*_TINY, "method.loss=ntxent", "--methods", "simclr", "mocov2", *where, "--out", str(out)]) == 2
+    assert "accuracies" in capfd.readouterr().out, "of simclr, although mocov2 has no method.loss"
     assert main([*_TINY, narrow, "--methods", "distill", *where, "--out", str(out)]) == 0
     assert f"method.weights={tmp_path}/simclr-3" in json.loads(out.read_text().splitlines()[-1])["command"]
