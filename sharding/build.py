@@ -220,10 +220,12 @@ def _explain(error: Exception, out: Directory) -> str:
 @command("sharding.build")
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(__doc__, arguments)
-    for spec in args.specs[1:]:  # what is wrong with a later one is said before the first, which may take hours
-        select(open_source(spec, args.cache), spec, args.layout.seed)
-    for spec in args.specs:
-        out = Directory.at(args.out if len(args.specs) == 1 else f"{args.out}/{spec.split}")
+    folders = [f"{args.out}/{spec.split}" for spec in args.specs] if args.specs[1:] else [args.out]
+    builds = list(zip(args.specs, map(Directory.at, folders), strict=True))
+    for spec, out in builds[1:]:
+        if not out.exists(MANIFEST_FILE):  # what is wrong with it is said before the first, which may take hours
+            select(open_source(spec, args.cache), spec, args.layout.seed)
+    for spec, out in builds:
         print(_dry_run(spec, out, args) if args.dry_run else _run(spec, out, args))
     return 0
 

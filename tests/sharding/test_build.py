@@ -139,7 +139,7 @@ def test_foreign_files_are_not_touched(parquet: Path, tmp_path: Path) -> None:
     assert files(tmp_path) == {"thesis.txt": b"mine"}
 
 
-def test_several_splits_are_built_into_folders_of_their_own(tmp_path: Path) -> None:
+def test_several_splits_are_built_into_folders_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_parquet(tmp_path / "source", [jpeg(i) for i in range(8)], [0] * 8)
     shutil.copy(source / "data/train-00000-of-00001.parquet", source / "data/test-00000-of-00001.parquet")
     options = ["--dataset", str(source), "--out", str(tmp_path / "out"), "--lanes", "2", "--workers", "1"]
@@ -147,6 +147,9 @@ def test_several_splits_are_built_into_folders_of_their_own(tmp_path: Path) -> N
     for split in ("train", "test"):
         assert open_shards(tmp_path / "out" / split).manifest.source["split"] == split
         assert (tmp_path / "out" / split / f"lane-00/{split}-000000.tar").exists()
+    shutil.rmtree(source)
+    assert main([*options, "--split", "train", "test"]) == 0
+    assert capsys.readouterr().err.count("already complete, nothing to do") == 2
 
 
 def test_a_dry_run_estimates_what_the_build_takes(
