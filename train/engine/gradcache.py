@@ -60,10 +60,8 @@ def grad_cache(
     `accumulate` does."""
     pieces = batch.split(size)
     norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    with (
-        torch.no_grad(),
-        kept(b for norm in norms for b in norm.buffers()),
-    ):  # statistics: pieces will be made once more
+    statistics = [buffer for norm in norms for buffer in norm.buffers()]
+    with torch.no_grad(), kept(statistics):  # the pieces will be made once more
         whole = _joined([forward(piece.views, piece.draws) for piece in pieces])
     cached = type(whole)(*(tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in whole))
     loss = method.loss(cached, batch.labels, batch.draws)
