@@ -30,8 +30,8 @@ from sharding.manifest import MANIFEST_COPY, MANIFEST_FILE, QUARANTINE_FILE, Man
 from sharding.part import BuildContext, PartRecord, record_name, write_part
 from sharding.plan import Part, plan_parts
 from sharding.progress import bar, track
-from sharding.select import select
-from sharding.source import Source, SourceSpec, open_source
+from sharding.select import is_part, select
+from sharding.source import Source, SourceSpec, is_hub_id, open_source, peek_source
 from sharding.storage import STATE, Directory
 
 OPTIONS_FILE = f"{STATE}/options.json"
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(__doc__, arguments)
     folders = [f"{args.out}/{spec.split}" for spec in args.specs] if args.specs[1:] else [args.out]
     builds = list(zip(args.specs, map(Directory.at, folders), strict=True))
-    for spec, out in builds[1:]:
+    for spec, out in [] if args.dry_run else builds[1:]:
         if not out.exists(MANIFEST_FILE):  # what is wrong with it is said before the first, which may take hours
             select(open_source(spec, args.cache), spec, args.layout.seed)
     for spec, out in builds:
@@ -232,16 +232,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dry_run(spec: SourceSpec, out: Directory, args: Namespace) -> str:
     """What the build will need, from a few images."""
-    source = select(open_source(spec, args.cache), spec, args.layout.seed)
+    if is_hub_id(spec.dataset) and spec.split.isidentifier() and not is_part(spec):
+        source, num_images = peek_source(spec, args.cache)
+    else:
+        source = select(open_source(spec, args.cache), spec, args.layout.seed)
+        num_images = len(source)
     size, seconds = _try_out(source, args.policy)
-    num_bytes = len(source) * (size + _OVERHEAD_BYTES)
+    num_bytes = num_images * (size + _OVERHEAD_BYTES)
     num_shards = args.lanes * max(1, round(num_bytes / args.lanes / args.shard_mb / 1e6))
-    memory = (args.workers + 1) * _PROCESS_BYTES + len(source) * _ROW_BYTES
+    memory = (args.workers + 1) * _PROCESS_BYTES + num_images * _ROW_BYTES
+    cached = 2 * num_images * source.probe()[0] if is_hub_id(spec.dataset) else 0
     return (
-        f"{out}: {len(source):,} images of {len(source.class_names):,} classes, about {size / 1e3:,.0f} kB each\n"
-        f"disk: {num_bytes / 1e9:,.1f} GB in about {num_shards:,} shards\n"
-        f"time: {len(source) * seconds / args.workers / 60:,.1f} minutes with {args.workers} workers, if the source is "
-        f"read as fast as now\nmemory: {memory / 1e9:,.1f} GB"
+        f"{out}: {num_images:,} images of {len(source.class_names):,} classes, about {size / 1e3:,.0f} kB each\n"
+        f"disk: {num_bytes / 1e9:,.1f} GB in about {num_shards:,} shards"
+        + f", and {cached / 1e9:,.1f} GB of downloads until they are built"
+        * bool(cached)
+        + f"\ntime: {num_images * seconds / args.workers / 60:,.1f} minutes with {args.workers} workers, if the source "
+        f"is read as fast as now\nmemory: {memory / 1e9:,.1f} GB"
     )
 
 

@@ -12,12 +12,17 @@ from sharding.plan import shuffled_rows
 from sharding.source import Source, SourceError, SourceSpec, file_key
 
 
+def is_part(spec: SourceSpec) -> bool:
+    """Whether some of the rows are left out."""
+    return bool(spec.classes or spec.subset or spec.per_class or spec.fraction)
+
+
 def select(source: Source, spec: SourceSpec, seed: int) -> Source:
     """The rows for which ``spec`` asks, in the order of the source; ``classes`` also numbers the labels anew.
 
     With the same seed a smaller ``per_class`` or ``fraction`` takes a part of what a larger one takes.
     """
-    if not (spec.classes or spec.subset or spec.per_class or spec.fraction):
+    if not is_part(spec):
         return source
     labels, keys = source.labels(), source.file_keys()
     kept = np.ones(len(source), bool)

@@ -1,9 +1,11 @@
 """Where images come from: any Hugging Face data set as rows of (encoded bytes, label), in any order."""
 
+import contextlib
 import json
 import re
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from sharding.archive import ARCHIVES, find_archive, list_archive
 from sharding.command import UserError
 from sharding.demo import load_demo
+from sharding.hub import download, files_of, load_from_hub, sample
 from sharding.manifest import MANIFEST_FILE, Manifest
 from sharding.storage import Directory
 
@@ -128,25 +131,40 @@ class Source:
 def open_source(spec: SourceSpec, cache: Path | None = None) -> Source:
     """Open a data set for random access, downloading or converting it first where that is needed.
 
-    ``cache`` is where the `datasets` library keeps what it downloads or converts (None: where it always does).
+    ``cache`` is where the Hugging Face libraries keep what they download or convert (None: where they always do).
     """
-    import datasets
+    import huggingface_hub
 
     if not Path(spec.dataset).exists() and spec.dataset.startswith(("/", ".")):
         raise SourceError(f"{spec.dataset}: no such folder; --dataset says where the data set is")
-    revision = _hub_revision(spec) if _is_hub_id(spec.dataset) else None
-    options = {"split": spec.split, "cache_dir": str(cache) if cache else None}
+    if cache:  # the library's cache_dir is for what it converts, and not for what it downloads from the hub
+        huggingface_hub.constants.HF_HUB_CACHE = str(cache)
+    with _errors_of(spec.dataset):
+        names, dataset = _load(spec, {"split": spec.split, "cache_dir": str(cache) if cache else None})
+    files = dataset.cache_files if is_hub_id(spec.dataset) else []
+    return _source(dataset, spec, names, Path(files[0]["filename"]).parent.name if files else None)
+
+
+def peek_source(spec: SourceSpec, cache: Path | None = None) -> tuple[Source, int]:
+    """The first rows of a data set of the hub, and about how many there are in all; its files are not downloaded."""
+    with _errors_of(spec.dataset):
+        dataset, num_rows, num_bytes = load_from_hub(spec, str(cache) if cache else None, sample)
+    source = _source(dataset, spec, (), None)
+    return source, num_rows or round(num_bytes / source.probe()[0])
+
+
+@contextlib.contextmanager
+def _errors_of(dataset: str) -> Iterator[None]:
+    from datasets.exceptions import DatasetGenerationError
+
     try:
-        names, dataset = _load(spec, options)
+        yield
     except UserError:
         raise
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise SourceError(f"{spec.dataset}: {error.__cause__ or error}") from None
+    except DatasetGenerationError as error:
+        raise SourceError(f"{dataset}: {error.__cause__ or error}") from None
     except (OSError, RuntimeError, ValueError) as error:
-        if _is_hub_id(spec.dataset) and isinstance(error, OSError):
-            raise SourceError(_no_access(spec.dataset, str(error))) from None
-        raise SourceError(f"{spec.dataset}: {error}") from None
-    return _source(dataset, spec, names, revision)
+        raise SourceError(f"{dataset}: {error}") from None
 
 
 def _load(spec: SourceSpec, options: dict[str, Any]) -> "tuple[tuple[str, ...], Dataset]":
@@ -161,8 +179,8 @@ def _load(spec: SourceSpec, options: dict[str, Any]) -> "tuple[tuple[str, ...], 
     if "://" not in spec.dataset and Path(spec.dataset).is_file():
         what = "compressed, which cannot be read in any order; gunzip it" if spec.dataset.endswith("gz") else "a file"
         raise SourceError(f"{spec.dataset}: is {what}; expected a tar, or the folder that holds the data set")
-    if _is_hub_id(spec.dataset):
-        return (), load_dataset(spec.dataset, spec.config, revision=spec.revision, **options)
+    if is_hub_id(spec.dataset):
+        return (), load_from_hub(spec, options["cache_dir"], download)[0]
     if folder.exists(MANIFEST_FILE):
         manifest = Manifest.load(folder)
         if (held := manifest.source["split"]) != spec.split:
@@ -188,7 +206,8 @@ def _remote_files(spec: SourceSpec) -> tuple[str, dict[str, list[str]]]:
     patterns = get_data_patterns(spec.dataset)
     suffixes = Counter(Path(name).suffix for name in names)
     builder = next((b for suffix, b in _BUILDERS.items() if suffixes[suffix]), "imagefolder")
-    return builder, {str(split): [f"{folder}/{name}" for name in found] for split, found in patterns.items()}
+    patterns = files_of(spec, patterns)
+    return builder, {split: [f"{folder}/{name}" for name in found] for split, found in patterns.items()}
 
 
 def _source(dataset: "Dataset", spec: SourceSpec, names: tuple[str, ...], revision: str | None) -> Source:
@@ -260,36 +279,8 @@ def read_labels(path: Path) -> dict[str, str]:
     return {file_key(row[0]): row[1] for row in words if len(row) > 1}
 
 
-def _is_hub_id(dataset: str) -> bool:
+def is_hub_id(dataset: str) -> bool:
     return dataset != DEMO and "://" not in dataset and not Path(dataset).exists()
-
-
-def _hub_revision(spec: SourceSpec) -> str | None:
-    """Commit of the data set. When the hub does not answer, only what is cached is used from here on:
-    the library would retry for half a minute first.
-    """
-    import datasets
-    import huggingface_hub
-
-    try:
-        return huggingface_hub.HfApi().dataset_info(spec.dataset, revision=spec.revision, timeout=10).sha
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError):
-        return None  # it answers (no such data set, no access): loading it says so
-    except Exception:  # no connection, in the words of whichever HTTP client the hub library uses
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
-        return None
-
-
-def _no_access(dataset: str, error: str) -> str:
-    return (
-        f"cannot open the data set '{dataset}': {[*error.strip().splitlines(), 'no reason given'][0]}\n"
-        "There is no such local folder, and the Hugging Face hub did not give it. To get it from there:\n"
-        "  1. be online, and log in with `hf auth login`;\n"
-        f"  2. accept the terms on https://huggingface.co/datasets/{dataset} if it is gated.\n"
-        "Or choose other data: `--dataset FOLDER` (parquet as on the hub, or ImageFolder), "
-        "`--dataset HUB_ID`, or `--dataset demo`, which is generated here."
-    )
 
 
 def _columns(features: dict[str, Any], spec: SourceSpec) -> tuple[str, str | None, str]:

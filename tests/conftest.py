@@ -6,6 +6,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.hub import HUB
+
+os.environ["HF_ENDPOINT"] = HUB.url  # for the libraries, which read it when they are imported, and all processes
+
 import datasets
 import numpy as np
 import pytest
