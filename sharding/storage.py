@@ -57,7 +57,10 @@ class Directory:
         credentials that are missing; they show here, since this is the first that any command wants to know.
         """
         try:
-            return bool(self.fs.exists(self.path(name)))
+            self.fs.info(self.path(name))  # `exists` of some takes every error for an answer
+            return True
+        except (FileNotFoundError, NotADirectoryError):
+            return False
         except (OSError, ValueError, ImportError):
             raise
         except Exception as error:

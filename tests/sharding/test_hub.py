@@ -293,3 +293,10 @@ def test_a_bucket_of_the_hub_takes_shards(
     url = "hf://buckets/me/shards/deep"
     build(SourceSpec(str(parquet)), Directory.at(url), Layout(4, 0.02, seed=3), Policy())
     assert {name.removeprefix("deep/"): content for name, content in bucket.items()} == files(shards)
+
+
+def test_a_hub_that_fails_does_not_look_like_an_empty_one(hub: Hub) -> None:
+    hub.files["buckets/me/shards"] = {"manifest.json": b"{}"}
+    hub.faults = [("/api/buckets", 10**6, 503)]
+    with pytest.raises(OSError, match="503 Service Unavailable"):
+        open_shards("hf://buckets/me/shards")
