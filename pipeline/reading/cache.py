@@ -108,7 +108,9 @@ class ShardCache:
         def attempt(progress: Callable[[], None]) -> None:
             # Called in any thread; by s3fs not before ten ranges of 50 MB each are there, which may be all of a shard.
             blocks = Callback(hooks={"progress": lambda *_, **__: progress()})
-            self._source.fs.get_file(self._source.path(shard.path), str(part), callback=blocks)
+            fs = self._source.fs
+            stream = {"block_size": 0} if fs.protocol == "hf" else {}  # not 5 MB a request, which the hub counts
+            fs.get_file(self._source.path(shard.path), str(part), callback=blocks, **stream)
 
         self._watch.insist(f"{self._source}/{shard.path}", attempt)
 

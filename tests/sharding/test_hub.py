@@ -274,6 +274,7 @@ def test_urls_of_the_hub_are_sources_and_shards_to_train_from(
     assert all(bytes(here.read(i)) == bytes(there.read(i)) for i in range(len(local.index)))
     here.close()
     there.close()
+    assert len(hub.asked(r"\.tar$")) == len(local.manifest.shards)  # each in one stream, without a range
 
 
 def test_a_bucket_of_the_hub_takes_shards(
