@@ -1,8 +1,9 @@
 """A run that is over in a second, for tests of whole runs."""
 
 from pathlib import Path
+from typing import Any
 
-from train.methods import method_class
+from train.methods import MethodConfig, method_class
 
 SMALL = [
     "views.size=32",
@@ -26,21 +27,22 @@ def settings(shards: Path, run: Path, *more: str) -> list[str]:
     return [*SMALL, f"data.shards={shards}", f"run.dir={run}", *more]
 
 
+def narrow(config: type[MethodConfig]) -> dict[str, Any]:
+    """Widths of a method's networks, which some papers have in the thousands, and a teacher where it has one."""
+    widths = dict.fromkeys({"hidden", "out", "slices", "num_classes"} & config.model_fields.keys(), 48)
+    decoder = {"width": 48, "depth": 2, "heads": 4} if "depth" in config.model_fields else {}
+    teacher = {"teacher": {"name": "resnet18", "width": 8, "stem": "cifar"}} if "teacher" in config.model_fields else {}
+    return widths | decoder | teacher
+
+
 def settings_of(method: str, shards: Path, run: Path, *more: str) -> list[str]:
     """A short run of any method by its own recipe, but for the sizes of everything."""
     chosen = method_class(method)
-    widths = sorted({"hidden", "out", "slices", "num_classes"} & chosen.Config.model_fields.keys())
-    teacher = ["method.teacher={name: resnet18, width: 8, stem: cifar}"] if method == "distill" else []
     is_vit = chosen.recipe.sections.get("encoder", {}).get("name", "").startswith("timm:vit")
-    vit = ["encoder.name=timm:vit_tiny_patch16_224", "encoder.image_size=32"]
+    vit = ["encoder.name=timm:test_vit", "encoder.image_size=32"]
     return [
-        *(
-            f"method.name={method}",
-            "views.size=32",
-            "views.kernel=5",
-            *(f"method.{width}=48" for width in widths),
-            *teacher,
-        ),
+        *(f"method.name={method}", "views.size=32", "views.kernel=5"),
+        *(f"method.{name}={value}" for name, value in narrow(chosen.Config).items()),
         *(vit if is_vit else ["encoder.name=resnet18", "encoder.width=8", "encoder.stem=cifar"]),
         *("optim.steps=20", "run.global_batch_size=24", "run.log_every=1", "data.num_threads=1"),
         *(f"data.shards={shards}", f"run.dir={run}", *more),

@@ -96,7 +96,7 @@ VIT: dict[str, Callable[[Weights], Weights]] = {
 }
 LAYOUTS = [
     pytest.param(name, layout, id=f"{name} {title}")
-    for name, title, table in (("resnet18", "ResNet", RESNET), ("timm:vit_tiny_patch16_224", "ViT", VIT))
+    for name, title, table in (("resnet18", "ResNet", RESNET), ("timm:test_vit", "ViT", VIT))
     for title_, layout in table.items()
     for title in [f"{title} {title_}"]
 ]

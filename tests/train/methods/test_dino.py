@@ -76,7 +76,7 @@ def test_the_teacher_sees_the_global_views_and_has_no_gradient() -> None:
 
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_the_centre_follows_the_mean_of_the_batch(pieces: int) -> None:
-    method = build(norm="none", encoder=EncoderConfig(name="timm:vit_tiny_patch16_224", image_size=32))
+    method = build(norm="none", encoder=EncoderConfig(name="timm:test_vit", image_size=32))
     images = [F.interpolate(view, size=(32, 32)) for view in views()]
     optimizer = build_optimizer(OptimConfig(name="sgd"), method)
     step = TrainStep(method, method, optimizer, torch.float64, micro_batch_size=6 // pieces)

@@ -13,9 +13,10 @@ from pipeline.loader import Batch
 from pipeline.views import flatten, preset
 from tests.processes import run_ranks
 from tests.train.model.test_checkpointing import batch_of, task_of
+from tests.train.runs import narrow
 from train.engine import automatic
 from train.engine.step import TrainStep
-from train.methods import METHODS, Method, MethodConfig, build_method, method_class
+from train.methods import METHODS, Method, build_method, method_class
 from train.model.batchnorm import synchronize_batchnorm
 from train.model.draws import Draws
 from train.model.encoder import EncoderConfig
@@ -52,23 +53,16 @@ def labels() -> torch.Tensor:
     return torch.arange(_BATCH) % 3
 
 
-def narrow(config: type[MethodConfig]) -> MethodConfig:
-    """The method's own defaults, but for widths, which some papers have in the thousands."""
-    widths = {"hidden", "out", "slices", "num_classes"} & config.model_fields.keys()
-    teacher = {"teacher": {"name": "resnet18", "width": 8, "stem": "cifar"}} if "teacher" in config.model_fields else {}
-    return config.model_validate(dict.fromkeys(widths, 48) | teacher)
-
-
 def small_encoder(name: str) -> EncoderConfig:
     """Of the kind that the recipe has: a ViT, which drops paths, or a ResNet."""
     if chosen(name).recipe.sections.get("encoder", {}).get("name", "").startswith("timm:vit"):
-        return EncoderConfig(name="timm:vit_tiny_patch16_224", image_size=32, drop_path=0.4)
+        return EncoderConfig(name="timm:test_vit", image_size=32, drop_path=0.4)
     return EncoderConfig(name="resnet18", width=8, stem="cifar")
 
 
 def build(name: str, world: World, batchnorm: bool = True) -> Method:
     torch.manual_seed(0)
-    config = narrow(chosen(name).Config).model_copy(update=VARIANTS.get(name, {}))
+    config = chosen(name).Config.model_validate(narrow(chosen(name).Config) | VARIANTS.get(name, {}))
     method = build_method(config, small_encoder(name), world).double()
     for module in list(method.modules()):
         for child_name, child in module.named_children():
