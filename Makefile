@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test lint types docs unit unit-train unit-others clean
+.PHONY: install demo test lint types docs unit clean
 
 install: $(INSTALLED)
 
@@ -41,17 +41,11 @@ types: $(INSTALLED)
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Two halves at once, whose dots mingle; each prints its own summary. One thread each: torch's wait for one another at
-# every operation, which on a busy machine takes many times as long.
-unit-train unit-others: export OMP_NUM_THREADS = 1
+# By two workers, each of which takes a file of tests at a time, so that what a file shares is made once. One thread each:
+# torch's wait for one another at every operation, which on a busy machine takes many times as long.
+unit: export OMP_NUM_THREADS = 1
 unit: $(INSTALLED)
-	$(MAKE) --jobs=2 --keep-going unit-train unit-others
-
-unit-train: $(INSTALLED)
-	$(BIN)/python -m pytest -p no:cacheprovider tests/train
-
-unit-others: $(INSTALLED)
-	$(BIN)/python -m pytest -p no:cacheprovider tests --ignore=tests/train
+	$(BIN)/python -m pytest -p no:cacheprovider --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf .venv build data/demo runs/demo
