@@ -35,13 +35,19 @@ def narrow(config: type[MethodConfig]) -> dict[str, Any]:
     return widths | decoder | teacher
 
 
+def has_vit(method: str) -> bool:
+    """Whether its recipe has one, whose patches need views of 32 px or more."""
+    encoder: dict[str, Any] = method_class(method).recipe.sections.get("encoder", {})
+    return str(encoder.get("name", "")).startswith("timm:vit")
+
+
 def settings_of(method: str, shards: Path, run: Path, *more: str) -> list[str]:
     """A short run of any method by its own recipe, but for the sizes of everything."""
     chosen = method_class(method)
-    is_vit = chosen.recipe.sections.get("encoder", {}).get("name", "").startswith("timm:vit")
+    is_vit = has_vit(method)
     vit = ["encoder.name=timm:test_vit", "encoder.image_size=32"]
     return [
-        *(f"method.name={method}", "views.size=32", "views.kernel=5"),
+        *(f"method.name={method}", f"views.size={32 if is_vit else 16}", "views.kernel=5"),
         *(f"method.{name}={value}" for name, value in narrow(chosen.Config).items()),
         *(vit if is_vit else ["encoder.name=resnet18", "encoder.width=8", "encoder.stem=cifar"]),
         *("optim.steps=20", "run.global_batch_size=24", "run.log_every=1", "data.num_threads=1"),

@@ -42,7 +42,13 @@ def test_dropped_paths_break_no_graph_and_a_step_is_none_of_its_own() -> None:
         graphs.append(graph)
         return graph
 
-    vit = ["encoder.name=timm:test_vit", "encoder.image_size=32", "encoder.stem=imagenet", "encoder.width=64"]
+    vit = [
+        "views.size=32",
+        "encoder.name=timm:test_vit",
+        "encoder.image_size=32",
+        "encoder.stem=imagenet",
+        "encoder.width=64",
+    ]
     config, task = task_of("simclr", World(), *vit, "encoder.drop_path=0.5")
     compiled = torch.compile(task.method, backend=backend)
     for step in range(4):

@@ -27,7 +27,9 @@ GOLDEN = Path(__file__).parent / "golden"
 def losses(method: str, shards: Path, run: Path) -> list[float]:
     """On one thread, at a tenth of the recipe's learning rate: runs that round otherwise part after a few steps."""
     rate = load_config(None, [f"method.name={method}"]).optim.learning_rate / 10
-    config = load_config(None, settings_of(method, shards, run, f"optim.learning_rate={rate}", "run.precision=fp32"))
+    config = load_config(
+        None, settings_of(method, shards, run, "views.size=32", f"optim.learning_rate={rate}", "run.precision=fp32")
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert pretrain(config, World())

@@ -27,7 +27,13 @@ from train.processes.distributed import World
 from train.processes.fsdp import local
 
 SETTINGS = ["optim.name=adamw", "optim.steps=4", "run.precision=fp64", "run.checkpoint_every=1"]
-VIT = ["encoder.name=timm:test_vit", "encoder.image_size=32", "encoder.stem=imagenet", "encoder.width=64"]
+VIT = [
+    "views.size=32",
+    "encoder.name=timm:test_vit",
+    "encoder.image_size=32",
+    "encoder.stem=imagenet",
+    "encoder.width=64",
+]
 KEPT = ["run.keep_checkpoints=1", "run.keep_every=2"]
 FSDP = ["run.parallel=fsdp"]
 SHARDED = [*FSDP, "run.sharded_checkpoints=true"]

@@ -13,7 +13,7 @@ from pipeline.loader import Batch
 from pipeline.views import flatten, preset
 from tests.processes import run_ranks
 from tests.train.model.test_checkpointing import batch_of, task_of
-from tests.train.runs import narrow
+from tests.train.runs import has_vit, narrow
 from train.engine import automatic
 from train.engine.step import TrainStep
 from train.methods import METHODS, Method, build_method, method_class
@@ -41,11 +41,12 @@ def chosen(name: str) -> type[Method]:
 
 
 def views(name: str) -> list[torch.Tensor]:
-    """Of the recipe's kinds, two of each at most, of at most 32 px."""
+    """Of the recipe's kinds, two of each at most, as small as the encoder takes them."""
+    size = 32 if has_vit(name.split()[0]) else 16
     groups = preset(chosen(name).recipe.views)
     specs = flatten([group.model_copy(update={"count": min(2, group.count)}) for group in groups])
     generator = torch.Generator().manual_seed(1)
-    shapes = [(_BATCH, 3, min(32, spec.size), min(32, spec.size)) for spec in specs]
+    shapes = [(_BATCH, 3, size, size) for spec in specs]
     return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
@@ -55,7 +56,7 @@ def labels() -> torch.Tensor:
 
 def small_encoder(name: str) -> EncoderConfig:
     """Of the kind that the recipe has: a ViT, which drops paths, or a ResNet."""
-    if chosen(name).recipe.sections.get("encoder", {}).get("name", "").startswith("timm:vit"):
+    if has_vit(name.split()[0]):
         return EncoderConfig(name="timm:test_vit", image_size=32, drop_path=0.4)
     return EncoderConfig(name="resnet18", width=8, stem="cifar")
 
@@ -71,15 +72,15 @@ def build(name: str, world: World, batchnorm: bool = True) -> Method:
     return method
 
 
-def train(world: World, name: str, pieces: int = 1, batchnorm: bool = True, steps: int = 2) -> dict[str, torch.Tensor]:
-    """The method's whole state after some steps, and the losses."""
+def train(world: World, name: str, pieces: int = 1, batchnorm: bool = True) -> dict[str, torch.Tensor]:
+    """The method's whole state after two steps, and the losses."""
     method = synchronize_batchnorm(build(name, world, batchnorm), world)
     optimizer = build_optimizer(OptimConfig(name="sgd"), method)
     per_rank = _BATCH // world.size
     rows = slice(world.rank * per_rank, (world.rank + 1) * per_rank)
     step = TrainStep(method, world.wrap(method), optimizer, torch.float64, micro_batch_size=per_rank // pieces)
     state: dict[str, torch.Tensor] = {}
-    for number in range(steps):
+    for number in range(2):
         draws = Draws(0, _STEP + number, torch.arange(100, 100 + _BATCH)[rows])
         loss = step([view[rows] for view in views(name)], draws, 0.05, (number + 1) / 10, labels()[rows])
         state |= {f"loss.{number}": world.mean(loss.value)}
@@ -93,35 +94,35 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.allclose(found[name], value, rtol=rtol, atol=rtol), name
 
 
-def train_all(world: World) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-    """Of every method: the undivided batch, and pieces without BatchNorm. One start of processes for all."""
-    names = [*METHODS, *VARIANTS]
-    whole = {name: train(world, name) for name in names}
-    pieces = {name: train(world, name, 2, batchnorm=False, steps=2) for name in names}
-    return {"whole": whole, "pieces": pieces}
+def train_all(world: World, pieces: int, batchnorm: bool) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: train(world, name, pieces, batchnorm) for name in [*METHODS, *VARIANTS]}
 
 
 @pytest.fixture(scope="module")
-def processes() -> dict[int, list[Any]]:
-    return {world_size: run_ranks(train_all, world_size) for world_size in (2, 3)}
+def processes() -> list[Any]:
+    """Three, of whose sums the order shows."""
+    return run_ranks(train_all, 3, 1, True)
+
+
+@pytest.fixture(scope="module")
+def processes_with_pieces() -> list[Any]:
+    return run_ranks(train_all, 2, 2, False)
 
 
 @every_variant
-def test_many_processes_make_the_steps_of_one(name: str, processes: dict[int, list[Any]]) -> None:
+def test_many_processes_make_the_steps_of_one(name: str, processes: list[Any]) -> None:
     expected = train(World(), name)
-    for ranks in processes.values():
-        for found in ranks:
-            assert_equal(found["whole"][name], expected, rtol=1e-9)
+    for found in processes:
+        assert_equal(found[name], expected, rtol=1e-9)
 
 
 @every_variant
-def test_pieces_make_the_steps_of_the_undivided_batch(name: str, processes: dict[int, list[Any]]) -> None:
+def test_pieces_make_the_steps_of_the_undivided_batch(name: str, processes_with_pieces: list[Any]) -> None:
     """Without BatchNorm, whose statistics would be those of a piece; in one process, and in several."""
-    expected = train(World(), name, batchnorm=False, steps=2)
-    assert_equal(train(World(), name, 6, batchnorm=False, steps=2), expected, rtol=1e-10)
-    for ranks in processes.values():
-        for found in ranks:
-            assert_equal(found["pieces"][name], expected, rtol=1e-10)
+    expected = train(World(), name, batchnorm=False)
+    assert_equal(train(World(), name, 3, batchnorm=False), expected, rtol=1e-10)
+    for found in processes_with_pieces:
+        assert_equal(found[name], expected, rtol=1e-10)
 
 
 @every_method

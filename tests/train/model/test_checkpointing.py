@@ -66,7 +66,7 @@ def test_so_they_are_with_statistics_over_processes() -> None:
 def test_it_takes_less_memory() -> None:
     peaks = []
     for more in ([], [AGAIN]):
-        config, task = task_of("simclr", World(), *more)
+        config, task = task_of("simclr", World(), "views.size=32", *more)
         batch, steps = batch_of(config, World(), 0, 24), count()
         work = partial(lambda task, batch, steps: task(batch, next(steps)), task, batch, steps)
         work()
