@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import torch
 from sharding.build import main as build_shards
 from sharding.manifest import open_shards
 from tests.census import wait_until
-from tests.processes import NO_GPU, run_ranks
+from tests.processes import run_ranks, start_command
 from tests.train.runs import settings, settings_of
 from train.config import load_config
 from train.engine.automatic import dtype
@@ -47,13 +45,11 @@ def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[fl
 
 def test_a_killed_run_continues_exactly(shards: Path, reference: list[float], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "train.pretrain", *settings(shards, run)]
-    environment = {**os.environ, **NO_GPU}  # on the CPU losses repeat to the bit
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    wait_until(lambda: checkpoints(run) or process.poll() is not None)
+    process = start_command(main, tmp_path / "said.txt", settings(shards, run))
+    wait_until(lambda: checkpoints(run) or not process.is_alive())
     process.kill()
-    process.communicate()
-    assert process.returncode in (-signal.SIGKILL, 0), "0: it was done before this process had its turn"
+    process.join()
+    assert process.exitcode in (-signal.SIGKILL, 0), "0: it was done before this process had its turn"
     for path in checkpoints(run)[1:]:
         path.unlink()
     assert run_alone(shards, run) == reference
@@ -88,12 +84,12 @@ def test_a_signal_saves_at_the_next_step_and_the_same_command_continues(
 ) -> None:
     run = tmp_path / "run"
     more = ["optim.steps=100000", "run.checkpoint_every=100000", "run.log_every=100000"]
-    command = [sys.executable, "-m", "train.pretrain", *settings(shards, run, *more)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: (run / "metrics.jsonl").exists() or process.poll() is not None)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 3, errors
+    process = start_command(main, tmp_path / "said.txt", settings(shards, run, *more))
+    wait_until(lambda: (run / "metrics.jsonl").exists() or not process.is_alive())
+    os.kill(process.pid or 0, number)
+    process.join(timeout=300)
+    output = (tmp_path / "said.txt").read_text()
+    assert process.exitcode == 3, output
     (path,) = checkpoints(run)
     step = step_of(path)
     assert step < 100000

@@ -1,8 +1,7 @@
 import logging
+import os
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from sharding.manifest import open_shards
+from tests.processes import start_command
 from train.config import load_config
 from train.engine import checkpoint
 from train.engine.checkpoint import (
@@ -52,7 +52,7 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
 
 
 def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    path = save(tmp_path, 1, state(1))
+    path = save(tmp_path, 1, state(1) | {"method": {"w": torch.arange(10.0)}})
     content = path.read_bytes()
     for position in range(len(content)):
         damaged = bytearray(content)
@@ -197,26 +197,23 @@ def test_what_is_written_is_the_state_at_the_call(tmp_path: Path) -> None:
     assert torch.equal(load(checkpoints(tmp_path)[0])["method"]["w"], state(1)["method"]["w"])
 
 
-_KILLED = """
-import os, signal, sys, torch
-from pathlib import Path
-from tests.train.engine.test_checkpoint import state
-from train.engine import checkpoint
-
-def killed(*_):
+def killed(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
-folder = Path(sys.argv[1])
-checkpoint.save(folder, 1, state(1))
-setattr(checkpoint, sys.argv[2], killed)
-checkpoint.save(folder, 2, state(2))
-"""
+
+def save_twice(folder: Path, moment: str) -> int:
+    """Killed at a moment of the second time."""
+    save(folder, 1, state(1))
+    setattr(checkpoint, moment, killed)
+    save(folder, 2, state(2))
+    return 0
 
 
 @pytest.mark.parametrize("moment", ["_seal", "rename_durably"])
 def test_kill_9_in_the_middle_of_a_write_loses_nothing(tmp_path: Path, moment: str) -> None:
-    ended = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path), moment], check=False)
-    assert ended.returncode == -signal.SIGKILL
+    saving = start_command(save_twice, tmp_path / "said.txt", tmp_path, moment)
+    saving.join()
+    assert saving.exitcode == -signal.SIGKILL
     assert (tmp_path / "step-000000002.tmp").exists()
     latest = load_latest(tmp_path)
     assert latest is not None

@@ -1,9 +1,6 @@
 """`python -m train.evaluate` on checkpoints of a small encoder: what it records, and what it refuses."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +14,7 @@ from sharding.build import main as build_shards
 from sharding.command import UserError
 from sharding.demo import load_demo
 from sharding.manifest import ShardSet
-from tests.processes import NO_GPU
+from tests.processes import ends_of_ranks
 from train.config import load_config
 from train.engine import checkpoint
 from train.evaluate.__main__ import choose_pairs, main
@@ -120,11 +117,9 @@ def test_three_processes_have_the_results_of_one(run: Path, tmp_path: Path) -> N
     """Also where the representations are made anew; and its pictures."""
     assert main(["--checkpoint", str(run), "--protocol", *ALL, *FEW, "--features", str(tmp_path / "alone")]) == 0
     pictures = pictures_of(run)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    command += ["-m", "train.evaluate", "--checkpoint", str(run), "--protocol", *ALL, *FEW]
-    done = subprocess.run(command, env={**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("recall@10") == 1, "one table"
+    ends = ends_of_ranks(main, 3, tmp_path, ["--checkpoint", str(run), "--protocol", *ALL, *FEW])
+    assert [code for code, _ in ends] == [0, 0, 0], ends
+    assert [said.count("recall@10") for _, said in ends] == [1, 0, 0], "one table"
     alone, many = (record["results"]["pretrained"] for record in records(run))
     assert list(alone) == ALL
     assert pictures_of(run) == pictures
