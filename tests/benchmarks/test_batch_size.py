@@ -41,7 +41,7 @@ def test_the_table_has_measured_and_predicted_steps(
         "--target",
         "1",
         "--images",
-        "96",
+        "48",
     ]
     options += ["--runs", str(tmp_path / "runs"), "--out", str(out)]
     assert main([*_TINY, f"data.shards={shard_set.root}", *options]) == 0
@@ -49,7 +49,7 @@ def test_the_table_has_measured_and_predicted_steps(
     assert "commit" in head["environment"]
     assert (four["batch"], eight["batch"], four["rate"]) == (4, 8, 0.001)
     records = read_metrics(tmp_path / "runs" / "4-0.001")
-    assert [record["step"] for record in records] == list(range(1, 25))
+    assert [record["step"] for record in records] == list(range(1, 13))
     assert records[-1]["learning_rate"] == pytest.approx(0.001)
     assert four["steps"] == reached(records, 4, 0.001, 1)[0]  # type: ignore[index]
     assert out.with_suffix(".png").stat().st_size > 1000
