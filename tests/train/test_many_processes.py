@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from sharding.command import UserError
@@ -147,14 +148,15 @@ def test_a_rank_that_is_killed_is_told_from_one_that_fails(shards: Path, tmp_pat
     assert "Traceback" not in told
 
 
-def test_a_signal_to_torchrun_saves_at_the_next_step(shards: Path, tmp_path: Path) -> None:
-    """Which it passes on, as it does the others that `test_pretrain` sends."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_saves_at_the_next_step(number: int, shards: Path, tmp_path: Path) -> None:
+    """Which it passes on."""
     run = tmp_path / "run"
     more = ["optim.steps=100000", "run.checkpoint_every=100000", "run.log_every=1"]
     process = start(settings(shards, run, *more), "-m", "train.pretrain")
     metrics = run / "metrics.jsonl"
     wait_until(lambda: process.poll() is not None or (metrics.exists() and metrics.stat().st_size))
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     code, lines, errors = end_of(process)
     assert code == 1, errors
     (path,) = checkpoints(run)
