@@ -6,7 +6,8 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -74,23 +75,17 @@ Results = dict[str, dict[str, Rate]]  # by contestant and quantity
 
 
 def interleave(contestants: Mapping[str, Callable[[], Turn]], rounds: int) -> Results:
-    """Call every contestant once a round, in turn.
+    """Call every contestant once a round; odd rounds go backwards, so that none always follows the same other.
 
     Loaders go on filling their queues after their turn, so each turn begins when the one before has come to rest.
     """
     found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in contestants}
-    turns = list(interleaved_names(list(contestants), rounds))
+    turns = [name for i in range(rounds) for name in list(contestants)[:: -1 if i % 2 else 1]]
     for name in steps(turns, "measuring"):
         come_to_rest()
         for quantity, value in contestants[name]().items():
             found[name][quantity].append(value)
     return {name: {key: Rate(tuple(values)) for key, values in turns.items()} for name, turns in found.items()}
-
-
-def interleaved_names(names: Sequence[str], rounds: int) -> Iterator[str]:
-    """Every name once a round; odd rounds go backwards, so that no contestant always follows the same other."""
-    for i in range(rounds):
-        yield from names if i % 2 == 0 else reversed(names)
 
 
 def rate_of(work: Callable[[], int], seconds: float, warmup: int, finish: Callable[[], None] = lambda: None) -> Turn:
@@ -103,7 +98,7 @@ def rate_of(work: Callable[[], int], seconds: float, warmup: int, finish: Callab
     for _ in range(warmup):
         work()
     finish()
-    start, cpu, meter = time.perf_counter(), cpu_seconds(), Meter()
+    cpu, meter, start = cpu_seconds(), Meter(), time.perf_counter()
     done = work()  # at least one, however busy the machine is
     while time.perf_counter() - start < seconds:
         done += work()
@@ -132,24 +127,29 @@ def come_to_rest(limit_seconds: float = 60.0) -> None:
     """Wait until this process and its descendants no longer compute. Raises TimeoutError when they go on."""
     start = time.perf_counter()
     while time.perf_counter() - start < limit_seconds:
-        before = cpu_seconds()
+        before = cpu_seconds() - time.thread_time()  # of others: looking is work of this thread
         time.sleep(_IDLE_SECONDS)
-        if cpu_seconds() - before <= _IDLE * _IDLE_SECONDS:
+        if cpu_seconds() - time.thread_time() - before <= _IDLE * _IDLE_SECONDS:
             return
     raise TimeoutError(f"still computing {limit_seconds:.0f} s after a measurement ended")
 
 
 def cpu_seconds() -> float:
     """Spent so far by this process and its living descendants."""
-    processes = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # After the name, which may hold anything: state, parent, ...; fields 14 and 15 are user and system time.
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        processes[int(path.parent.name)] = int(fields[1]), int(fields[11]) + int(fields[12])
-    family = {os.getpid()}
-    while children := {pid for pid, (parent, _) in processes.items() if parent in family} - family:
-        family |= children
-    return sum(ticks for pid, (_, ticks) in processes.items() if pid in family) / os.sysconf("SC_CLK_TCK")
+    family, ticks = [Path("/proc/self")], 0
+    for process in family:  # which grows
+        with suppress(OSError):  # it has ended
+            for thread in (process / "task").iterdir():
+                family += [Path("/proc", child) for child in _read(thread / "children").split()]
+    for process in family[1:]:
+        # After the name, which may hold anything: state, parent, ...; fields 14 and 15 are user and system time.
+        ticks += sum(map(int, _read(process / "stat").rpartition(")")[2].split()[11:13]))
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _read(path: Path) -> str:
+    """Nothing of a process or thread that has ended."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

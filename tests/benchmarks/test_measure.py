@@ -2,22 +2,24 @@ import math
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.measure import Rate, come_to_rest, interleave, interleaved_names, rate_of
+from benchmarks.measure import Rate, come_to_rest, interleave, rate_of
 
 
-def test_every_contestant_runs_once_a_round_and_rounds_turn_round() -> None:
-    assert list(interleaved_names(["a", "b", "c"], 3)) == ["a", "b", "c", "c", "b", "a", "a", "b", "c"]
+def test_rates_are_kept_by_round_and_rounds_turn_round() -> None:
+    values, order = {"a": iter([1.0, 2.0, 9.0]), "b": iter([2.0, 4.0, 3.0])}, list[str]()
 
+    def turn(name: str) -> dict[str, float]:
+        order.append(name)
+        return {"rate": next(values[name])}
 
-def test_rates_are_kept_by_round() -> None:
-    values = {"a": iter([1.0, 2.0, 9.0]), "b": iter([2.0, 4.0, 3.0])}
-    turns = {name: lambda it=it: {"rate": next(it)} for name, it in values.items()}
-    found = {name: results["rate"] for name, results in interleave(turns, 3).items()}
+    found = {name: results["rate"] for name, results in interleave({n: partial(turn, n) for n in values}, 3).items()}
+    assert order == ["a", "b", "b", "a", "a", "b"]
     assert found["a"].rounds == (1.0, 2.0, 9.0)
     assert found["b"].ratio(found["a"]).rounds == (2.0, 2.0, 3 / 9)
     assert found["a"].mean == 4.0
@@ -85,6 +87,18 @@ def test_the_cores_that_work_keeps_busy_are_told_from_waiting() -> None:
     turn = rate_of(compute, seconds=0.0, warmup=0)
     busy = turn["cpu_percent"] / 100 / turn["images_per_second"]  # seconds of a core
     assert busy == pytest.approx(time.process_time() - before, abs=0.05)
+
+
+def test_looking_whether_others_rest_is_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes: here, what this thread does instead of sleeping."""
+
+    def look(_: float) -> None:
+        end = time.thread_time() + 0.1
+        while time.thread_time() < end:
+            pass
+
+    monkeypatch.setattr("time.sleep", look)
+    come_to_rest(limit_seconds=1.0)
 
 
 _BURN = """if True:
