@@ -68,9 +68,9 @@ def reading(shards: ShardSet, num_threads: int, seconds: float) -> Turn:
 
 def _read(reader: Reader, samples: Iterator[int], end: float) -> int:
     done = 0
-    while time.perf_counter() < end and (sample := next(samples, None)) is not None:
+    while (not done or time.perf_counter() < end) and (sample := next(samples, None)) is not None:
         reader.read(sample)
-        done += 1
+        done += 1  # at least one, however busy the machine is
     return done
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from benchmarks import ceilings
 from sharding.manifest import ShardSet
+from tests.slow_storage import slow_reads
 
 
 def test_the_cores_there_are_those_that_threads_of_this_process_got() -> None:
@@ -17,20 +18,16 @@ def test_the_cores_there_are_those_that_threads_of_this_process_got() -> None:
     assert found == pytest.approx(spent / elapsed, rel=0.2)
 
 
-def test_reading_is_measured_in_both_orders_cold_and_warm(shard_set: ShardSet) -> None:
-    found = ceilings.reading(shard_set, num_threads=2, seconds=0.05)
+@pytest.mark.parametrize("seconds", [0.05, 0])
+def test_reading_is_measured_in_both_orders_cold_and_warm(seconds: float, shard_set: ShardSet) -> None:
+    found = ceilings.reading(shard_set, num_threads=2, seconds=seconds)
     assert list(found) == ["cold random", "warm random", "cold sequential", "warm sequential"]
     assert all(rate > 0 for rate in found.values())
 
 
 def test_reading_waits_for_slow_storage(shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    preadv = os.preadv
-
-    def slow(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        time.sleep(0.05)
-        return preadv(descriptor, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(os, "preadv", os.preadv)  # put back afterwards
+    slow_reads(0.05)
     found = ceilings.reading(shard_set, num_threads=2, seconds=0.1)
     assert max(found.values()) <= 2 / 0.05
 

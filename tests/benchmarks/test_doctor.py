@@ -22,6 +22,7 @@ from pipeline.kernels.render import render
 from pipeline.loader import Loader
 from sharding.command import UserError
 from sharding.manifest import ShardSet
+from tests.slow_storage import slow_reads
 from train.config import DataConfig, load_config
 from train.processes.distributed import World
 
@@ -42,13 +43,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    preadv = os.preadv
-
-    def slow(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        time.sleep(DELAY)
-        return preadv(descriptor, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(os, "preadv", os.preadv)  # put back afterwards
+    slow_reads(DELAY)
 
 
 class SlowDecoder(Decoder):
