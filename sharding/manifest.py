@@ -205,7 +205,8 @@ class Index:
             raise ShardError(f"{where}: cannot be read ({error}); rebuild or repair the shards") from None
         if not batch.schema.equals(INDEX_SCHEMA):
             raise ShardError(f"{where}: expected columns {INDEX_SCHEMA.names}, found {batch.schema.names}")
-        return cls(*(batch.column(name).to_numpy(zero_copy_only=True) for name in INDEX_SCHEMA.names))
+        columns: list[Any] = [np.from_dlpack(column) for column in batch.columns]  # to_numpy imports pandas
+        return cls(*columns)
 
 
 def is_mapped(out: Directory) -> bool:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import fields
@@ -193,6 +195,12 @@ def test_what_does_not_fit_is_refused_by_name(
     damage(root)
     with pytest.raises(ShardError, match=message):
         open_shards(root)
+
+
+def test_opening_shards_does_not_import_pandas(shards: Path) -> None:
+    """Which each process of a run would wait for, a second."""
+    opens = f"import sys; from sharding.manifest import open_shards; open_shards({str(shards)!r})"
+    subprocess.run([sys.executable, "-c", f"{opens}; assert 'pandas' not in sys.modules"], check=True)
 
 
 @pytest.mark.parametrize(
