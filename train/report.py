@@ -9,14 +9,14 @@ import io
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import cycle
 from pathlib import Path
 from typing import Any
-from wsgiref.simple_server import WSGIServer, make_server
 
 import numpy as np
 import yaml
@@ -201,16 +201,19 @@ def render(runs: Sequence[Run], views: Sequence[Record], refresh_seconds: int = 
     return page.render(runs=runs, views=views, script=script, figures=figures, maps=maps, colors=_COLORS, **made)
 
 
-def serve(page: Callable[[], str], port: int) -> WSGIServer:
+def serve(page: Callable[[], str], port: int) -> HTTPServer:
     """A server, on the loopback device only, of the page as it is when it is asked for. Port 0: any that is free."""
 
-    def answer(_: Any, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        body = page().encode()
-        start_response("200 OK", [("Content-Type", "text/html; charset=utf-8")])
-        return [body]
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = page().encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(body)
 
     try:
-        return make_server("127.0.0.1", port, answer)
+        return HTTPServer(("127.0.0.1", port), Answer)
     except OSError as error:
         raise UserError(f"--watch {port}: {error.strerror}; choose a different port") from None
 

@@ -3,10 +3,12 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 from PIL import Image
 
 from sharding.command import UserError
+from tests.census import wait_until
 from tests.train.runs import settings
 from train.config import load_config
 from train.evaluate.__main__ import main as evaluate
@@ -192,19 +195,41 @@ def test_a_run_whose_first_record_and_pictures_are_torn(tmp_path: Path) -> None:
     assert "cannot identify image file" in made
 
 
-def test_a_watched_run_is_shown_as_it_is(tmp_path: Path) -> None:
+def test_a_watched_run_is_shown_as_it_is_until_ctrl_c(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", metrics=[{"step": 4711, "loss": 1.0}])
-    with serve(lambda: render(read_runs([path]), [], 30), 0) as server:
-        assert server.server_address[0] == "127.0.0.1"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        for step in (4711, 4712):
-            with (path / "metrics.jsonl").open("a") as file:
-                file.write(f'{{"step": {step}, "loss": 1.0}}\n')
-            with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/") as answer:
-                made = answer.read().decode()
-            assert f"resnet50 {step} " in text_of(made)
-            assert '<meta http-equiv="refresh" content="30">' in made
-        server.shutdown()
+    said, pages = io.StringIO(), list[str]()
+
+    def visit() -> None:
+        try:
+            wait_until(lambda: "Ctrl-C ends it" in said.getvalue())
+            for step in (4711, 4712):
+                with (path / "metrics.jsonl").open("a") as file:
+                    file.write(f'{{"step": {step}, "loss": 1.0}}\n')
+                with urllib.request.urlopen(said.getvalue().split()[0]) as answer:
+                    pages.append(answer.read().decode())
+        finally:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    with redirect_stdout(said), ThreadPoolExecutor(1) as pool:
+        visited = pool.submit(visit)
+        assert main([str(path), "--watch", "0", "--images", "0"]) == 130
+    signal.signal(signal.SIGINT, before)
+    visited.result()
+    assert said.getvalue().startswith("http://127.0.0.1:")
+    for step, page in zip((4711, 4712), pages, strict=True):
+        assert f"resnet50 {step} " in text_of(page)
+        assert '<meta http-equiv="refresh" content="30">' in page
+
+
+def test_ctrl_c_while_a_page_is_made_is_not_lost() -> None:
+    def page() -> str:
+        raise KeyboardInterrupt
+
+    with serve(page, 0) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(urllib.request.urlopen, f"http://127.0.0.1:{server.server_port}/")
+        with pytest.raises(KeyboardInterrupt):
+            server.handle_request()
 
 
 def test_what_the_user_can_put_right_is_one_line(
