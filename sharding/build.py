@@ -241,14 +241,15 @@ def _dry_run(spec: SourceSpec, out: Directory, args: Namespace) -> str:
     num_bytes = num_images * (size + _OVERHEAD_BYTES)
     num_shards = args.lanes * max(1, round(num_bytes / args.lanes / args.shard_mb / 1e6))
     memory = (args.workers + 1) * _PROCESS_BYTES + num_images * _ROW_BYTES
-    cached = 2 * num_images * source.probe()[0] if is_hub_id(spec.dataset) else 0
+    downloads = ""
+    if is_hub_id(spec.dataset):
+        cached = 2 * num_images * source.probe()[0]
+        downloads = f", and {cached / 1e9:,.1f} GB of downloads until they are built"
     return (
         f"{out}: {num_images:,} images of {len(source.class_names):,} classes, about {size / 1e3:,.0f} kB each\n"
-        f"disk: {num_bytes / 1e9:,.1f} GB in about {num_shards:,} shards"
-        + f", and {cached / 1e9:,.1f} GB of downloads until they are built"
-        * bool(cached)
-        + f"\ntime: {num_images * seconds / args.workers / 60:,.1f} minutes with {args.workers} workers, if the source "
-        f"is read as fast as now\nmemory: {memory / 1e9:,.1f} GB"
+        f"disk: {num_bytes / 1e9:,.1f} GB in about {num_shards:,} shards{downloads}\n"
+        f"time: {num_images * seconds / args.workers / 60:,.1f} minutes with {args.workers} workers, if the source is "
+        f"read as fast as now\nmemory: {memory / 1e9:,.1f} GB"
     )
 
 

@@ -12,14 +12,14 @@ from benchmarks.measure import Rate, come_to_rest, interleave, rate_of
 
 
 def test_rates_are_kept_by_round_and_rounds_turn_round() -> None:
-    values, order = {"a": iter([1.0, 2.0, 9.0]), "b": iter([2.0, 4.0, 3.0])}, list[str]()
+    values, order = {"a": iter([1.0, 2.0, 9.0]), "b": iter([2.0, 4.0, 3.0]), "c": iter([1.0] * 3)}, list[str]()
 
     def turn(name: str) -> dict[str, float]:
         order.append(name)
         return {"rate": next(values[name])}
 
     found = {name: results["rate"] for name, results in interleave({n: partial(turn, n) for n in values}, 3).items()}
-    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert order == ["a", "b", "c", "c", "b", "a", "a", "b", "c"]
     assert found["a"].rounds == (1.0, 2.0, 9.0)
     assert found["b"].ratio(found["a"]).rounds == (2.0, 2.0, 3 / 9)
     assert found["a"].mean == 4.0

@@ -1,4 +1,6 @@
+import io
 import json
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +39,21 @@ def where(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--data", str(data), "--runs", str(runs), "--seeds", "3", "--out", str(runs / "results.jsonl")]
 
 
+@pytest.fixture(scope="module")
+def simclr(where: list[str]) -> tuple[dict[str, Any], str, str]:
+    """The row of a run, after which one of a different method fails; what was printed, and said of the failure."""
+    with redirect_stdout(io.StringIO()) as printed, redirect_stderr(io.StringIO()) as said:
+        assert main([*_TINY, "method.loss=ntxent", "--methods", "simclr", "mocov2", *where]) == 2
+    (row,) = rows(where)
+    return row, printed.getvalue(), said.getvalue()
+
+
 def rows(where: list[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(where[-1]).read_text().splitlines()]
 
 
-def test_a_row_says_what_a_method_was_worth_also_if_the_next_one_fails(
-    where: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*_TINY, "method.loss=ntxent", "--methods", "simclr", "mocov2", *where]) == 2
-    output = capfd.readouterr()
-    assert "demo-mocov2.yaml" in output.err.splitlines()[-1], "which has no method.loss"
-    assert "accuracies" in output.out
-    assert "simclr" in output.out
-    (row,) = rows(where)
+def test_a_row_says_what_a_method_was_worth(simclr: tuple[dict[str, Any], str, str]) -> None:
+    row, printed, _ = simclr
     assert (row["method"], row["seed"], row["steps"]) == ("simclr", 3, 3)
     assert "run.seed=3" in row["command"]
     assert row["accuracy_percent"].keys() == {"pretrained", "untrained"}
@@ -57,9 +61,22 @@ def test_a_row_says_what_a_method_was_worth_also_if_the_next_one_fails(
     assert row["images_per_second"] > 0
     assert row["rankme"] > 1
     assert "commit" in row["environment"]
+    assert "simclr" in printed
 
 
-def test_distill_has_the_simclr_of_its_runs_and_seed(where: list[str]) -> None:
+def test_a_run_that_fails_is_named_after_what_is_done(simclr: tuple[dict[str, Any], str, str]) -> None:
+    _, printed, said = simclr
+    assert "accuracies" in printed, "of simclr, although mocov2 has no method.loss"
+    assert "demo-mocov2.yaml" in said
+
+
+def test_without_a_finished_run_there_is_no_file(data: Path, tmp_path: Path) -> None:
+    options = ["--methods", "mocov2", "--data", str(data), "--runs", str(tmp_path), "--out", str(tmp_path / "x")]
+    assert main(["run.global_batch_size=7", *options]) == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_distill_has_the_simclr_of_its_runs_and_seed(where: list[str], simclr: object) -> None:  # noqa: ARG001
     narrow = "method.teacher={name: resnet18, width: 8}"
     assert main([*_TINY, narrow, "--methods", "distill", *where]) == 0
     assert f"method.weights={where[3]}/simclr-3" in rows(where)[-1]["command"]

@@ -46,7 +46,7 @@ def views(name: str) -> list[torch.Tensor]:
     groups = preset(chosen(name).recipe.views)
     specs = flatten([group.model_copy(update={"count": min(2, group.count)}) for group in groups])
     generator = torch.Generator().manual_seed(1)
-    shapes = [(_BATCH, 3, size, size) for spec in specs]
+    shapes = len(specs) * [(_BATCH, 3, size, size)]
     return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
