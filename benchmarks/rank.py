@@ -126,8 +126,13 @@ def _alone(sent: dict[str, float], world: World) -> dict[str, float]:
         message = torch.zeros(max(1, round(num_bytes / max(1, count) / _FLOAT)), device=world.device)
         return statistics.median(_times(lambda: [send(message) for _ in range(round(count))], world))
 
-    statistics_by = world.mean if world.device.type == "cuda" else Neighbours().gather
-    by = {"batchnorm": statistics_by, "gather": world.gather, "gradient": world.mean}
+    neighbours = Neighbours()
+    on_cpu: Callable[[torch.Tensor], object] = lambda message: neighbours.gather(message.numpy())  # noqa: E731
+    by = {
+        "batchnorm": world.mean if world.device.type == "cuda" else on_cpu,
+        "gather": world.gather,
+        "gradient": world.mean,
+    }
     found = {f"{what}_seconds": seconds(by[what], sent[f"{what}_messages"], sent[f"{what}_bytes"]) for what in MESSAGES}
     return found | {"latency_seconds": seconds(world.mean, 10, 0) / 10}
 
