@@ -1,8 +1,11 @@
 """Shards of small real JPEGs, built once by `sharding.build`, for everything that reads shards."""
 
 import io
+import multiprocessing
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,9 +22,12 @@ from PIL import Image
 from sharding.arguments import Layout
 from sharding.build import build
 from sharding.encode import Policy
+from sharding.engine import start_forkserver
 from sharding.manifest import ShardSet, open_shards
 from sharding.source import SourceSpec
 from sharding.storage import Directory
+from tests import forking
+from tests.census import wait_until
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
@@ -46,6 +52,27 @@ def s3() -> Iterator[None]:
             environment.setenv(name, "testing")
         yield
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def program() -> Iterator[str]:
+    """What stands for `sys.executable` where processes that import everything are to start at once: `tests.forking`."""
+    start_forkserver()
+    with tempfile.TemporaryDirectory() as directory:
+        address, path = f"{directory}/socket", Path(directory, "python")
+        server = multiprocessing.get_context("forkserver").Process(target=forking.serve, args=(address,))
+        server.start()
+        wait_until(Path(address).exists)
+        forking.write_program(path, address)
+        yield str(path)
+        server.terminate()
+        server.join()
+
+
+@pytest.fixture
+def at_once(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is started by `sys.executable` has imported everything."""
+    monkeypatch.setattr(sys, "executable", program)
 
 
 @pytest.fixture(scope="session")

@@ -208,8 +208,8 @@ def code_of(page: Path) -> str:
     return text
 
 
-def write_image_folder(folder: Path, num_images: int) -> None:
-    data = load_demo("train", num_images=num_images).cast_column("image", datasets.Image(decode=False))
+def write_image_folder(folder: Path, num_images: int, split: str = "train") -> None:
+    data = load_demo(split, num_images=num_images).cast_column("image", datasets.Image(decode=False))
     for number, row in enumerate(data):
         path = folder / data.features["label"].names[row["label"]] / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -63,6 +63,7 @@ def test_rows_are_gathered_when_their_messages_are_sent_alone() -> None:
     assert run_ranks(sent_alone, 2) == 2 * [3 * _REPEATS * [3]]
 
 
+@pytest.mark.usefixtures("at_once")
 def test_scaling_launches_processes_and_reports(
     shard_set: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +94,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("at_once")
 def test_an_error_of_a_process_is_told_in_one_line(shard_set: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["run.init_from=/nowhere", "--shards", str(shard_set.root), "--world-sizes", "1"]
     assert main([*SMALL, *arguments]) == 2

@@ -54,6 +54,7 @@ def test_the_matrix_is_symmetric_and_has_gaps_where_runs_failed(tmp_path: Path) 
     draw(["crop"], [[None]], "linear", tmp_path / "nothing-yet.png")
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_study_runs_every_cell_and_once_only(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

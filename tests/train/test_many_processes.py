@@ -23,6 +23,8 @@ from train.engine.checkpoint import checkpoints, load
 from train.engine.monitor import read_metrics
 from train.processes.distributed import World
 
+pytestmark = pytest.mark.usefixtures("at_once")
+
 # At the third step; started again, torchrun counts.
 _DIES_ONCE = """
 import os, signal, sys

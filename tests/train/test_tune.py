@@ -103,6 +103,7 @@ def test_a_study_of_different_settings_is_not_mixed_with_it(study: Path, capsys:
     assert "begun with optim.steps 40, now 41; choose a different --study" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_trial_worse_than_the_median_is_pruned(shards: Path, tmp_path: Path) -> None:
     arguments = write_study(tmp_path, shards)
     arguments += ["optim.steps=1000", "run.checkpoint_every=10000", "--prune-after", "0", "--trials"]

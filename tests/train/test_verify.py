@@ -158,7 +158,7 @@ NOT_EXACT: dict[str, list[str]] = {
 def checks(world: World, shards: Path, run: Path, fault: str) -> list[list[str]]:
     kind, _, precision = fault.partition(", ")
     planted: Any = globals().get(kind)
-    method, more = "simclr", ["encoder.width=2", "views.size=16", f"run.precision={precision or 'auto'}"]
+    method, more = "simclr", ["encoder.width=8", "views.size=16", f"run.precision={precision or 'auto'}"]
     if isinstance(planted, type) and issubclass(planted, World):
         world = planted(**vars(world))
         method = "dino" if planted is ResultThrownAway else method
@@ -259,12 +259,13 @@ def test_a_deviation_names_the_worst_tensor_and_does_not_let_nan_pass() -> None:
     assert deviation({"a": torch.tensor([math.nan, 0.0]), "b": torch.zeros(1, 1)}, expected).excess == math.inf
 
 
+@pytest.mark.usefixtures("at_once")
 def test_alone_it_starts_two_processes_and_writes_a_report(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in {**NO_GPU, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}.items():
         monkeypatch.setenv(name, value)
-    arguments = settings_of("simsiam", shards, tmp_path, "encoder.width=2", "views.size=16")
+    arguments = settings_of("simsiam", shards, tmp_path, "encoder.width=8", "views.size=16")
     assert main(["--images", "8", "--out", str(tmp_path / "report.json"), *arguments]) == 0
     text = (tmp_path / "report.json").read_text()
     report = json.loads(text)
