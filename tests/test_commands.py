@@ -77,7 +77,7 @@ MORE = {
     "method.name=distill": "method.teacher={name: resnet18, width: 8}",
     "python -m benchmarks.methods$": "--methods simclr",
     "python -m benchmarks.throughput(?! --shards)": "--backends cpu --peers decode-only",
-    "python -m benchmarks.scaling run.global_batch_size=256": "--world-sizes 1",
+    "python -m benchmarks.scaling run.global_batch_size": "--world-sizes 1",
     "knn.preset=lightly": "knn.k=20",
     "protocol finetune": "finetune.epochs=1 finetune.batch_size=16",
     "protocol linear-augmented": "linear-augmented.epochs=1 linear-augmented.batch_size=16",

@@ -29,7 +29,7 @@ from train.processes.distributed import World
 SMALL = ["views.size=32", "views.kernel=7", "run.global_batch_size=8", "data.num_threads=1", "data.prefetch=1"]
 SMALL += ["encoder.name=resnet18", "encoder.width=8", "method.hidden=16"]
 QUICK = ["--rounds", "1", "--seconds", "0.05"]
-DELAY = 0.05
+DELAY = 0.025
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_what_is_slow_is_named(what: str, shard_set: ShardSet, monkeypatch: pyte
     training = Training(config, shard_set, World())
     monkeypatch.setattr(doctor, "_FORMS", {})
     if what == STEP:
-        training.method.register_forward_pre_hook(lambda *_: time.sleep(10 * DELAY))
+        training.method.register_forward_pre_hook(lambda *_: time.sleep(20 * DELAY))
     else:
         {"reading": slow_disk, "decoding": slow_decoder}[what](monkeypatch)
     as_it_is, *_ = doctor.variants(config, shard_set, 2.0, False, ExitStack())

@@ -70,12 +70,14 @@ def test_a_run_that_fails_is_named_after_what_is_done(simclr: tuple[dict[str, An
     assert "demo-mocov2.yaml" in said
 
 
+@pytest.mark.usefixtures("at_once")
 def test_without_a_finished_run_there_is_no_file(data: Path, tmp_path: Path) -> None:
     options = ["--methods", "mocov2", "--data", str(data), "--runs", str(tmp_path), "--out", str(tmp_path / "x")]
     assert main(["run.global_batch_size=7", *options]) == 2
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.usefixtures("at_once")
 def test_distill_has_the_simclr_of_its_runs_and_seed(where: list[str], simclr: object) -> None:  # noqa: ARG001
     narrow = "method.teacher={name: resnet18, width: 8}"
     assert main([*_TINY, narrow, "--methods", "distill", *where]) == 0

@@ -36,29 +36,32 @@ def write_study(folder: Path, shards: Path, section: str = "search", tried: Any 
     return ["--config", str(folder / "study.yaml"), "--study", str(folder / "study"), *SMALL_OF_STUDY]
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str], python: str) -> None:
+    sys.executable = python
     sys.exit(main(arguments))
 
 
-def as_process(arguments: list[str]) -> Any:
-    tuner = _FORKSERVER.Process(target=run, args=(arguments,))
+def as_process(arguments: list[str], python: str = sys.executable) -> Any:
+    tuner = _FORKSERVER.Process(target=run, args=(arguments, python))
     tuner.start()
     return tuner
 
 
 @pytest.fixture(scope="module")
-def study(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def study(shards: Path, program: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three trials: a tuner finished one and was killed in the second, then two tuners were started at once."""
     folder = tmp_path_factory.mktemp("tune")
     arguments = [*write_study(folder, shards), "optim.steps=40", "run.checkpoint_every=40", "--trials", "3"]
-    killed = as_process(arguments)
+    killed = as_process(arguments, program)
     second = folder / "study" / "trial-0001"
     wait_until(lambda: (second / "metrics.jsonl").exists() or not killed.is_alive())
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
     (folder / "first-before").write_bytes((folder / "study" / "trial-0000" / "metrics.jsonl").read_bytes())
-    other = as_process(arguments)
-    assert main(arguments) == 0
+    other = as_process(arguments, program)
+    with pytest.MonkeyPatch.context() as started:
+        started.setattr(sys, "executable", program)
+        assert main(arguments) == 0
     other.join()
     assert (killed.exitcode, other.exitcode) == (-signal.SIGKILL, 0)
     return folder
