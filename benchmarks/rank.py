@@ -127,9 +127,9 @@ def _alone(sent: dict[str, float], world: World) -> dict[str, float]:
         return statistics.median(_times(lambda: [send(message) for _ in range(round(count))], world))
 
     neighbours = Neighbours()
-    on_cpu: Callable[[torch.Tensor], object] = lambda message: neighbours.gather(message.numpy())  # noqa: E731
-    by = {
-        "batchnorm": world.mean if world.device.type == "cuda" else on_cpu,
+    on_gpu = world.device.type == "cuda"
+    by: dict[str, Callable[[torch.Tensor], object]] = {
+        "batchnorm": world.mean if on_gpu else lambda message: neighbours.gather(message.numpy()),
         "gather": world.gather,
         "gradient": world.mean,
     }
