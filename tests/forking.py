@@ -1,8 +1,8 @@
 """A Python that forks: `python -m MODULE` and `python FILE`, by a process that has imported everything.
 
-It is for commands that start processes, by `sys.executable`: imports take each 5 to 10 s. In its place stands a small
-program, which hands its arguments, environment, directory and files to a server that forks, passes signals on, and ends
-as the fork ends. A fork's own `sys.executable` is that program, too, so torchrun's ranks are forks.
+It is for commands that start processes by `sys.executable`, whose imports take 5 to 10 s each. In its place stands a
+small program, which hands its arguments, environment, directory and files to a server that forks, passes signals on,
+and ends as the fork ends. A fork's own `sys.executable` is that program, too, so torchrun's ranks are forks.
 """
 
 import importlib
@@ -29,7 +29,8 @@ given = json.dumps([sys.argv, os.getcwd(), dict(os.environ)])
 socket.send_fds(server, [given.encode()], [0, 1, 2])
 code = int(server.recv(16) or -signal.SIGKILL)
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL) if code != -signal.SIGKILL else None
+    if code != -signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 os._exit(code)
 """
@@ -61,13 +62,14 @@ def serve(address: str) -> None:
     if child:
         for file in files:
             os.close(file)
-        os._exit(_wait(child, connection))
+        _wait(child, connection)
+        os._exit(0)
     connection.close()
     words, directory, environment = json.loads(message)
     _run(words, directory, environment, files)
 
 
-def _wait(child: int, connection: socket.socket) -> int:
+def _wait(child: int, connection: socket.socket) -> None:
     """For the end of a fork, to which signals are passed on; it does not outlive the program."""
     ended = os.pidfd_open(child)
     watched: list[Any] = [ended, connection]
@@ -76,7 +78,6 @@ def _wait(child: int, connection: socket.socket) -> int:
         os.kill(child, number[0] if number else signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     connection.send(str(os.waitstatus_to_exitcode(status)).encode())
-    return 0
 
 
 def _run(words: list[str], directory: str, environment: dict[str, str], files: list[int]) -> None:

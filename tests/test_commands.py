@@ -103,10 +103,9 @@ def small(text: str) -> list[str]:
             options.append(word)
     if "optim.steps=" in settings:
         settings.pop("optim.epochs=", None)
-    for option in ("--lanes", "--methods"):  # what a page gives stays
-        if options.count(option) > 1:
-            last = len(options) - 1 - options[::-1].index(option)
-            del options[last : last + 2]
+    if options.count("--lanes") > 1:  # the page's stay
+        added_last = len(options) - 1 - options[::-1].index("--lanes")
+        del options[added_last : added_last + 2]
     return [*head, *settings.values(), *filter(None, options)]
 
 

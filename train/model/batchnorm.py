@@ -83,7 +83,7 @@ class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
 class _BatchNormFunction(torch.autograd.Function):
     """Ioffe & Szegedy, 2015, section 3, with statistics and sums of gradients taken over all neighbours.
 
-    Arithmetic on vectors of C values is NumPy's, which begins an operation in a tenth of the time.
+    Arithmetic on vectors of C values is NumPy's, which takes a third of the time for them.
     """
 
     @staticmethod
